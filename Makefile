@@ -1,0 +1,47 @@
+# Everything a checkout needs. `make demo` and `make test` are enough on a fresh machine.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+# TORCH_INDEX=URL takes torch from another package index (for example one with CPU builds only).
+TORCH_INDEX ?=
+CONSTRAINTS := requirements/constraints.txt
+STAMP := $(VENV)/.stamp
+
+.PHONY: env dev demo test test-long check docs clean
+
+env: $(STAMP)-run
+dev: $(STAMP)-dev
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP)-torch: $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c $(CONSTRAINTS) $$(grep '^torch==' $(CONSTRAINTS))
+	@touch $@
+
+$(STAMP)-run: pyproject.toml $(STAMP)-torch
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e .
+	@touch $@
+
+$(STAMP)-dev: pyproject.toml $(STAMP)-torch
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[dev]'
+	@touch $@ $(STAMP)-run
+
+demo: env
+	$(BIN)/apollo-sft demo
+
+test: dev
+	$(BIN)/pytest -m "not long"
+
+test-long: dev
+	$(BIN)/pytest -m long
+
+check: dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

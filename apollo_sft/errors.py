@@ -1,0 +1,54 @@
+"""Every error that a user can cause or meet. One message says what, found, expected and what to do."""
+
+
+class ApolloError(Exception):
+    """Base of all errors shown to users as one message instead of a traceback.
+
+    `what` names the key, or the file and row; the rest is optional and printed one per line.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self, what: str, *, found: object = None, expected: object = None, fix: str | None = None
+    ) -> None:
+        lines = [what]
+        if found is not None:
+            lines.append(f"  found:    {found}")
+        if expected is not None:
+            lines.append(f"  expected: {expected}")
+        if fix is not None:
+            lines.append(f"  to do:    {fix}")
+        super().__init__("\n".join(lines))
+
+
+class ConfigError(ApolloError):
+    """A key, a value or a combination of keys that cannot be run."""
+
+    exit_code = 2
+
+
+class DataError(ApolloError):
+    """A data file, row, column, template or tokenizer that cannot be trained on."""
+
+    exit_code = 2
+
+
+class TopologyError(ApolloError):
+    """Ranks, devices or mesh sizes that do not fit the machine or the model."""
+
+    exit_code = 2
+
+
+class ModelError(ApolloError):
+    """A model folder or an architecture that cannot be trained exactly."""
+
+    exit_code = 2
+
+
+class CheckpointError(ApolloError):
+    """A run folder, a checkpoint or an exported model that cannot be used, written or verified."""
+
+
+class TrainingError(ApolloError):
+    """A run that had to stop: a loss or a gradient that is not finite."""
