@@ -1,0 +1,209 @@
+"""Causal attention over packed documents, handed to transformers by its own AttentionInterface.
+
+Every kernel has one signature: query (tokens, heads, head dim), key and value (tokens, kv heads, head dim), and a
+`Documents` that says where each document begins. No document sees another.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from apollo_sft.errors import ConfigError
+
+NAME = "apollo_packed"
+"""The name under which the attention function is registered with transformers."""
+
+
+class HeadExchange(Protocol):
+    """Sequence parallelism's part in attention: from a slice of the tokens with all heads to all tokens with some."""
+
+    def to_heads(self, states: Tensor) -> Tensor:
+        """(1, heads, tokens / sp, head dim) -> (1, heads / sp, tokens, head dim)."""
+
+    def to_tokens(self, states: Tensor) -> Tensor:
+        """The reverse."""
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """`starts`: int32, (documents + 1,), on the device of the tokens. `longest`: tokens of the longest document."""
+
+    starts: Tensor
+    longest: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionOptions:
+    """What the model asks of one call. `window`: how many tokens a position sees, itself included; None is all."""
+
+    scaling: float | None
+    dropout: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+    @property
+    def plain(self) -> bool:
+        """True when no score is changed beyond scaling and masking."""
+        return self.softcap is None and self.sinks is None
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Documents, AttentionOptions], Tensor]
+
+
+def sdpa_kernel(query: Tensor, key: Tensor, value: Tensor, documents: Documents, options: AttentionOptions) -> Tensor:
+    """One document at a time: exact on any device and in any dtype, and the reference of every other kernel."""
+    lengths = torch.diff(documents.starts).tolist()
+    parts = (part.transpose(0, 1)[None].split(lengths, dim=2) for part in (query, key, value))
+    attend = _sdpa if options.plain else _scores
+    outputs = [attend(q, k, v, options) for q, k, v in zip(*parts, strict=True)]
+    return torch.cat(outputs, dim=2)[0].transpose(0, 1)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+    tokens = query.shape[2]
+    window = options.window if options.window is not None and options.window < tokens else None
+    return nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=None if window is None else _visible(tokens, window, query.device),
+        dropout_p=options.dropout,
+        is_causal=window is None,
+        scale=options.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _scores(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+    """Attention written out, for models that cap their scores (Gemma 2) or add a sink to each head (gpt-oss)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    scaling = query.shape[-1] ** -0.5 if options.scaling is None else options.scaling
+    scores = (query @ key.transpose(2, 3)) * scaling
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    tokens = query.shape[2]
+    scores = scores.masked_fill(~_visible(tokens, options.window or tokens, query.device), float("-inf"))
+    if options.sinks is not None:
+        sinks = options.sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, tokens, 1)
+        scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))[..., :tokens]
+    return nn.functional.dropout(weights.to(value.dtype), options.dropout) @ value
+
+
+def _visible(tokens: int, window: int, device: torch.device) -> Tensor:
+    """(tokens, tokens), True where a query (row) sees a key (column)."""
+    position = torch.arange(tokens, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+def varlen_kernel(query: Tensor, key: Tensor, value: Tensor, documents: Documents, options: AttentionOptions) -> Tensor:
+    """torch's own variable-length FlashAttention. CUDA, fp16 or bf16, no dropout; the rest goes to `sdpa_kernel`."""
+    if not options.plain or options.dropout or query.dtype not in (torch.float16, torch.bfloat16):
+        return sdpa_kernel(query, key, value, documents, options)
+    from torch.nn.attention.varlen import varlen_attn
+
+    starts, longest = documents.starts, documents.longest
+    window = (-1, 0) if options.window is None else (options.window - 1, 0)
+    gqa = query.shape[1] != key.shape[1]
+    output: Tensor = varlen_attn(
+        query, key, value, starts, starts, longest, longest, scale=options.scaling, window_size=window, enable_gqa=gqa
+    )
+    return output
+
+
+def flash_kernel(query: Tensor, key: Tensor, value: Tensor, documents: Documents, options: AttentionOptions) -> Tensor:
+    """The flash-attn package. CUDA, fp16 or bf16, no sinks; the rest goes to `sdpa_kernel`."""
+    if options.sinks is not None or query.dtype not in (torch.float16, torch.bfloat16):
+        return sdpa_kernel(query, key, value, documents, options)
+    from flash_attn import flash_attn_varlen_func
+
+    starts, longest = documents.starts, documents.longest
+    output: Tensor = flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        cu_seqlens_q=starts,
+        cu_seqlens_k=starts,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        dropout_p=options.dropout,
+        softmax_scale=options.scaling,
+        causal=True,
+        window_size=(-1, -1) if options.window is None else (options.window - 1, 0),
+        softcap=options.softcap or 0.0,
+    )
+    return output
+
+
+def choose_kernel(wanted: str, device: torch.device) -> tuple[Kernel, str]:
+    """The kernel for `model.attn_implementation` and one sentence that says which and why.
+
+    Raises: ConfigError when the wanted kernel cannot run here.
+    """
+    has_flash = importlib.util.find_spec("flash_attn") is not None
+    if wanted in ("flash", "varlen") and device.type != "cuda":
+        raise ConfigError(
+            "model.attn_implementation needs a CUDA device",
+            found=f"{wanted} on {device.type}",
+            expected="auto or sdpa without CUDA",
+            fix="model.attn_implementation=auto",
+        )
+    if wanted == "flash" and not has_flash:
+        raise ConfigError(
+            "model.attn_implementation=flash needs the package flash-attn, which is not installed",
+            fix="pip install flash-attn, or model.attn_implementation=auto",
+        )
+    if wanted == "sdpa" or device.type != "cuda":
+        return sdpa_kernel, "attention: SDPA, one document at a time"
+    if wanted == "flash" or (wanted == "auto" and has_flash):
+        return flash_kernel, "attention: flash-attn, variable length"
+    return varlen_kernel, "attention: torch.nn.attention.varlen (flash-attn is not installed or not wanted)"
+
+
+def register(kernel: Kernel, exchange: HeadExchange | None = None) -> None:
+    """Make `NAME` known to transformers as an attention function that uses `kernel`, and as one that needs no mask.
+
+    `exchange` is None when one rank holds all tokens of its documents.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def attention(  # noqa: PLR0913 - the signature is transformers' own
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        document_starts: Tensor,
+        longest_document: int,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, None]:
+        del attention_mask, unused
+        if exchange is not None:
+            query, key, value = (exchange.to_heads(states) for states in (query, key, value))
+        options = AttentionOptions(scaling, dropout if module.training else 0.0, sliding_window, softcap, s_aux)
+        packed = (states[0].transpose(0, 1) for states in (query, key, value))
+        output = kernel(*packed, Documents(document_starts, longest_document), options)
+        if exchange is not None:
+            output = exchange.to_tokens(output.transpose(0, 1)[None])[0].transpose(0, 1)
+        return output[None], None
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None

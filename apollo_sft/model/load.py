@@ -1,0 +1,162 @@
+"""Find the base model, refuse what cannot be trained exactly, build it: with weights on one rank, on meta elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apollo_sft.errors import ModelError
+from apollo_sft.model import attention
+
+EXACT_LAYERS = {"full_attention", "sliding_attention", "attention"}
+"""Layer types whose only mixing of positions is the attention function that we hand in."""
+
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+
+
+def find_model(source: str) -> Path:
+    """The folder of a local model, or the local snapshot of a hub id (downloaded when it is not in the cache).
+
+    Raises: ModelError when neither is to be had.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or source.startswith(("./", "../")) or source.count("/") != 1:
+        raise ModelError(
+            "model.partial_pretrain is not a model folder",
+            found=f"{source} (no such folder)",
+            expected="a folder with config.json, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct",
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"model.partial_pretrain={source} is no local folder and could not be had from the hub",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            fix="check the name and the network, or give the path of a downloaded model folder",
+        ) from error
+
+
+def read_config(folder: Path, trust_remote_code: bool) -> Any:
+    """The transformers config of a model folder. Raises: ModelError when there is none that transformers can read."""
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise ModelError("model.partial_pretrain has no config.json", found=folder, expected="a Hugging Face folder")
+    raw = _read_json(folder / "config.json")
+    if "auto_map" in raw and not trust_remote_code:
+        raise ModelError(
+            f"{folder} brings its own model code, which is not run by default",
+            found=f"auto_map in config.json: {raw['auto_map']}",
+            fix="read that code, then set model.trust_remote_code=true",
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"{folder / 'config.json'} cannot be read", found=str(error).splitlines()[0]) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON", found=error) from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} is not a JSON object", found=type(value).__name__)
+    return value
+
+
+def check_architecture(config: Any, trust_remote_code: bool) -> None:
+    """Refuse, before any weight is read, an architecture that packed attention cannot serve exactly.
+
+    Raises: ModelError naming the architecture and the reason.
+    """
+    name = ", ".join(config.architectures or [type(config).__name__])
+    model_class = _model_class(config, trust_remote_code)
+    if model_class is None:
+        raise ModelError(
+            f"{name} is not a causal language model that transformers knows",
+            found=f"model_type {config.model_type}",
+            expected="a model of AutoModelForCausalLM",
+        )
+    if not getattr(model_class, "_supports_attention_backend", False):
+        raise ModelError(
+            f"{name} cannot be trained exactly here: its attention does not go through transformers' AttentionInterface",
+            expected="a model class with _supports_attention_backend",
+        )
+    foreign = sorted(set(getattr(config, "layer_types", None) or []) - EXACT_LAYERS)
+    if foreign:
+        raise ModelError(
+            f"{name} cannot be trained exactly here: some layers carry state across packed documents",
+            found=f"layer types {foreign}",
+            expected=f"only {sorted(EXACT_LAYERS)}",
+        )
+
+
+def _model_class(config: Any, trust_remote_code: bool) -> Any:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module(config.auto_map["AutoModelForCausalLM"], config._name_or_path)
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+
+
+def load_with_weights(folder: Path, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The whole model on the CPU with its weights in `dtype`.
+
+    Raises: ModelError when the folder holds no safetensors, or when weights are missing or of another shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=copy.deepcopy(config),
+            dtype=dtype,
+            attn_implementation=attention.NAME,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise ModelError(
+            f"{folder} has no weights that can be loaded",
+            found=str(error).splitlines()[0],
+            expected="model.safetensors, or shards with model.safetensors.index.json (pickled weights are not read)",
+        ) from error
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise ModelError(
+            f"{folder} does not hold all weights of {type(model).__name__}",
+            found=f"{len(missing)} missing or of another shape: {', '.join(missing[:5])}",
+            fix="train from the complete model",
+        )
+    return _checked(model)
+
+
+def build_on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The same model without memory: every parameter and buffer on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=trust_remote_code
+        )
+    return _checked(model)
+
+
+def _checked(model: Any) -> Any:
+    used = model.config._attn_implementation
+    if used != attention.NAME:
+        raise ModelError(f"{type(model).__name__} did not take the packed attention function", found=used)
+    return model.train()

@@ -1,0 +1,49 @@
+"""The module that is sharded and trained: a causal language model of transformers with our loss at its end."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from apollo_sft.model.head import attach_loss, head_spec
+from apollo_sft.types import IGNORE_INDEX, MicroBatch
+
+
+class SftModel(nn.Module):
+    """`forward(micro_batch)` gives the sum of the cross-entropy over its targets.
+
+    The head runs inside this forward, at target positions only. A micro-batch without a target still runs it, on no
+    row: every rank then reduces the gradients of the same parameters.
+    """
+
+    def __init__(self, causal_lm: Any) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        attach_loss(causal_lm.get_output_embeddings(), head_spec(causal_lm.config))
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, document_starts: Tensor, longest_document: int
+    ) -> Tensor:
+        """`input_ids`, `labels`, `position_ids`: (1, tokens); `document_starts`: int32, (documents + 1,).
+
+        Returns the loss sum, a float64 scalar.
+        """
+        hidden = self.causal_lm.base_model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            use_cache=False,  # a cache would switch document isolation off in some architectures
+            document_starts=document_starts,
+            longest_document=longest_document,
+        ).last_hidden_state
+        is_target = labels[0] != IGNORE_INDEX
+        head = self.causal_lm.get_output_embeddings()
+        return cast(Tensor, head.loss(hidden[0][is_target], labels[0][is_target]))
+
+    def loss_sum(self, micro_batch: MicroBatch, device: torch.device) -> Tensor:
+        """The loss sum of a micro-batch that lies on any device."""
+        longest = int(torch.diff(micro_batch.document_starts).max())
+        tensors = (micro_batch.input_ids, micro_batch.labels, micro_batch.position_ids, micro_batch.document_starts)
+        moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return cast(Tensor, self(*moved, longest))
