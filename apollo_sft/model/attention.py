@@ -176,7 +176,7 @@ def register(kernel: Kernel, exchange: HeadExchange | None = None) -> None:
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    def attention(  # noqa: PLR0913 - the signature is transformers' own
+    def attention(
         module: nn.Module,
         query: Tensor,
         key: Tensor,

@@ -20,7 +20,7 @@ def prove(model: SftModel, seed: int) -> None:
     """Compare two packed documents with the same documents alone under the architecture's own eager forward.
 
     Runs on the unsharded model, on the device where it lies, with a handful of tokens.
-    Raises: ModelError when they differ: a layer that leaks across documents, or a head that we do not compute as it does.
+    Raises: ModelError when they differ: a layer leaks across documents, or the head is not computed as we do.
     """
     causal_lm = model.causal_lm
     documents = _documents(causal_lm.config.get_text_config().vocab_size, causal_lm.device, seed)

@@ -1,0 +1,90 @@
+"""One optimizer step: the gradient of the token mean of the global batch, checked, clipped, applied."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from apollo_sft.data.loader import StepBatch
+from apollo_sft.errors import TrainingError
+from apollo_sft.model.sft_model import SftModel
+from apollo_sft.parallel.launch import World
+from apollo_sft.report.memory import peak_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The same on every rank. `loss`: token mean of the global batch. `grad_norm`: before clipping.
+
+    `peak_bytes`: the largest over ranks. `stop`: some rank was asked to stop.
+    """
+
+    loss: float
+    grad_norm: float
+    peak_bytes: int
+    stop: bool
+
+
+def train_step(
+    model: SftModel, optimizer: Optimizer, batch: StepBatch, world: World, clip: float | None, stop: bool = False
+) -> StepResult:
+    """Run one step at the learning rate that the optimizer's groups hold.
+
+    Every rank's gradient is its sum over targets times ranks / targets of the global batch: sharding averages over
+    ranks, so what arrives is the gradient of the token mean of the global batch, however it was split.
+    Raises: TrainingError when the loss or the gradient is not finite; no weight is changed then.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    losses = []
+    for micro_batch in batch.micro_batches:
+        loss_sum = model.loss_sum(micro_batch, world.device)
+        (loss_sum * (world.size / batch.num_targets)).backward()  # type: ignore[no-untyped-call]
+        losses.append(loss_sum.detach())
+    facts = _from_all_ranks([float(torch.stack(losses).sum()), peak_bytes(world.device), float(stop)], world)
+    loss = float(facts[:, 0].sum()) / batch.num_targets
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = get_total_norm(grads, foreach=True)
+    grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise _not_finite(batch, losses, loss, grad_norm)
+    if clip:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        clip_grads_with_norm_(parameters, clip, norm)
+    optimizer.step()
+    return StepResult(loss, grad_norm, int(facts[:, 1].max()), bool(facts[:, 2].any()))
+
+
+def _from_all_ranks(values: list[float], world: World) -> Tensor:
+    """float64 of shape (ranks, values), on every rank. One collective a step serves the loss and all else."""
+    mine = torch.tensor(values, dtype=torch.float64, device=world.device)
+    if world.size == 1:
+        return mine[None].cpu()
+    gathered = mine.new_empty(world.size * len(values))
+    dist.all_gather_single(gathered, mine)
+    return gathered.view(world.size, len(values)).cpu()
+
+
+def _not_finite(batch: StepBatch, losses: list[Tensor], loss: float, grad_norm: float) -> TrainingError:
+    """The error that names the rows of the micro-batches whose loss is not finite, over all ranks; else all rows."""
+    bad = [
+        str(row) for rows, value in zip(batch.rows, losses, strict=True) for row in rows if not torch.isfinite(value)
+    ]
+    mine = bad or ([] if not math.isfinite(loss) else [str(row) for rows in batch.rows for row in rows])
+    everyone: list[list[str]] = [mine]
+    if dist.is_initialized():
+        everyone = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, mine)
+    rows = [row for share in everyone for row in share]
+    return TrainingError(
+        f"step {batch.step + 1}: the loss or its gradient is not finite; the step was not applied and the run stops",
+        found=f"loss {loss}, gradient norm {grad_norm}, rows: {'; '.join(rows[:8])}{' …' if len(rows) > 8 else ''}",
+        expected="finite numbers",
+        fix="look at these rows; lower optim.lr or set optim.clip_grad; bf16 may overflow where fp32 does not",
+    )

@@ -1,0 +1,87 @@
+"""The fused head against logits written out, in fp64: loss and every gradient."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from apollo_sft.model import head
+from apollo_sft.model.head import HeadSpec, attach_loss, target_loss
+
+
+def written_out(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, spec: HeadSpec) -> Tensor:
+    logits = nn.functional.linear(hidden, weight, bias) * spec.scale
+    if spec.softcap is not None:
+        logits = spec.softcap * torch.tanh(logits / spec.softcap)
+    return nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def inputs(rows: int, bias: bool, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, 6, dtype=dtype, requires_grad=True)
+    weight = torch.randn(11, 6, dtype=dtype, requires_grad=True)
+    offset = torch.randn(11, dtype=dtype, requires_grad=True) if bias else None
+    return hidden, weight, offset, torch.randint(0, 11, (rows,))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 13])
+@pytest.mark.parametrize("chunk_rows", [1, 4, 100])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("spec", [HeadSpec(), HeadSpec(scale=0.25), HeadSpec(softcap=2.0), HeadSpec(0.5, 3.0)])
+def test_loss_and_gradients_equal_full_logits(
+    rows: int, chunk_rows: int, bias: bool, spec: HeadSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk_rows * 11)
+    ours, oracle = inputs(rows, bias), inputs(rows, bias)
+    loss = target_loss(*ours[:3], ours[3], spec)
+    expected = written_out(*oracle[:3], oracle[3], spec)
+    (loss * 0.37).backward()
+    (expected * 0.37).backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=1e-13)
+    for mine, theirs in zip(ours[:3], oracle[:3], strict=True):
+        if mine is not None and theirs is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-13)
+
+
+def test_no_target_gives_zero_and_still_a_gradient_for_the_weight() -> None:
+    hidden, weight, _, labels = inputs(0, False)
+    loss = target_loss(hidden, weight, None, labels, HeadSpec())
+    loss.backward()
+    assert loss.item() == 0.0
+    assert weight.grad is not None
+    assert weight.grad.abs().sum().item() == 0.0
+
+
+def test_a_frozen_head_forms_no_weight_gradient() -> None:
+    hidden, weight, _, labels = inputs(4, False)
+    frozen = weight.detach()
+    target_loss(hidden, frozen, None, labels, HeadSpec()).backward()
+    assert hidden.grad is not None
+    assert frozen.grad is None
+
+
+def test_without_grad_only_the_loss_is_formed() -> None:
+    hidden, weight, _, labels = inputs(4, False)
+    with torch.no_grad():
+        loss = target_loss(hidden, weight, None, labels, HeadSpec())
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, written_out(hidden, weight, None, labels, HeadSpec()).detach())
+
+
+def test_bf16_sums_its_weight_gradient_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 11)
+    hidden, weight, _, labels = inputs(256, False, torch.bfloat16)
+    target_loss(hidden, weight, None, labels, HeadSpec()).backward()
+    wide_weight = weight.detach().double().requires_grad_()
+    written_out(hidden.detach().double(), wide_weight, None, labels, HeadSpec()).backward()
+    assert weight.grad is not None
+    error = (weight.grad.double() - wide_weight.grad).norm() / wide_weight.grad.norm()
+    assert error < 5e-3, "256 chunks summed in bf16 would lose far more"
+
+
+def test_the_head_module_carries_the_loss() -> None:
+    linear = nn.Linear(6, 11, bias=False, dtype=torch.float64)
+    attach_loss(linear, HeadSpec())
+    hidden, _, _, labels = inputs(4, False)
+    torch.testing.assert_close(
+        linear.loss(hidden, labels), written_out(hidden, linear.weight, None, labels, HeadSpec())
+    )
