@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Documents, AttentionOptions], Tensor]
 def sdpa_kernel(query: Tensor, key: Tensor, value: Tensor, documents: Documents, options: AttentionOptions) -> Tensor:
     """One document at a time: exact on any device and in any dtype, and the reference of every other kernel."""
     lengths = torch.diff(documents.starts).tolist()
-    parts = (part.transpose(0, 1)[None].split(lengths, dim=2) for part in (query, key, value))
+    parts = (torch.split(part.transpose(0, 1)[None], lengths, dim=2) for part in (query, key, value))
     attend = _sdpa if options.plain else _scores
     outputs = [attend(q, k, v, options) for q, k, v in zip(*parts, strict=True)]
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)
@@ -114,10 +114,10 @@ def varlen_kernel(query: Tensor, key: Tensor, value: Tensor, documents: Document
     starts, longest = documents.starts, documents.longest
     window = (-1, 0) if options.window is None else (options.window - 1, 0)
     gqa = query.shape[1] != key.shape[1]
-    output: Tensor = varlen_attn(
+    output = varlen_attn(
         query, key, value, starts, starts, longest, longest, scale=options.scaling, window_size=window, enable_gqa=gqa
     )
-    return output
+    return cast(Tensor, output)
 
 
 def flash_kernel(query: Tensor, key: Tensor, value: Tensor, documents: Documents, options: AttentionOptions) -> Tensor:
@@ -195,8 +195,8 @@ def register(kernel: Kernel, exchange: HeadExchange | None = None) -> None:
         if exchange is not None:
             query, key, value = (exchange.to_heads(states) for states in (query, key, value))
         options = AttentionOptions(scaling, dropout if module.training else 0.0, sliding_window, softcap, s_aux)
-        packed = (states[0].transpose(0, 1) for states in (query, key, value))
-        output = kernel(*packed, Documents(document_starts, longest_document), options)
+        q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+        output = kernel(q, k, v, Documents(document_starts, longest_document), options)
         if exchange is not None:
             output = exchange.to_tokens(output.transpose(0, 1)[None])[0].transpose(0, 1)
         return output[None], None

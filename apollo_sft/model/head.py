@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ def attach_loss(head: nn.Module, spec: HeadSpec) -> None:
     """
 
     def loss(self: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-        return target_loss(hidden, self.weight, getattr(self, "bias", None), labels, spec)
+        return target_loss(hidden, cast(Tensor, self.weight), getattr(self, "bias", None), labels, spec)
 
     head.loss = MethodType(loss, head)  # type: ignore[assignment]
 
@@ -46,8 +46,8 @@ def target_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Ten
     Runs chunk by chunk. Where a gradient is needed it is formed in the forward, so that no logits are kept or computed
     twice. Source: the idea of fused linear cross-entropy (Liger Kernel, arXiv:2410.10989).
     """
-    loss: Tensor = _TargetLoss.apply(hidden, weight, bias, labels, spec, torch.is_grad_enabled())
-    return loss
+    grad = torch.is_grad_enabled()
+    return cast(Tensor, _TargetLoss.apply(hidden, weight, bias, labels, spec, grad))  # type: ignore[no-untyped-call]
 
 
 class _TargetLoss(torch.autograd.Function):
@@ -79,7 +79,7 @@ class _TargetLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grads = (None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
         return (*grads, None, None, None)
 

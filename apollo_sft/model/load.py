@@ -89,7 +89,7 @@ def check_architecture(config: Any, trust_remote_code: bool) -> None:
         )
     if not getattr(model_class, "_supports_attention_backend", False):
         raise ModelError(
-            f"{name} cannot be trained exactly here: its attention does not go through transformers' AttentionInterface",
+            f"{name} cannot be trained exactly here: its attention bypasses transformers' AttentionInterface",
             expected="a model class with _supports_attention_backend",
         )
     foreign = sorted(set(getattr(config, "layer_types", None) or []) - EXACT_LAYERS)

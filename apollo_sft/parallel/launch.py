@@ -45,7 +45,7 @@ def start(device: str, needs_group: bool) -> World:
         dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo")
     elif needs_group:
         backend = "nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     return world
 
 
