@@ -9,9 +9,7 @@ class ApolloError(Exception):
 
     exit_code = 1
 
-    def __init__(
-        self, what: str, *, found: object = None, expected: object = None, fix: str | None = None
-    ) -> None:
+    def __init__(self, what: str, *, found: object = None, expected: object = None, fix: str | None = None) -> None:
         lines = [what]
         if found is not None:
             lines.append(f"  found:    {found}")

@@ -41,7 +41,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, spec: ShardSpec, head: nn.Module |
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=spec.reshard_after_forward)
     if head is not None:
-        fully_shard(head, mesh=mesh, mp_policy=policy, reshard_after_forward=spec.reshard_after_forward)
+        # Kept after the forward: its gradient is formed there, so a second gathering would serve nothing.
+        fully_shard(head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         register_fsdp_forward_method(head, "loss")
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
