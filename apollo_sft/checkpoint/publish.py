@@ -1,0 +1,223 @@
+"""The one way a folder becomes visible: staged in a hidden folder, synced, checked, then moved.
+
+A kill at any point leaves the old content or, after `recover`, the new content; never a mixture that loads.
+
+Source: Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014 (sync the file, rename, sync the folder).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apollo_sft.errors import CheckpointError
+
+PREFIX = ".apollo-"
+STAGING_PREFIX = PREFIX + "incoming-"
+JOURNAL = PREFIX + "publish.json"
+MANIFEST = PREFIX + "model.json"
+"""Lists the model files of this folder that we wrote. What it does not list is never replaced or removed."""
+DIRECTORY_MANIFEST = PREFIX + "files.json"
+LAST = "config.json"
+"""The file that makes a model folder loadable: removed first, moved last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A move that was decided: `files` maps a name to its size and sha256, `stale` are names of the earlier model."""
+
+    staging: str
+    files: dict[str, dict[str, Any]]
+    stale: list[str]
+
+
+def staging_folder(folder: Path, name: str) -> Path:
+    """An empty hidden sub-folder of `folder` to write into; what an earlier, unfinished write left there is removed."""
+    staging = folder / f"{STAGING_PREFIX}{name}"
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def publish_model(staging: Path, folder: Path, check: Callable[[Path], None]) -> None:
+    """Replace the model in `folder` by the flat folder `staging` inside it. `check` re-reads what was written.
+
+    Raises: CheckpointError from `check`, or when a file that is not ours is in the way: the model then lies whole in
+    a sub-folder that the message names.
+    """
+    sync_tree(staging)
+    check(staging)
+    files = describe_files(staging)
+    assert LAST in files, f"a model has a {LAST}"
+    ours = _listed_files(folder / MANIFEST)
+    foreign = sorted(name for name in files if name not in ours and os.path.lexists(folder / name))
+    if foreign:
+        aside = folder / time.strftime("model-%Y%m%d-%H%M%S")
+        publish_directory(staging, aside)
+        raise CheckpointError(
+            f"{folder} holds files with the names of model files that we did not write",
+            found=", ".join(foreign[:5]),
+            fix=f"nothing was overwritten; the model lies whole in {aside}",
+        )
+    move = Move(staging.name, files, sorted(set(ours) - set(files)))
+    _write_json(folder / JOURNAL, {"staging": move.staging, "files": move.files, "stale": move.stale})
+    _finish(folder, move)
+
+
+def publish_directory(staging: Path, final: Path) -> None:
+    """Make the folder `staging` visible as the new folder `final`, on the same file system, by one rename.
+
+    Raises: CheckpointError when `final` exists.
+    """
+    if os.path.lexists(final):
+        raise CheckpointError(f"{final} exists already", expected="a name that is free")
+    sync_tree(staging)
+    _write_json(staging / DIRECTORY_MANIFEST, {"files": describe_files(staging)})
+    staging.rename(final)
+    sync_folder(final.parent)
+
+
+def recover(folder: Path) -> list[str]:
+    """Finish a move that was decided and remove what was not; called at every start. Touches nothing of others.
+
+    Returns what was done, in words, for the log.
+    Raises: CheckpointError when the files of a decided move are damaged.
+    """
+    done = []
+    if (folder / JOURNAL).is_file():
+        move = _read_move(folder / JOURNAL)
+        _check_complete(folder, move)
+        _finish(folder, move)
+        done.append("finished an interrupted move of the model into place")
+    for path in sorted(folder.glob(f"{STAGING_PREFIX}*")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+            done.append(f"removed {path.name}, the beginning of a save that was interrupted")
+    for path in sorted(folder.glob(f"{PREFIX}*.tmp")):
+        path.unlink()
+    return done
+
+
+def _finish(folder: Path, move: Move) -> None:
+    """Every step may have been done before: that is what makes recovery repeatable."""
+    staging = folder / move.staging
+    if (staging / LAST).exists():  # so the one in `folder`, if any, is the earlier model's
+        (folder / LAST).unlink(missing_ok=True)
+        sync_folder(folder)
+        for name in move.stale:
+            (folder / name).unlink(missing_ok=True)
+        for name in sorted(set(move.files) - {LAST}):
+            if (staging / name).exists():
+                (staging / name).replace(folder / name)
+        sync_folder(folder)
+        (staging / LAST).replace(folder / LAST)
+        sync_folder(folder)
+    (folder / JOURNAL).replace(folder / MANIFEST)
+    sync_folder(folder)
+    shutil.rmtree(staging, ignore_errors=not staging.exists())
+
+
+def _check_complete(folder: Path, move: Move) -> None:
+    for name, facts in move.files.items():
+        staged = folder / move.staging / name
+        path = staged if staged.exists() else folder / name
+        if not path.is_file() or describe_file(path) != facts:
+            raise CheckpointError(
+                f"{folder}: a save was interrupted and cannot be finished, because {name} is missing or damaged",
+                fix=f"move {JOURNAL} and {move.staging} out of {folder}, then start again",
+            )
+
+
+def _read_move(journal: Path) -> Move:
+    """Raises: CheckpointError for a journal that we cannot have written."""
+    content = _read_json(journal)
+    try:
+        move = Move(content["staging"], content["files"], content["stale"])
+    except KeyError as error:
+        raise CheckpointError(f"{journal} is not a journal of ours", found=f"no {error}") from error
+    names = [move.staging, *move.files, *move.stale]
+    outside = [name for name in names if Path(name).name != name or name in ("", ".", "..")]
+    if outside or not move.staging.startswith(STAGING_PREFIX):
+        raise CheckpointError(f"{journal} is not a journal of ours", found=outside or move.staging)
+    return move
+
+
+def model_files(folder: Path) -> list[str]:
+    """Names of the files in `folder` that belong to the model published there, the manifest included."""
+    listed = _listed_files(folder / MANIFEST)
+    return [*sorted(listed), MANIFEST] if listed else []
+
+
+def _listed_files(manifest: Path) -> Mapping[str, Any]:
+    if not manifest.is_file():
+        return {}
+    files: dict[str, Any] = _read_json(manifest).get("files", {})
+    return {name: facts for name, facts in files.items() if Path(name).name == name and name not in (".", "..")}
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size in bytes and sha256 of every file below `folder`, by relative name."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): describe_file(path) for path in paths}
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a text file in one step that survives a power loss: the old content or the new, never a part."""
+    temporary = path.with_name(f"{PREFIX}{path.name.removeprefix(PREFIX)}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make every file below `folder`, and the folders themselves, survive a power loss."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        elif path.is_dir():
+            sync_folder(path)
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_durably(path, json.dumps(content, indent=1) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON", found=error) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object", found=type(content).__name__)
+    return content
