@@ -267,6 +267,15 @@ def check_described(folder: Path) -> None:
         assert (folder / name).read_text() == name
 
 
+def test_what_has_returned_is_durable(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    operations = FileOperations(None)
+    assert not crashes(operations, monkeypatch, lambda: (save(prepared, NEW), save_directory(tmp_path)))
+    operations.lose("all")
+    assert is_whole(prepared) == "new"
+    check_foreign_and_clean(prepared)
+    check_described(tmp_path / "step-5")
+
+
 def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.json"
     for crash_at in range(10):
