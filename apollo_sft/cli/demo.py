@@ -1,0 +1,280 @@
+"""`apollo-sft demo`: data, a small model and a training run from nothing, with held-out answers before and after."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers.utils import logging as transformers_logging
+
+from apollo_sft.errors import ConfigError
+from apollo_sft.prepare.demo_model import write_base_model
+from apollo_sft.prepare.word_problems import LARGEST, write_word_problems
+from apollo_sft.train.generate import exact_match, generate_answers, load_for_generation
+
+NUM_TRAIN = 8000
+NUM_HELD_OUT = 200
+MAX_ANSWER_TOKENS = 40
+ENOUGH = 0.9
+MARKER = "demo.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """What was asked for, and where everything lies."""
+
+    folder: Path
+    seed: int
+    num_steps: int
+    num_processes: int
+
+    @property
+    def base_model(self) -> Path:
+        return self.folder / "base-model"
+
+    @property
+    def trained_model(self) -> Path:
+        return self.folder / "trained-model"
+
+    def data(self, layout: str, split: str) -> Path:
+        return self.folder / "data" / layout / f"{split}.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    questions: list[str]
+    truths: list[str]
+
+    def examples(self) -> list[int]:
+        """Three to show: two problems of one step and one of two."""
+        one = [i for i, truth in enumerate(self.truths) if truth.count("\n") == 1]
+        two = [i for i, truth in enumerate(self.truths) if truth.count("\n") == 2]
+        return one[:2] + two[:1]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the demo. 0: the model learned; 1: it did not; else the exit code of the training command.
+
+    Raises: ConfigError when the folder holds something that the demo did not write.
+    """
+    demo = _parse(argv)
+    console = Console(highlight=False)
+    transformers_logging.disable_progress_bar()
+    _claim(demo)
+
+    console.rule("[bold]1  Data and a model from nothing")
+    _prepare(demo)
+    held_out = _read_held_out(demo)
+    before = _answer(demo.base_model, held_out)
+    _say_prepared(console, held_out)
+    _say_answers(console, held_out, {"before": before})
+
+    console.rule("[bold]2  Training")
+    command = training_command(demo, "single_turn")
+    _say_command(console, command)
+    started = time.monotonic()
+    code = subprocess.run(command, check=False).returncode
+    if code != 0:
+        console.print(f"\n[bold red]The training command ended with exit code {code}; its own message is above.")
+        return code
+    seconds = time.monotonic() - started
+
+    console.rule("[bold]3  The same questions, answered by the folder that training left")
+    after = _answer(demo.trained_model, held_out)
+    _say_answers(console, held_out, {"before": before, "after": after})
+    learned = _say_result(console, held_out, before, after, seconds)
+    if learned:
+        _say_next(console, demo)
+    return 0 if learned else 1
+
+
+def training_command(demo: Demo, layout: str) -> list[str]:
+    """The command that trains on one layout of the demo's data, as a user would type it."""
+    single = layout == "single_turn"
+    columns = (
+        [
+            "data.prompt_key=extra_info",
+            "data.response_key=extra_info",
+            "data.prompt_dict_keys=[question]",
+            "+data.response_dict_keys=[answer]",
+        ]
+        if single
+        else ["data.multiturn.enable=true", "data.multiturn.messages_key=messages"]
+    )
+    output = demo.trained_model if single else demo.folder / "trained-multiturn"
+    return [
+        *_program(),
+        "train",
+        *("--nproc", str(demo.num_processes)),
+        f"data.train_files={demo.data(layout, 'train')}",
+        f"data.val_files={demo.data(layout, 'test')}",
+        *columns,
+        "data.train_batch_size=32",
+        "data.micro_batch_size=16",
+        f"model.partial_pretrain={demo.base_model}",
+        "optim.lr=2e-3",
+        "optim.betas=[0.9,0.98]",
+        "optim.weight_decay=0.01",
+        "optim.lr_scheduler=cosine",
+        f"optim.lr_warmup_steps={min(40, demo.num_steps)}",
+        "optim.clip_grad=1.0",
+        f"trainer.total_training_steps={demo.num_steps}",
+        f"trainer.default_local_dir={output}",
+        "trainer.project_name=apollo-demo",
+        f"trainer.experiment_name={layout}",
+        f"trainer.seed={demo.seed}",
+        "trainer.resume_mode=disable",
+    ]
+
+
+def _parse(argv: Sequence[str]) -> Demo:
+    parser = argparse.ArgumentParser(
+        prog="apollo-sft demo",
+        description="Makes data and a small model, trains it (about a minute on two cores), and shows what it learned.",
+    )
+    parser.add_argument("--folder", type=Path, default=Path("apollo-demo"), help="where to write [apollo-demo]")
+    parser.add_argument("--seed", type=int, default=1, help="of the data, the model and the training [1]")
+    parser.add_argument("--steps", type=int, default=1100, help="training steps [1100]")
+    parser.add_argument("--nproc", type=int, default=None, help="processes [one per GPU, or 2 without a GPU]")
+    given = parser.parse_args(argv)
+    if given.steps < 1 or (given.nproc is not None and given.nproc < 1):
+        parser.error("--steps and --nproc must be at least 1")
+    return Demo(given.folder, given.seed, given.steps, given.nproc or torch.cuda.device_count() or 2)
+
+
+def _program() -> list[str]:
+    """The `apollo-sft` of this environment, as short as it can be typed here."""
+    script = Path(sys.executable).with_name("apollo-sft")
+    if not script.exists():
+        return [sys.executable, "-m", "apollo_sft.cli.main"]
+    here = Path.cwd()
+    return [str(script.relative_to(here) if script.is_relative_to(here) else script)]
+
+
+def _claim(demo: Demo) -> None:
+    """Take a new or empty folder, or one that an earlier demo left."""
+    marker = demo.folder / MARKER
+    if demo.folder.exists() and not marker.exists() and any(demo.folder.iterdir()):
+        raise ConfigError(
+            f"--folder {demo.folder} is not the demo's",
+            found="files that the demo did not write",
+            expected="no folder, an empty one, or one of an earlier demo",
+            fix="give another one: apollo-sft demo --folder NAME",
+        )
+    demo.folder.mkdir(parents=True, exist_ok=True)
+    marker.write_text(json.dumps({"seed": demo.seed, "steps": demo.num_steps}) + "\n", encoding="utf-8")
+
+
+def _prepare(demo: Demo) -> None:
+    write_word_problems(demo.folder / "data", NUM_TRAIN, NUM_HELD_OUT, demo.seed)
+    rows = pq.read_table(demo.data("single_turn", "train"), columns=["extra_info"])["extra_info"].to_pylist()
+    texts = [row[key] for row in rows for key in ("question", "answer")]
+    write_base_model(demo.base_model, texts, demo.seed)
+
+
+def _read_held_out(demo: Demo) -> HeldOut:
+    rows = pq.read_table(demo.data("single_turn", "test"), columns=["extra_info"])["extra_info"].to_pylist()
+    return HeldOut([row["question"] for row in rows], [row["answer"] for row in rows])
+
+
+def _answer(folder: Path, held_out: HeldOut) -> list[str]:
+    model, tokenizer = load_for_generation(folder)
+    return generate_answers(model, tokenizer, held_out.questions, MAX_ANSWER_TOKENS, batch_size=100)
+
+
+def _say_prepared(console: Console, held_out: HeldOut) -> None:
+    console.print(
+        f"{NUM_TRAIN} word problems to train on and {len(held_out.questions)} held out: no held-out question is in the "
+        "training data.\nA Qwen3-style model of 0.7 M parameters with random weights, and a tokenizer of its own.\n"
+        f"What the untrained model answers to three held-out questions:\n"
+    )
+
+
+def _say_answers(console: Console, held_out: HeldOut, answers: dict[str, list[str]]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for i in held_out.examples():
+        table.add_row("question", Text(held_out.questions[i], style="bold"))
+        for name, texts in answers.items():
+            table.add_row(name, _shown(texts[i], exact_match([texts[i]], [held_out.truths[i]]) == 1))
+        table.add_row("", "")
+    console.print(table)
+
+
+def _shown(answer: str, right: bool) -> Text:
+    """One line: line breaks become `/`, a long answer is cut."""
+    line = " / ".join(part for part in answer.splitlines() if part.strip()) or "(nothing)"
+    line = line if len(line) <= 60 else line[:60] + " …"
+    return Text.assemble(line, ("  right" if right else "  wrong", "green" if right else "red"))
+
+
+def _say_command(console: Console, command: Sequence[str]) -> None:
+    """One argument a line, ready to paste. Never wrapped: a wrapped command cannot be pasted."""
+    words = [shlex.quote(word) for word in command]
+    start = next((i for i, word in enumerate(command) if "=" in word), len(words))
+    lines = [" ".join(words[:start]), *words[start:]]
+    console.print(Text(" \\\n    ".join(lines), style="cyan"), soft_wrap=True)
+    console.print()
+
+
+def _say_result(console: Console, held_out: HeldOut, before: list[str], after: list[str], seconds: float) -> bool:
+    share_before, share_after = (exact_match(answers, held_out.truths) for answers in (before, after))
+    learned = share_after >= ENOUGH
+    console.print(f"{len(held_out.questions)} held-out questions, {seconds:.0f} seconds of training:")
+    console.print(f"exact match before: {100 * share_before:.3g} %")
+    console.print(f"exact match after: {100 * share_after:.3g} %", style="bold green" if learned else "bold red")
+    if learned:
+        console.print(
+            f"\nWhat this shows: the model learned to read twelve kinds of question and the table of sums from 0 to "
+            f"{LARGEST} behind them.\nIt did not learn arithmetic: other numbers or other words are new to it."
+        )
+    else:
+        console.print(f"\nTraining failed to learn: at least {100 * ENOUGH:.0f} % was expected.")
+    return learned
+
+
+def _say_next(console: Console, demo: Demo) -> None:
+    console.rule("[bold]4  Where everything lies, and what to try next")
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for path, what in (
+        (demo.data("single_turn", "train").parent, "one question and answer a row"),
+        (demo.data("multiturn", "train").parent, "the same as conversations"),
+        (demo.base_model, "the untrained model"),
+        (demo.trained_model, "the trained model: open it with from_pretrained, vLLM or an RL trainer"),
+        (demo.trained_model / "metrics.jsonl", "loss, learning rate, speed of every step"),
+    ):
+        table.add_row(Text(str(path)), Text(what, style="dim"))
+    console.print(table)
+    own = ["data.train_files=my.parquet", "data.val_files=null", f"model.partial_pretrain={demo.trained_model}"]
+    hub = [
+        f"data.train_files={demo.data('single_turn', 'train')}",
+        f"data.val_files={demo.data('single_turn', 'test')}",
+        "data.prompt_key=extra_info",
+        "data.response_key=extra_info",
+        "model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct",
+        "data.train_batch_size=64",
+    ]
+    train = [*_program(), "train"]
+    console.print("\n[bold]The multi-turn file:")
+    _say_command(console, training_command(demo, "multiturn"))
+    console.print("[bold]Your own data[/] (a parquet file with the columns question and answer):")
+    _say_command(console, [*train, *own, "trainer.default_local_dir=my-model"])
+    console.print("[bold]A model from the hub, on every GPU of this machine:")
+    _say_command(console, [*train, *hub, "trainer.total_epochs=1", "trainer.default_local_dir=my-qwen"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
