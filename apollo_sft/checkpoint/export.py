@@ -1,0 +1,148 @@
+"""From live weights, whole or sharded, to a model folder that plain transformers opens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from apollo_sft.checkpoint import publish, sidecars
+from apollo_sft.checkpoint.conversion import ExportPlan, Group, plan_export
+from apollo_sft.checkpoint.tensor_files import DTYPES, ShardWriter
+from apollo_sft.checkpoint.verify import verify_model_folder
+from apollo_sft.errors import ApolloError, CheckpointError
+from apollo_sft.types import BaseModel, TensorSpec
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """`tokenizer` is a transformers tokenizer, `chat_template` the template that was used (None: the tokenizer's own).
+
+    `stop_token_ids` are the tokens that ended the trained turns. `trust_remote_code` copies the base's own code along.
+    """
+
+    tokenizer: Any
+    chat_template: str | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    export_dtype: str = "auto"
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """`tensors`: what the files hold. `digests`: sha256 of each tensor's bytes (writer only). `dropped`: names of the
+    base's tensors that the model does not hold, so that the files lack them."""
+
+    tensors: dict[str, TensorSpec]
+    digests: dict[str, str] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+
+
+def save_model(model: Any, base: BaseModel, folder: Path, options: ExportOptions, is_writer: bool) -> ExportResult:
+    """Export, re-open, compare and make visible in `folder`, in place of an earlier model of ours. Collective.
+
+    Raises: CheckpointError on every rank when the model could not be written or is not what was to be written.
+    """
+    staging = folder / f"{publish.STAGING_PREFIX}model"
+    failure = _attempt(lambda: publish.staging_folder(folder, "model")) if is_writer else None
+    _agree(failure, model)
+    result = export_model(model, base, staging, options, is_writer)
+    if is_writer:
+        failure = _attempt(lambda: publish.publish_model(staging, folder, lambda path: _verify(path, result, options)))
+    _agree(failure, model)
+    return result
+
+
+def _verify(folder: Path, result: ExportResult, options: ExportOptions) -> None:
+    verify_model_folder(folder, result.tensors, result.digests, options.trust_remote_code)
+
+
+@torch.no_grad()
+def export_model(model: Any, base: BaseModel, staging: Path, options: ExportOptions, is_writer: bool) -> ExportResult:
+    """Write `model` (a transformers model; parameters may be DTensors) into the empty folder `staging`. Collective.
+
+    Tensor by tensor: beside its shards, no rank holds more than the tensors that are converted together, in the dtype
+    of the files, and the writer at most one file of `max_shard_bytes` more.
+    Raises: CheckpointError on every rank when the writer failed on any.
+    """
+    plan = plan_export(model, base, options.export_dtype)
+    state = model.state_dict(keep_vars=True)
+    writer = ShardWriter(staging, plan.tensors, options.max_shard_bytes) if is_writer else None
+    failure: Exception | None = None
+    for group in plan.groups:
+        # every rank takes part in every gathering, even after the writer has failed: the others would wait for ever
+        sources = [_whole(state[name], _common_dtype(group, plan)) for name in group.sources]
+        if writer is not None and failure is None:
+            failure = _attempt(partial(_add, writer, group, sources))
+    if writer is not None and failure is None:
+        failure = _attempt(lambda: _finish(writer, type(model).__name__.removeprefix("FSDP"), base, plan, options))
+    _agree(failure, model)
+    return ExportResult(plan.tensors, writer.digests if writer else {}, tuple(plan.dropped))
+
+
+def _add(writer: ShardWriter, group: Group, sources: list[Tensor]) -> None:
+    for name, tensor in group.split(sources).items():
+        writer.add(name, tensor)
+
+
+def _common_dtype(group: Group, plan: ExportPlan) -> torch.dtype | None:
+    """The one dtype of all that the group becomes: then shards are cast before they travel. None when they differ.
+
+    float16 is cast by the writer, who sees what it cannot hold.
+    """
+    dtypes = {DTYPES[plan.tensors[name].dtype] for name in group.targets}
+    return dtypes.pop() if len(dtypes) == 1 and torch.float16 not in dtypes else None
+
+
+def _whole(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The full tensor, gathered when it is sharded."""
+    from torch.distributed.tensor import DTensor
+
+    cast = tensor.detach() if dtype is None else tensor.detach().to(dtype)
+    return cast.full_tensor() if isinstance(cast, DTensor) else cast
+
+
+def _finish(writer: ShardWriter, class_name: str, base: BaseModel, plan: ExportPlan, options: ExportOptions) -> None:
+    writer.finish()
+    folder = writer.folder
+    sidecars.write_config(folder, base, class_name, plan.tensors)
+    sidecars.write_generation_config(folder, base, options.stop_token_ids)
+    sidecars.write_tokenizer(folder, options.tokenizer, options.chat_template)
+    if options.trust_remote_code:
+        sidecars.copy_code(folder, base)
+
+
+def _attempt(action: Callable[[], object]) -> Exception | None:
+    """What stopped the action, to be raised by `_agree` when all ranks are there to hear of it."""
+    try:
+        action()
+    except Exception as error:
+        return error
+    return None
+
+
+def _agree(failure: Exception | None, model: Any) -> None:
+    """Raise on every rank when one has failed: on that rank what it met, on the others a word about it.
+
+    Raises: CheckpointError.
+    """
+    failed = failure is not None
+    if dist.is_available() and dist.is_initialized():
+        flag = torch.tensor(int(failed), device=next(model.parameters()).device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        failed = bool(flag.item())
+    if isinstance(failure, ApolloError):
+        raise failure
+    if failure is not None:
+        raise CheckpointError("the model could not be written", found=repr(failure)) from failure
+    if failed:
+        raise CheckpointError("the model was not saved: the rank that writes it failed and says why")

@@ -1,0 +1,256 @@
+"""Safetensors files of a model folder: headers read by ourselves, before any library trusts them; shards written.
+
+Source: the safetensors format, https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apollo_sft.errors import CheckpointError, ModelError
+from apollo_sft.types import TensorSpec
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_BITS = {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "U32": 32, "U64": 64} | {
+    name: dtype.itemsize * 8 for name, dtype in DTYPES.items()
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor in a file: `begin` and `end` are byte positions in that file."""
+
+    spec: TensorSpec
+    path: Path
+    begin: int
+    end: int
+
+
+def read_base_tensors(folder: Path) -> dict[str, TensorSpec]:
+    """What the safetensors files of a model folder hold, by name; empty when it has none. No weight is read.
+
+    Raises: ModelError for a damaged file, or an index that names files outside the folder.
+    """
+    try:
+        return {name: stored.spec for name, stored in read_tensors(folder).items()}
+    except CheckpointError as error:
+        raise ModelError(str(error)) from error
+
+
+def read_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the safetensors files that transformers would load from `folder`.
+
+    Raises: CheckpointError for a damaged file, an index that does not fit its files, or one that leaves the folder.
+    """
+    if (folder / SINGLE_FILE).is_file():
+        return read_header(safe_path(folder, SINGLE_FILE))
+    if not (folder / INDEX_FILE).is_file():
+        return {}
+    weight_map = read_json(safe_path(folder, INDEX_FILE)).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map from tensor names to file names")
+    tensors: dict[str, StoredTensor] = {}
+    for file_name in sorted(set(weight_map.values())):
+        held = read_header(safe_path(folder, file_name))
+        mapped = {name for name, mapped_file in weight_map.items() if mapped_file == file_name}
+        if mapped != set(held):
+            raise CheckpointError(
+                f"{folder / INDEX_FILE} does not fit {file_name}",
+                found=f"only in the index: {_some(mapped - set(held))}; only in the file: {_some(set(held) - mapped)}",
+            )
+        tensors.update(held)
+    return tensors
+
+
+def safe_path(folder: Path, name: str) -> Path:
+    """The path of a file that a model folder names.
+
+    Raises: CheckpointError when it would lie outside the folder, by its name or through a link, or does not exist.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts or name in ("", "."):
+        raise CheckpointError(f"{folder} names a file outside itself", found=name, expected="a file of that folder")
+    root = folder.resolve()
+    if folder.absolute().parent.name == "snapshots":  # the hub's cache: a snapshot links to the blobs beside it
+        root = folder.absolute().parent.parent.resolve()
+    path = folder / name
+    if not path.resolve().is_relative_to(root):
+        raise CheckpointError(f"{path} is a link out of its folder", found=path.resolve(), expected=f"below {root}")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    return path
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file.
+
+    Raises: CheckpointError when the header is malformed or does not fit the size of the file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise CheckpointError(f"{path} is no complete safetensors file", found=f"{size} bytes, header of {length}")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        tensors = {name: _stored(path, entry, 8 + length) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} has a damaged safetensors header", found=f"{error!r}") from error
+    position = 8 + length
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        bits = math.prod(tensor.spec.shape) * DTYPE_BITS[tensor.spec.dtype]
+        if tensor.begin != position or (tensor.end - tensor.begin) * 8 != bits:
+            raise CheckpointError(f"{path}: the bytes of {name} do not fit its shape and dtype")
+        position = tensor.end
+    if position != size:
+        raise CheckpointError(
+            f"{path} is truncated or has bytes of no tensor", found=size, expected=f"{position} bytes"
+        )
+    return tensors
+
+
+def _stored(path: Path, entry: dict[str, Any], start: int) -> StoredTensor:
+    shape = tuple(int(size) for size in entry["shape"])
+    dtype = str(entry["dtype"])
+    begin, end = (int(offset) for offset in entry["data_offsets"])
+    if dtype not in DTYPE_BITS or any(size < 0 for size in shape):
+        raise ValueError(f"dtype {dtype}, shape {shape}")
+    return StoredTensor(TensorSpec(shape, dtype), path, start + begin, start + end)
+
+
+def file_digest(tensor: StoredTensor) -> str:
+    """sha256 of the bytes of a tensor, re-read from the disk where the system allows it."""
+    digest = hashlib.sha256()
+    with tensor.path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), tensor.begin, tensor.end - tensor.begin, os.POSIX_FADV_DONTNEED)
+        file.seek(tensor.begin)
+        left = tensor.end - tensor.begin
+        while left > 0 and (chunk := file.read(min(left, 1 << 24))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """sha256 of the bytes of a contiguous CPU tensor, as a safetensors file would hold them."""
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def num_bytes(spec: TensorSpec) -> int:
+    return math.prod(spec.shape) * DTYPE_BITS[spec.dtype] // 8
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises: CheckpointError when the file is no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON", found=error) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object", found=type(content).__name__)
+    return content
+
+
+def split_into_shards(tensors: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[list[str]]:
+    """Names by shard, in order; a shard is full before it would exceed `max_shard_bytes`. One larger tensor fits."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, spec in tensors.items():
+        if shards[-1] and filled + num_bytes(spec) > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += num_bytes(spec)
+    return shards
+
+
+@dataclass
+class ShardWriter:
+    """Takes tensors in any order, holds those of unfinished shards, writes a shard when its last tensor is there.
+
+    The order of `tensors` is the order in which they should come: then only one shard is held.
+    """
+
+    folder: Path
+    tensors: Mapping[str, TensorSpec]
+    max_shard_bytes: int
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._missing = [set(names) for names in split_into_shards(self.tensors, self.max_shard_bytes)]
+        self._shard_of = {name: shard for shard, names in enumerate(self._missing) for name in names}
+        self._held: dict[int, dict[str, Tensor]] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor, which becomes a contiguous copy of its own on the CPU in the dtype of the file.
+
+        Raises: CheckpointError when its shape is not the expected one, or when a float16 file cannot hold its values.
+        """
+        spec = self.tensors[name]
+        if tuple(tensor.shape) != spec.shape:
+            raise CheckpointError(f"{name} has another shape than in the base", found=tensor.shape, expected=spec.shape)
+        copy = torch.empty(spec.shape, dtype=DTYPES[spec.dtype]).copy_(tensor)
+        if spec.dtype == "F16" and not copy.isfinite().all() and tensor.isfinite().all():
+            raise CheckpointError(f"{name} holds values that float16 cannot", fix="trainer.export_dtype=bf16")
+        self.digests[name] = tensor_digest(copy)
+        shard = self._shard_of[name]
+        self._held.setdefault(shard, {})[name] = copy
+        self._missing[shard].discard(name)
+        if not self._missing[shard]:
+            self._write(shard)
+
+    def finish(self) -> None:
+        """Write the index. Raises: CheckpointError when a tensor did not come."""
+        absent = {name for names in self._missing for name in names}
+        if absent:
+            raise CheckpointError("the model did not give all its tensors", found=f"missing: {_some(absent)}")
+        if len(self._missing) == 1:
+            return
+        weight_map = {name: self._file_name(shard) for name, shard in sorted(self._shard_of.items())}
+        index = {
+            "metadata": {
+                "total_parameters": sum(math.prod(spec.shape) for spec in self.tensors.values()),
+                "total_size": sum(num_bytes(spec) for spec in self.tensors.values()),
+            },
+            "weight_map": weight_map,
+        }
+        (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def _write(self, shard: int) -> None:
+        from safetensors.torch import save_file
+
+        save_file(self._held.pop(shard), self.folder / self._file_name(shard), metadata={"format": "pt"})
+
+    def _file_name(self, shard: int) -> str:
+        count = len(self._missing)
+        return SINGLE_FILE if count == 1 else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:5]) + (", …" if len(names) > 5 else "") if names else "none"
