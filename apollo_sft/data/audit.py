@@ -1,0 +1,136 @@
+"""What will be trained, as a person wants to read it before a GPU is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from apollo_sft.data.store_files import SampleStore, StoreSummary
+from apollo_sft.types import IGNORE_INDEX, Sample
+
+TARGET_START, TARGET_END = "⟦", "⟧"
+GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"
+CONTEXT_CHARS = 400
+TARGET_CHARS = 1200
+
+
+def describe(
+    train: SampleStore,
+    val: SampleStore | None,
+    tokenizer: Any,
+    plan: Sequence[tuple[str, str]] = (),
+    colour: bool = False,
+) -> str:
+    """A table of both datasets, remarks where something needs a look, and one example with its targets marked.
+
+    `plan` are more lines of the table, as (name, value): steps per epoch and what else the caller knows.
+    """
+    stores = [("train", train)] + ([("validation", val)] if val is not None else [])
+    lines = _table([(name, store.summary) for name, store in stores], plan, tokenizer)
+    for name, store in stores:
+        lines += [f"  ! {name}: {remark}" for remark in remarks(store.summary)]
+    example = _example_index(train)
+    legend = f"{TARGET_START}{TARGET_END} = what is trained"
+    lines += ["", f"Example ({train.ref(example)}), {legend}:", ""]
+    lines.append(marked(train[example], tokenizer, colour))
+    return "\n".join(lines)
+
+
+def to_json(train: SampleStore, val: SampleStore | None) -> dict[str, Any]:
+    """The same figures for `data_audit.json`: the summary of each dataset, and what is remarkable about it."""
+    stores = {"train": train} | ({"validation": val} if val is not None else {})
+    return {
+        name: {"store": str(store.folder)} | asdict(store.summary) | {"remarks": remarks(store.summary)}
+        for name, store in stores.items()
+    }
+
+
+def marked(sample: Sample, tokenizer: Any, colour: bool = False) -> str:
+    """The text of a sample with its targets between brackets; long stretches are shortened in the middle."""
+    is_target = np.zeros(len(sample.input_ids), dtype=bool)
+    is_target[1:] = sample.labels[:-1] != IGNORE_INDEX
+    edges = [0, *(np.flatnonzero(np.diff(is_target)) + 1).tolist(), len(is_target)]
+    pieces, before = [], ""
+    for first, end in pairwise(edges):
+        # Decoded from the start: some decoders treat the first token of a text in another way.
+        until = tokenizer.decode(sample.input_ids[:end].tolist(), clean_up_tokenization_spaces=False)
+        pieces.append(_piece(until[len(before) :], bool(is_target[first]), colour))
+        before = until
+    return "".join(pieces)
+
+
+def remarks(summary: StoreSummary) -> list[str]:
+    """What a user should know about the rows and did not ask for."""
+    over, cut = summary.rows_over_max_length, summary.tokens_cut
+    found = [
+        (over, f"{over:,} rows over data.max_length, first {summary.first_over_max_length}"),
+        (cut, f"{summary.samples_truncated:,} samples truncated: {cut:,} tokens, {summary.targets_cut:,} targets cut"),
+        (
+            summary.rows_without_target,
+            f"{summary.rows_without_target:,} rows not trained, no target is left in them: "
+            f"{', '.join(summary.first_without_target)}",
+        ),
+        (
+            summary.cut_turns,
+            f"{summary.cut_turns:,} of {summary.num_turns:,} replies would share a token with their prompt: "
+            "tokenised apart, as at inference",
+        ),
+        (
+            summary.turns_without_stop,
+            f"{summary.turns_without_stop:,} replies without a stop token: the model does not learn where to end them",
+        ),
+        (summary.empty_replies, f"{summary.empty_replies:,} empty replies"),
+        (
+            summary.unpredictable_targets,
+            f"{summary.unpredictable_targets:,} targets at position 0, with nothing before them to predict them from",
+        ),
+    ]
+    return [text for count, text in found if count]
+
+
+def _table(stores: list[tuple[str, StoreSummary]], plan: Sequence[tuple[str, str]], tokenizer: Any) -> list[str]:
+    header = ["", *(name for name, _ in stores)]
+    rows = [
+        ["rows", *(f"{s.num_rows:,}" for _, s in stores)],
+        ["samples", *(f"{s.num_samples:,}" for _, s in stores)],
+        ["tokens", *(f"{s.num_tokens:,}" for _, s in stores)],
+        ["targets", *(f"{s.num_targets:,} ({s.num_targets / max(s.num_tokens, 1):.1%})" for _, s in stores)],
+        ["longest row", *(f"{s.longest_tokens:,} tokens" for _, s in stores)],
+        ["stop tokens", *(_stops(s, tokenizer) for _, s in stores)],
+    ]
+    rows += [[name, value] + [""] * (len(stores) - 1) for name, value in plan]
+    table = [header, *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    lines = []
+    for row in table:
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+    lines += [f"  longest of {name}: {s.longest_row}" for name, s in stores]
+    return lines
+
+
+def _stops(summary: StoreSummary, tokenizer: Any) -> str:
+    names = [str(tokenizer.convert_ids_to_tokens(token)) for token in summary.stop_tokens]
+    return ", ".join(names) or "none"
+
+
+def _example_index(store: SampleStore) -> int:
+    """A sample of ordinary length that is trained on more than a stop token: the first one up to the median."""
+    usual = (store.lengths <= np.median(store.lengths)) & (store.num_targets > 1)
+    return int(np.argmax(usual)) if usual.any() else 0
+
+
+def _piece(text: str, is_target: bool, colour: bool) -> str:
+    limit = TARGET_CHARS if is_target else CONTEXT_CHARS
+    if len(text) > limit:
+        half = limit // 2
+        text = f"{text[:half]} … {len(text) - 2 * half:,} characters … {text[-half:]}"
+    if is_target:
+        text = f"{TARGET_START}{text}{TARGET_END}"
+    if not colour:
+        return text
+    return f"{GREEN if is_target else DIM}{text}{RESET}"

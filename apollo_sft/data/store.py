@@ -1,0 +1,277 @@
+"""Tokenise once: rows -> a memory-mapped store, found again by what it is made of."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from apollo_sft.config.schema import DataConfig
+from apollo_sft.data.conversation import needed_columns, parse_row
+from apollo_sft.data.fingerprint import store_key
+from apollo_sft.data.parquet import Row, expand_paths, num_rows, read_rows
+from apollo_sft.data.render import Renderer, truncate
+from apollo_sft.data.store_files import SampleStore, StoreSummary, StoreWriter
+from apollo_sft.data.template import ChatTemplate
+from apollo_sft.errors import DataError
+from apollo_sft.types import RowRef, Sample
+
+__all__ = ["SampleStore", "StoreRequest", "StoreSummary", "prepare_store"]
+
+CHUNK_ROWS = 512
+SAY_EVERY_SECONDS = 5.0
+NAMED_EXAMPLES = 5
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreRequest:
+    """What a store is made of. `paths` are files, folders or globs; `max_rows` counts over all of them (-1: all)."""
+
+    split: Literal["train", "val"]
+    paths: Sequence[str]
+    max_rows: int
+    tokenizer: Any
+    template: ChatTemplate
+    data: DataConfig
+
+    @property
+    def files_key(self) -> str:
+        return f"data.{self.split}_files"
+
+
+def prepare_store(request: StoreRequest, say: Say) -> SampleStore:
+    """The store of this request, built by the first of any number of processes and opened by the others.
+
+    Raises: DataError for a file, row, template or tokenizer that cannot be used, for rows over `data.max_length`
+    under `data.truncation=error`, and for a dataset without a target.
+    """
+    asked = time.time_ns()
+    files = expand_paths(request.paths, request.files_key)
+    root = store_root(request.data)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        key = store_key(files, request.max_rows, request.tokenizer, request.template, request.data, root / "hashes")
+        folder = root / key
+        store = _open_store(folder)
+        if store is None:
+            with _locked(root / f"{key}.lock", say):
+                store = _open_store(folder) or _build(request, files, folder, say, asked)
+    except OSError as error:
+        raise DataError(
+            f"data.store_dir: the tokenised data cannot be kept in {root}",
+            found=error.strerror or str(error),
+            expected="a folder that can be written" + (" with more room" if error.errno == errno.ENOSPC else ""),
+            fix="data.store_dir=FOLDER",
+        ) from error
+    return store
+
+
+def store_root(data: DataConfig) -> Path:
+    """`data.store_dir`, or a folder in the user's cache."""
+    if data.store_dir is not None:
+        return Path(data.store_dir).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "apollo-sft" / "store"
+
+
+def _open_store(folder: Path) -> SampleStore | None:
+    """None when there is none, or when it is damaged: then it is built again."""
+    try:
+        return SampleStore(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextmanager
+def _locked(path: Path, say: Say) -> Iterator[None]:
+    """The lock of one key. It is the system's, so it ends with the process that holds it."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=1.0)
+    except Timeout:
+        say("another process tokenises the same data: waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _build(request: StoreRequest, files: list[str], folder: Path, say: Say, asked: int) -> SampleStore:
+    """Build under the lock. What others of this key left unfinished is removed: whoever wrote it is dead."""
+    failed = folder.with_name(f"{folder.name}.error")
+    if failed.is_file() and failed.stat().st_mtime_ns > asked:
+        raise DataError(failed.read_text(encoding="utf-8"))
+    building = folder.with_name(f".building-{folder.name}")
+    for left in (building, folder):
+        shutil.rmtree(left, ignore_errors=True)
+    failed.unlink(missing_ok=True)
+    building.mkdir()
+    try:
+        _Build(request, files, building, say).run(folder.name)
+        building.rename(folder)
+        _sync_folder(folder.parent)
+    except DataError as error:
+        # Those who wait for the lock would meet the same error after the same work.
+        failed.write_text(str(error), encoding="utf-8")
+        raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return SampleStore(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class _Build:
+    """One pass over the rows."""
+
+    def __init__(self, request: StoreRequest, files: list[str], folder: Path, say: Say) -> None:
+        self.request = request
+        self.data = request.data
+        self.files = files
+        self.say = say
+        self.renderer = Renderer(request.tokenizer, request.template, request.data)
+        self.summary = StoreSummary(files=files)
+        self.writer = StoreWriter(folder, files)
+
+    def run(self, key: str) -> None:
+        try:
+            self._read_all()
+            self._finish_summary()
+            self._refuse_over_length()
+            self._refuse_no_target()
+            self.writer.finish(key, self.summary)
+        finally:
+            self.writer.abandon()
+
+    def _read_all(self) -> None:
+        limit = self.request.max_rows
+        total = num_rows(self.files)
+        total = min(total, limit) if limit >= 0 else total
+        rows = read_rows(self.files, needed_columns(self.data), limit)
+        start = said = time.monotonic()
+        for chunk in _chunks(rows, CHUNK_ROWS):
+            self._chunk(chunk)
+            now = time.monotonic()
+            if now - said > SAY_EVERY_SECONDS:
+                said = now
+                done = self.summary.num_rows
+                self.say(f"tokenised {done:,} of {total:,} rows, {done / (now - start):,.0f} rows/s")
+        seconds = max(time.monotonic() - start, 1e-9)
+        done = self.summary.num_rows
+        self.say(f"tokenised {done:,} {self.request.split} rows in {seconds:.1f} s, {done / seconds:,.0f} rows/s")
+
+    def _chunk(self, chunk: list[tuple[RowRef, Row]]) -> None:
+        parsed = [self._try_parse(row, ref) for ref, row in chunk]
+        rendered = iter(self.renderer.try_render([c for c in parsed if not isinstance(c, DataError)]))
+        results = [c if isinstance(c, DataError) else next(rendered) for c in parsed]
+        self._refuse_bad_rows([result for result in results if isinstance(result, DataError)], len(chunk))
+        for (ref, _), samples in zip(chunk, results, strict=True):
+            if not isinstance(samples, DataError):
+                self._row(ref, samples)
+
+    def _try_parse(self, row: Row, ref: RowRef) -> Any:
+        try:
+            return parse_row(row, ref, self.data)
+        except DataError as error:
+            return error
+
+    def _refuse_bad_rows(self, errors: list[DataError], num_read: int) -> None:
+        if not errors:
+            return
+        if len(errors) == 1:
+            raise errors[0]
+        raise DataError(f"{errors[0]}\n  besides:  {len(errors) - 1} more of the {num_read} rows read with it fail")
+
+    def _row(self, ref: RowRef, samples: Sequence[Sample]) -> None:
+        summary = self.summary
+        summary.num_rows += 1
+        longest = max((len(sample.input_ids) for sample in samples), default=0)
+        if longest > summary.longest_tokens:
+            summary.longest_tokens, summary.longest_row = longest, str(ref)
+        if longest > self.data.max_length:
+            summary.rows_over_max_length += 1
+            summary.first_over_max_length = summary.first_over_max_length or f"{ref} ({longest:,} tokens)"
+            if self.data.truncation == "error":
+                return
+        if not [self._sample(sample) for sample in samples if self._has_target(sample)]:
+            summary.rows_without_target += 1
+            if len(summary.first_without_target) < NAMED_EXAMPLES:
+                summary.first_without_target.append(str(ref))
+
+    def _has_target(self, sample: Sample) -> bool:
+        cut = truncate(sample, self.data.max_length, self.data.truncation)
+        if cut.num_targets:
+            return True
+        self.summary.targets_cut += sample.num_targets
+        self.summary.tokens_without_target += len(sample.input_ids)
+        return False
+
+    def _sample(self, whole: Sample) -> Sample:
+        sample = truncate(whole, self.data.max_length, self.data.truncation)
+        summary = self.summary
+        summary.num_samples += 1
+        summary.num_tokens += len(sample.input_ids)
+        summary.num_targets += sample.num_targets
+        summary.samples_truncated += sample is not whole
+        summary.tokens_cut += len(whole.input_ids) - len(sample.input_ids)
+        summary.targets_cut += whole.num_targets - sample.num_targets
+        summary.max_token_id = max(summary.max_token_id, int(sample.input_ids.max()))
+        self.writer.add(sample)
+        return sample
+
+    def _finish_summary(self) -> None:
+        counts, summary = self.renderer.counts, self.summary
+        summary.num_turns = counts.turns
+        summary.cut_turns = counts.cut_turns
+        summary.turns_without_stop = counts.turns_without_stop
+        summary.unpredictable_targets = counts.unpredictable_targets
+        summary.empty_replies = counts.empty_replies
+        summary.stop_tokens = dict(counts.stop_tokens.most_common())
+
+    def _refuse_over_length(self) -> None:
+        summary, data = self.summary, self.data
+        if data.truncation != "error" or not summary.rows_over_max_length:
+            return
+        raise DataError(
+            f"{summary.rows_over_max_length:,} of {summary.num_rows:,} rows are longer than data.max_length",
+            found=f"first: {summary.first_over_max_length}; longest: {summary.longest_row} "
+            f"({summary.longest_tokens:,} tokens)",
+            expected=f"at most {data.max_length:,} tokens",
+            fix=f"data.max_length={summary.longest_tokens}, or data.truncation=right (keeps the start) or left (the end)",
+        )
+
+    def _refuse_no_target(self) -> None:
+        summary = self.summary
+        if summary.num_targets:
+            return
+        if not summary.num_rows:
+            raise DataError(f"{self.request.files_key}: there is no row", found=", ".join(self.files))
+        raise DataError(
+            f"{self.request.files_key}: no row has a token to train on",
+            found=f"{summary.num_rows:,} rows, {summary.targets_cut:,} targets cut by data.truncation",
+            expected="at least one target",
+            fix=f"data.max_length={summary.longest_tokens}" if summary.targets_cut else None,
+        )
+
+
+def _chunks(rows: Iterator[tuple[RowRef, Row]], size: int) -> Iterator[list[tuple[RowRef, Row]]]:
+    while chunk := list(islice(rows, size)):
+        yield chunk

@@ -1,0 +1,171 @@
+"""The files of a store: flat arrays written in pieces, and the summary beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from apollo_sft.types import RowRef, Sample
+
+TOKEN_DTYPE = np.dtype("<i4")
+META = "meta.json"
+
+
+@dataclass(slots=True)
+class StoreSummary:
+    """What became of the rows. Token counts are after truncation; what it cut is counted apart.
+
+    `num_rows` = rows that gave samples + `rows_without_target`. `first_*` name examples, oldest first.
+    `stop_tokens`: token id -> turns that end with it, most frequent first.
+    """
+
+    files: list[str]
+    num_rows: int = 0
+    num_samples: int = 0
+    num_tokens: int = 0
+    num_targets: int = 0
+    num_turns: int = 0
+    longest_tokens: int = 0
+    longest_row: str | None = None
+    rows_over_max_length: int = 0
+    first_over_max_length: str | None = None
+    samples_truncated: int = 0
+    tokens_cut: int = 0
+    targets_cut: int = 0
+    rows_without_target: int = 0
+    first_without_target: list[str] = field(default_factory=list)
+    tokens_without_target: int = 0
+    cut_turns: int = 0
+    turns_without_stop: int = 0
+    unpredictable_targets: int = 0
+    empty_replies: int = 0
+    max_token_id: int = -1
+    stop_tokens: dict[int, int] = field(default_factory=dict)
+
+
+class ArrayWriter:
+    """One flat .npy file that grows. The header is written last, so an unfinished file is not an array."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self.dtype = dtype
+        self.length = 0
+        self.file: BinaryIO = path.open("wb")
+        self.header_bytes = self._write_header(0)
+
+    def append(self, values: np.ndarray) -> None:
+        self.file.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
+        self.length += len(values)
+
+    def close(self) -> None:
+        self.file.seek(0)
+        written = self._write_header(self.length)
+        assert written == self.header_bytes, "numpy pads the header of a flat array to one size"
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+    def _write_header(self, length: int) -> int:
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (length,)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+        return self.file.tell()
+
+
+class StoreWriter:
+    """Writes samples one by one; memory holds a few integers a sample, never tokens."""
+
+    def __init__(self, folder: Path, files: list[str]) -> None:
+        self.folder = folder
+        self.file_index = {file: index for index, file in enumerate(files)}
+        self.ids = ArrayWriter(folder / "input_ids.npy", TOKEN_DTYPE)
+        self.labels = ArrayWriter(folder / "labels.npy", TOKEN_DTYPE)
+        self.offsets = array("q", [0])
+        self.num_targets = array("i")
+        self.sources = array("i")
+        self.rows = array("q")
+        self.turns = array("i")
+        self.turn_offsets = array("q", [0])
+
+    def add(self, sample: Sample) -> None:
+        self.ids.append(sample.input_ids)
+        self.labels.append(sample.labels)
+        self.offsets.append(self.ids.length)
+        self.num_targets.append(sample.num_targets)
+        self.sources.append(self.file_index[sample.ref.file])
+        self.rows.append(sample.ref.row)
+        self.turns.extend(sample.turns)
+        self.turn_offsets.append(len(self.turns))
+
+    def finish(self, key: str, summary: StoreSummary) -> None:
+        """Write what is in memory, `meta.json` last, all of it on disk when this returns."""
+        self.ids.close()
+        self.labels.close()
+        for name, values, code in (
+            ("offsets", self.offsets, "<i8"),
+            ("num_targets", self.num_targets, "<i4"),
+            ("sources", self.sources, "<i4"),
+            ("rows", self.rows, "<i8"),
+            ("turns", self.turns, "<i4"),
+            ("turn_offsets", self.turn_offsets, "<i8"),
+        ):
+            writer = ArrayWriter(self.folder / f"{name}.npy", np.dtype(code))
+            writer.append(np.frombuffer(values, dtype=values.typecode) if len(values) else np.zeros(0, code))
+            writer.close()
+        text = json.dumps({"key": key, "summary": asdict(summary)}, indent=1)
+        with (self.folder / META).open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def abandon(self) -> None:
+        self.ids.file.close()
+        self.labels.file.close()
+
+
+class SampleStore:
+    """The samples of a dataset, read-only and memory-mapped: opening it costs nothing that grows with tokens.
+
+    `lengths`, `num_targets`: int32 of shape (samples,).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        meta["summary"]["stop_tokens"] = {int(k): v for k, v in meta["summary"]["stop_tokens"].items()}
+        self.folder = folder
+        self.key: str = meta["key"]
+        self.summary = StoreSummary(**meta["summary"])
+        self._ids = _open(folder, "input_ids")
+        self._labels = _open(folder, "labels")
+        self._offsets = _open(folder, "offsets")
+        self._sources = _open(folder, "sources")
+        self._rows = _open(folder, "rows")
+        self._turns = _open(folder, "turns")
+        self._turn_offsets = _open(folder, "turn_offsets")
+        self.lengths: np.ndarray = np.diff(self._offsets).astype(np.int32)
+        self.num_targets: np.ndarray = _open(folder, "num_targets")
+        if len(self._ids) != self.summary.num_tokens or len(self.lengths) != self.summary.num_samples:
+            raise ValueError(f"{folder}: arrays and summary disagree")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> Sample:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        first, end = int(self._offsets[i]), int(self._offsets[i + 1])
+        turns = self._turns[int(self._turn_offsets[i]) : int(self._turn_offsets[i + 1])]
+        return Sample(self._ids[first:end], self._labels[first:end], self.ref(i), tuple(turns.tolist()))
+
+    def ref(self, i: int) -> RowRef:
+        return RowRef(self.summary.files[int(self._sources[i])], int(self._rows[i]))
+
+
+def _open(folder: Path, name: str) -> np.ndarray:
+    """Raises: ValueError or OSError for a file that is missing, cut short or no array."""
+    path = folder / f"{name}.npy"
+    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))

@@ -1,0 +1,100 @@
+"""Which chat template is used, and where it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apollo_sft.config.schema import DataConfig
+from apollo_sft.errors import DataError
+
+CHATML = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+PLAIN = (
+    "{%- for message in messages -%}{{- message.content -}}"
+    "{%- if message.role == 'assistant' -%}{{- eos_token -}}{%- endif -%}{%- endfor -%}"
+)
+"""For base models: the contents one after another, nothing between them, the end token after each answer."""
+
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+CHOICES = "a path to a jinja file, jinja text, `chatml` or `plain`"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """Jinja text and its origin, for messages. `tool_text`, where the tokenizer has one, serves rows with tools."""
+
+    text: str
+    source: str
+    tool_text: str | None = None
+
+    def text_for(self, has_tools: bool) -> str:
+        return self.tool_text if has_tools and self.tool_text is not None else self.text
+
+
+def resolve_template(tokenizer: Any, data: DataConfig) -> ChatTemplate:
+    """The template that `data.chat_template` names; null is the tokenizer's own.
+
+    Raises: DataError when there is none, or the built-in one does not fit the tokenizer.
+    """
+    wanted = data.chat_template
+    if wanted is None:
+        return _own(tokenizer)
+    if wanted == "chatml":
+        return _chatml(tokenizer)
+    if wanted == "plain":
+        return _plain(tokenizer)
+    if "{{" in wanted or "{%" in wanted:
+        return ChatTemplate(wanted, "data.chat_template (jinja text)")
+    return _from_file(wanted)
+
+
+def _own(tokenizer: Any) -> ChatTemplate:
+    own = tokenizer.chat_template
+    if isinstance(own, dict) and "default" in own:
+        return ChatTemplate(own["default"], "the tokenizer's own", own.get("tool_use"))
+    if isinstance(own, str) and own:
+        return ChatTemplate(own, "the tokenizer's own")
+    found = f"named templates {', '.join(own)}, none of them `default`" if isinstance(own, dict) else "none"
+    raise DataError(
+        "the tokenizer has no chat template (data.chat_template)",
+        found=found,
+        expected=CHOICES,
+        fix="data.chat_template=chatml, or data.chat_template=plain for prompt + response + end token",
+    )
+
+
+def _chatml(tokenizer: Any) -> ChatTemplate:
+    missing = [token for token in CHATML_TOKENS if token not in tokenizer.get_added_vocab()]
+    if missing:
+        raise DataError(
+            "data.chat_template=chatml does not fit this tokenizer: a turn would not end in one token",
+            found=f"no token {' and '.join(missing)}",
+            expected="a tokenizer that has them",
+            fix="data.chat_template=plain, which ends answers with the tokenizer's own end token",
+        )
+    return ChatTemplate(CHATML, "built-in chatml")
+
+
+def _plain(tokenizer: Any) -> ChatTemplate:
+    if tokenizer.eos_token is None:
+        raise DataError("data.chat_template=plain needs a tokenizer with an end token", found="eos_token is null")
+    # A prompt at inference begins with the BOS token where the tokenizer adds one, so the training text does too.
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return ChatTemplate("{{- bos_token -}}" * adds_bos + PLAIN, "built-in plain")
+
+
+def _from_file(wanted: str) -> ChatTemplate:
+    path = Path(wanted).expanduser()
+    try:
+        return ChatTemplate(path.read_text(encoding="utf-8"), wanted)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(
+            "data.chat_template cannot be read as a file", found=f"{wanted}: {reason}", expected=CHOICES
+        ) from error
