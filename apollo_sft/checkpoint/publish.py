@@ -152,9 +152,9 @@ def _read_move(journal: Path) -> Move:
 
 
 def model_files(folder: Path) -> list[str]:
-    """Names of the files in `folder` that belong to the model published there, the manifest included."""
-    listed = _listed_files(folder / MANIFEST)
-    return [*sorted(listed), MANIFEST] if listed else []
+    """Names in `folder` that belong to the model published there, or being moved there; the list itself comes last."""
+    names = {**_listed_files(folder / MANIFEST), **_listed_files(folder / JOURNAL)}
+    return [*sorted(names, key=lambda name: (name != LAST, name)), MANIFEST] if names else []
 
 
 def _listed_files(manifest: Path) -> Mapping[str, Any]:

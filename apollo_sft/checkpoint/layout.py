@@ -1,0 +1,230 @@
+"""The folder of one run: who may use it, what lies where, and what run.json says. Only rank 0 comes here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from apollo_sft.checkpoint import publish
+from apollo_sft.errors import ConfigError
+
+KEY = "trainer.default_local_dir"
+MARKER = "apollo-sft run"
+"""What run.json says in `kind`: a folder with it is ours."""
+RUN_JSON = "run.json"
+OWN_NAMES = frozenset(
+    {RUN_JSON, "metrics.jsonl", "config.yaml", "audit.txt", "audit.jsonl", "checkpoints", "tensorboard", "wandb"}
+)
+LOCK = publish.PREFIX + "lock"
+ARCHIVING_PREFIX = publish.PREFIX + "previous-"
+TIMED_FOLDER = re.compile(r"(previous|model)-\d{8}-\d{6}(-\d+)?")
+PACKAGES = ("torch", "transformers", "apollo-sft")
+SECRETS = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_[A-Za-z0-9]{16,}")
+"""Credentials in a URL, and tokens of the hub."""
+
+Status = Literal["running", "finished", "failed", "refused"]
+
+
+class RunFolder:
+    """A claimed folder. `notes` says in words what claiming it changed."""
+
+    def __init__(self, root: Path, lock: FileLock, notes: list[str]) -> None:
+        self.root = root
+        self.notes = notes
+        self.metrics = root / "metrics.jsonl"
+        self.config_yaml = root / "config.yaml"
+        self.run_json = root / RUN_JSON
+        self.audit = root / "audit.txt"
+        self.checkpoints = root / "checkpoints"
+        self._lock = lock
+        self._facts: dict[str, Any] = {}
+        self._started = _now()
+
+    @classmethod
+    def claim(cls, path: str | Path, resume_mode: str) -> RunFolder:
+        """Take the folder for this run, or refuse, before anything in it was changed. Call `write_run` next.
+
+        A save that an earlier run was killed in is finished or undone. With `resume_mode` "disable" an earlier run
+        of ours moves to `previous-<time>/`; one that trained nothing is written over.
+        Raises: ConfigError for files that are not ours, an earlier or a live run, or a folder that cannot be written.
+        """
+        root = Path(path).expanduser().absolute()
+        _refuse_foreign_files(root)
+        _make_writable(root)
+        lock = _lock(root)
+        notes = publish.recover(root)
+        notes += _finish_archiving(root)
+        earlier = read_run(root)
+        if earlier is not None and resume_mode == "disable":
+            notes.append(f"moved the earlier run to {_archive(root).name}/")
+        elif earlier is not None and _trained_something(root):
+            lock.release()
+            raise ConfigError(
+                f"{KEY}={path} holds an earlier run",
+                found=f"a run that began {earlier.get('started')}, status {earlier.get('status')}",
+                expected="an empty or new folder; going on with an earlier run is not built yet",
+                fix=f"trainer.resume_mode=disable moves it to previous-<time>/; or choose another {KEY}",
+            )
+        return cls(root, lock, notes)
+
+    def write_run(self, status: Status, **facts: Any) -> None:
+        """Write run.json: what runs, where, since when, and how it ended. Facts of earlier calls are kept."""
+        self._facts |= facts
+        content = {
+            "kind": MARKER,
+            "status": status,
+            "started": self._started,
+            "finished": None if status == "running" else _now(),
+            "command": [redact(argument) for argument in sys.orig_argv],
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "versions": versions(),
+            **self._facts,
+        }
+        publish.write_durably(self.run_json, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+    def write_config(self, text: str) -> None:
+        """Write config.yaml, the resolved configuration."""
+        publish.write_durably(self.config_yaml, text)
+
+    def release(self) -> None:
+        """Let another run claim the folder. The end of the process does the same."""
+        self._lock.release()
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """run.json of a folder of ours; None when there is none, or one that is not ours."""
+    try:
+        content = json.loads((folder / RUN_JSON).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and content.get("kind") == MARKER else None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that the numbers depend on; imports none of them."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def redact(text: str) -> str:
+    """The text without credentials in URLs and without hub tokens."""
+    return SECRETS.sub("***", text)
+
+
+def _refuse_foreign_files(root: Path) -> None:
+    if not root.exists():
+        return
+    if not root.is_dir():
+        raise ConfigError(f"{KEY} is not a folder", found=root, expected="a new or empty folder")
+    try:
+        entries = sorted(root.iterdir())
+    except OSError as error:
+        raise ConfigError(f"{KEY}={root} cannot be read", found=error) from error
+    ours = _own_names(root)
+    foreign = [path.name for path in entries if path.name not in ours and not _is_kept(path)]
+    if foreign:
+        more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
+        raise ConfigError(
+            f"{KEY}={root} holds files that are not from a run of ours; nothing was touched",
+            found=", ".join(foreign[:5]) + more,
+            expected="a new or empty folder",
+            fix=f"choose another {KEY}, or move these files away",
+        )
+
+
+def _own_names(root: Path) -> set[str]:
+    """Names that a run of ours uses, where one was here: without run.json only our hidden files are ours."""
+    names = {path.name for path in root.glob(f"{publish.PREFIX}*")}
+    return names | OWN_NAMES | set(publish.model_files(root)) if read_run(root) is not None else names
+
+
+def _is_kept(path: Path) -> bool:
+    """An earlier run that was moved aside, or a model that was."""
+    if not TIMED_FOLDER.fullmatch(path.name) or path.is_symlink():
+        return False
+    return read_run(path) is not None or (path / publish.DIRECTORY_MANIFEST).is_file()
+
+
+def _make_writable(root: Path) -> None:
+    probe = root / f"{publish.PREFIX}probe"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        publish.write_durably(probe, "")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"{KEY}={root} cannot be written", found=error, fix=f"choose another {KEY}") from error
+
+
+def _lock(root: Path) -> FileLock:
+    lock = FileLock(root / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        run = read_run(root) or {}
+        raise ConfigError(
+            f"{KEY}={root} is in use by a run that is still going on",
+            found=f"process {run.get('pid')} on {run.get('host')}, since {run.get('started')}",
+            fix=f"wait for it, end it, or choose another {KEY}",
+        ) from error
+    return lock
+
+
+def _trained_something(root: Path) -> bool:
+    metrics, checkpoints = root / "metrics.jsonl", root / "checkpoints"
+    has_steps = metrics.is_file() and metrics.stat().st_size > 0
+    has_checkpoints = checkpoints.is_dir() and any(checkpoints.iterdir())
+    return has_steps or has_checkpoints or bool(publish.model_files(root))
+
+
+def _archive(root: Path) -> Path:
+    """Move the run in `root` to `previous-<time>/`, by way of a hidden folder that says where to go on after a kill."""
+    name = time.strftime("previous-%Y%m%d-%H%M%S")
+    taken = sum(path.name.startswith(name) for path in root.iterdir())
+    final = root / (name if not taken else f"{name}-{taken + 1}")
+    hidden = root / f"{publish.PREFIX}{final.name}"
+    hidden.mkdir()
+    return _move_run(root, hidden)
+
+
+def _finish_archiving(root: Path) -> list[str]:
+    return [
+        f"finished moving an earlier run to {_move_run(root, hidden).name}/"
+        for hidden in sorted(root.glob(f"{ARCHIVING_PREFIX}*"))
+        if hidden.is_dir() and not hidden.is_symlink()
+    ]
+
+
+def _move_run(root: Path, hidden: Path) -> Path:
+    """config.json first, so that no half of a model loads; run.json last: until then it says that the rest is ours."""
+    files = publish.model_files(root)
+    aside = [path.name for path in root.glob("model-*") if _is_kept(path)]
+    for name in [*files[:-1], *sorted(OWN_NAMES - {RUN_JSON}), *aside, *files[-1:], RUN_JSON]:
+        if name == RUN_JSON:
+            publish.sync_folder(hidden)
+        if os.path.lexists(root / name):
+            (root / name).rename(hidden / name)
+    final = root / hidden.name.removeprefix(publish.PREFIX)
+    publish.sync_folder(hidden)
+    hidden.rename(final)
+    publish.sync_folder(root)
+    return final
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
