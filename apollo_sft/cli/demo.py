@@ -146,7 +146,7 @@ def _parse(argv: Sequence[str]) -> Demo:
     )
     parser.add_argument("--folder", type=Path, default=Path("apollo-demo"), help="where to write [apollo-demo]")
     parser.add_argument("--seed", type=int, default=1, help="of the data, the model and the training [1]")
-    parser.add_argument("--steps", type=int, default=1100, help="training steps [1100]")
+    parser.add_argument("--steps", type=int, default=900, help="training steps [900]")
     parser.add_argument("--nproc", type=int, default=None, help="processes [one per GPU, or 2 without a GPU]")
     given = parser.parse_args(argv)
     if given.steps < 1 or (given.nproc is not None and given.nproc < 1):
@@ -216,7 +216,7 @@ def _say_answers(console: Console, held_out: HeldOut, answers: dict[str, list[st
 
 def _shown(answer: str, right: bool) -> Text:
     """One line: line breaks become `/`, a long answer is cut."""
-    line = " / ".join(part for part in answer.splitlines() if part.strip()) or "(nothing)"
+    line = " / ".join(part for part in answer.splitlines() if part.strip()) or "(blank)"
     line = line if len(line) <= 60 else line[:60] + " …"
     return Text.assemble(line, ("  right" if right else "  wrong", "green" if right else "red"))
 
