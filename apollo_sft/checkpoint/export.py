@@ -83,6 +83,7 @@ def export_model(model: Any, base: BaseModel, staging: Path, options: ExportOpti
         sources = [_whole(state[name], _common_dtype(group, plan)) for name in group.sources]
         if writer is not None and failure is None:
             failure = _attempt(partial(_add, writer, group, sources))
+        del sources  # before the next is gathered, not after
     if writer is not None and failure is None:
         failure = _attempt(lambda: _finish(writer, type(model).__name__.removeprefix("FSDP"), base, plan, options))
     _agree(failure, model)

@@ -49,12 +49,16 @@ def _without_private(value: Any) -> Any:
 
 
 def write_generation_config(folder: Path, base: BaseModel, stop_token_ids: Iterable[int]) -> None:
-    """generation_config.json: the base's own, ending at what was trained as a stop token, then at the base's own."""
+    """generation_config.json: the base's own, ending at what was trained as a stop token, then at the base's own.
+
+    A base whose settings transformers would not save again keeps only its token ids.
+    """
     path = base.folder / "generation_config.json"
     if path.is_file():
         config = _without_private(read_json(path))
     else:
-        config = {key: base.config[key] for key in TOKEN_IDS if base.config.get(key) is not None}
+        config = {key: base.config[key] for key in TOKEN_IDS if key in base.config}
+    config = {key: value for key, value in config.items() if key not in TOKEN_IDS or value not in (None, -1)}
     if config.get("do_sample") is not True:
         config = {key: value for key, value in config.items() if key not in SAMPLING_FLAGS}
     own = config.get("eos_token_id")
@@ -62,7 +66,19 @@ def write_generation_config(folder: Path, base: BaseModel, stop_token_ids: Itera
     ids = list(dict.fromkeys([*stop_token_ids, *(own if isinstance(own, list) else [own] if own is not None else [])]))
     if ids:
         config["eos_token_id"] = ids if len(ids) > 1 else ids[0]
+    if not _can_be_saved(config):
+        config = {key: config[key] for key in TOKEN_IDS if key in config}
     _write_json(folder / "generation_config.json", config)
+
+
+def _can_be_saved(config: dict[str, Any]) -> bool:
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig(**config).validate(strict=True)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def write_tokenizer(folder: Path, tokenizer: Any, chat_template: str | None) -> None:

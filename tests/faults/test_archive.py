@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from file_operations import Crash, FileOperations
 
 from apollo_sft.checkpoint import publish
 from apollo_sft.checkpoint.layout import RunFolder, read_run
+from tests.support.file_operations import Crash, FileOperations
 
 
 @pytest.fixture

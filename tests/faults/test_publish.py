@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from file_operations import Crash, FileOperations
 
 from apollo_sft.checkpoint import publish
 from apollo_sft.errors import CheckpointError
+from tests.support.file_operations import Crash, FileOperations
 
 OLD = {
     "config.json": "old config",
@@ -148,7 +148,7 @@ def test_a_crash_inside_the_recovery_is_recovered(
 def test_a_real_kill_in_the_middle_of_the_move(prepared: Path) -> None:
     script = textwrap.dedent("""
         import pathlib, sys, time
-        sys.path.insert(0, sys.argv[2])
+        sys.path[:0] = sys.argv[2:]
         from apollo_sft.checkpoint import publish
         import test_publish
         replace = pathlib.Path.replace
@@ -161,8 +161,9 @@ def test_a_real_kill_in_the_middle_of_the_move(prepared: Path) -> None:
         pathlib.Path.replace = slowly
         test_publish.save(pathlib.Path(sys.argv[1]), test_publish.NEW)
     """)
-    here = str(Path(__file__).parent)
-    process = subprocess.Popen([sys.executable, "-c", script, str(prepared), here], stdout=subprocess.PIPE, text=True)
+    here = Path(__file__).resolve().parent
+    command = [sys.executable, "-c", script, str(prepared), str(here), str(here.parents[1])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process.stdout as output:
         assert output.readline() == "moving\n"

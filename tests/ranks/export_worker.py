@@ -1,4 +1,4 @@
-"""Every export case under FSDP2 in one start: shard from meta, take one step, save. Run by test_export.py."""
+"""Every export case under FSDP2 in one start: shard from meta, take one step, save. Run by test_export_ranks.py."""
 
 import copy
 import json

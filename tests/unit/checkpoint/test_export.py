@@ -219,6 +219,7 @@ def test_config_keeps_the_base_and_no_private_key(tmp_path: Path) -> None:
         ({"eos_token_id": 9, "temperature": 0.6, "top_p": 0.9}, {"eos_token_id": [2, 9]}),
         ({"eos_token_id": [9, 2], "do_sample": True, "temperature": 0.6}, {"eos_token_id": [2, 9], "temperature": 0.6}),
         ({"eos_token_id": 2, "repetition_penalty": 1.1}, {"eos_token_id": 2, "repetition_penalty": 1.1}),
+        ({"eos_token_id": 9, "bos_token_id": 1, "pad_token_id": -1}, {"eos_token_id": [2, 9], "bos_token_id": 1}),
         (None, {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}),
     ],
 )

@@ -1,0 +1,33 @@
+"""Tokenizers of published models go through an export unchanged, with the template that was used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from apollo_sft.checkpoint.sidecars import write_tokenizer
+
+SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "tokenizers"
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+TEXTS = ["A plain line.", "  two  spaces\n\ttab", "héllo ﬁne 你好 👩‍👩‍👧", "<|im_start|>user\nx<|im_end|>"]
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "qwen3", "smollm2"])
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+def test_ids_and_template_survive(tmp_path: Path, name: str, template: str | None) -> None:
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip("../shared/tokenizers is not here")
+    before = AutoTokenizer.from_pretrained(folder)
+    own = before.chat_template
+    write_tokenizer(tmp_path, before, template)
+    after = AutoTokenizer.from_pretrained(tmp_path)
+    assert after(TEXTS)["input_ids"] == before(TEXTS)["input_ids"]
+    assert after.chat_template == (template or own)
+    assert before.chat_template == own
+    assert (after.eos_token, after.pad_token) == (before.eos_token, before.pad_token)
+    for path in tmp_path.iterdir():
+        assert str(folder).encode() not in path.read_bytes(), f"{path.name} names a private path"
