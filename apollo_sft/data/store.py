@@ -255,7 +255,7 @@ class _Build:
             found=f"first: {summary.first_over_max_length}; longest: {summary.longest_row} "
             f"({summary.longest_tokens:,} tokens)",
             expected=f"at most {data.max_length:,} tokens",
-            fix=f"data.max_length={summary.longest_tokens}, or data.truncation=right (keeps the start) or left (the end)",
+            fix=f"data.max_length={summary.longest_tokens}, or data.truncation=right or left (the side that is cut)",
         )
 
     def _refuse_no_target(self) -> None:

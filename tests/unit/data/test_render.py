@@ -1,0 +1,227 @@
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from apollo_sft.data.render import Renderer, shifted_labels, truncate
+from apollo_sft.data.template import ChatTemplate, resolve_template
+from apollo_sft.errors import DataError
+from apollo_sft.types import IGNORE_INDEX, Conversation, RowRef, Sample
+from tests.support.data import CHATML, CLOSING, FORGETFUL, UNSTOPPED, chat, data_config, tiny_tokenizer
+
+REF = RowRef("f.parquet", 7)
+
+
+def renderer(template: str, tokenizer: Any = None, **changes: Any) -> Renderer:
+    tokenizer = tokenizer or tiny_tokenizer()
+    data = data_config(chat_template=template, **changes)
+    return Renderer(tokenizer, resolve_template(tokenizer, data), data)
+
+
+def render(messages: list[Any], template: str = CHATML, **changes: Any) -> Sample:
+    [[sample]] = renderer(template, **changes).render([Conversation(messages, None, {}, REF)])
+    return sample
+
+
+def target_texts(sample: Sample) -> list[str]:
+    """The decoded text of each stretch of targets."""
+    tokenizer = tiny_tokenizer()
+    texts, ids = [], []
+    for label in [*sample.labels.tolist(), IGNORE_INDEX]:
+        if label != IGNORE_INDEX:
+            ids.append(label)
+        elif ids:
+            texts.append(tokenizer.decode(ids))
+            ids = []
+    return texts
+
+
+def test_labels_are_shifted_once_by_hand() -> None:
+    ids = np.array([10, 11, 12, 13, 14, 15], dtype=np.int32)
+    x = IGNORE_INDEX
+    assert shifted_labels(ids, [(2, 4)]).tolist() == [x, 12, 13, x, x, x]
+    assert shifted_labels(ids, [(1, 2), (4, 6)]).tolist() == [11, x, x, 14, 15, x]
+    assert shifted_labels(ids, [(0, 2)]).tolist() == [11, x, x, x, x, x]
+    assert shifted_labels(ids, [(0, 1)]).tolist() == [x] * 6
+
+
+def test_a_whole_sample_by_hand() -> None:
+    tokenizer = tiny_tokenizer()
+    sample = render(chat("ab", "c"))
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    prompt = [start, *encode("user\nab"), end, *encode("\n"), start, *encode("assistant\n")]
+    assert sample.input_ids.tolist() == [*prompt, *encode("c"), end, *encode("\n")]
+    assert sample.labels.tolist() == [IGNORE_INDEX] * (len(prompt) - 1) + [
+        *encode("c"),
+        end,
+        IGNORE_INDEX,
+        IGNORE_INDEX,
+    ]
+    assert (sample.input_ids.dtype, sample.labels.dtype) == (np.int32, np.int32)
+    assert (sample.turns, sample.ref, sample.num_targets) == ((1,), REF, 2)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "expected"),
+    [
+        (CHATML, chat("a", "b"), ["b<|im_end|>"]),
+        (CHATML, chat("a", "b", "c", "d"), ["b<|im_end|>", "d<|im_end|>"]),
+        (CHATML, chat("a", "b", "c"), ["b<|im_end|>"]),
+        (CHATML, chat("a", ""), ["<|im_end|>"]),
+        (CHATML, chat("b", "b", "assistant\nb", "b"), ["b<|im_end|>", "b<|im_end|>"]),
+        (CHATML, chat("a", "so <|im_end|> it is"), ["so <|im_end|> it is<|im_end|>"]),
+        (CHATML, chat("a", "b")[1:], None),
+        (CHATML, [*chat("a", "b"), {"role": "assistant", "content": "c"}], ["b<|im_end|>", "c<|im_end|>"]),
+        (CHATML, chat("a", "b \n"), ["b \n<|im_end|>"]),
+        (CLOSING, chat("a", "b"), ["b<|end|>"]),
+        (CLOSING, chat("a", "b", "c", "d"), ["b<|end|>", "d<|end|>"]),
+        (CLOSING, chat("a", "", "c", ""), ["<|end|>", "<|end|>"]),
+        (FORGETFUL, chat("a", "b"), ["<think>\n\n</think>\n\nb<|im_end|>"]),
+        (UNSTOPPED, chat("a", "b", "c", "d"), ["b", "d"]),
+        ("plain", chat("a", "b", "c", "d"), ["b<|endoftext|>", "d<|endoftext|>"]),
+        ("chatml", chat("a", "b"), ["b<|im_end|>"]),
+    ],
+)
+def test_targets_are_what_the_model_says_through_its_stop_token(
+    template: str, messages: list[Any], expected: list[str] | None
+) -> None:
+    sample = render(messages, template)
+    assert target_texts(sample) == (expected or ["b<|im_end|>"])
+    tokenizer = tiny_tokenizer()
+    text = resolve_template(tokenizer, data_config(chat_template=template)).text
+    whole = tokenizer.apply_chat_template(messages, chat_template=text, tokenize=True, return_dict=False)
+    assert sample.input_ids.tolist() == whole
+
+
+def test_template_arguments_decide_what_is_prompt() -> None:
+    thinking_off = {"enable_thinking": False}
+    assert target_texts(render(chat("a", "b"), FORGETFUL, apply_chat_template_kwargs=thinking_off)) == ["b<|im_end|>"]
+    row = Conversation(chat("a", "b"), None, thinking_off, REF)
+    [[sample]] = renderer(FORGETFUL).render([row])
+    assert target_texts(sample) == ["b<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "kwargs", "said"),
+    [
+        (FORGETFUL, chat("a", "b", "c", "d"), {}, ("turn 1", "rewrites history: the turn is written differently")),
+        (FORGETFUL, chat("a", "b", "c", "d"), {"enable_thinking": False}, ("turn 1", "the prompt of the turn")),
+        ("{{ messages[-1].content }}", chat("a", "b"), {}, ("turn 1", "rewrites history")),
+        (UNSTOPPED.replace("\n{% endfor %}", "{{ eos_token if loop.last and m.role == 'assistant' }}{% endfor %}"),
+         chat("a", "b", "c", "d"), {},
+         ("turn 1", "no stop token, although")),
+        ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+         "{% if add_generation_prompt %}<|assistant|>{% endif %}", chat("a", "b", "c"), {},
+         ("turn 1", "not built yet")),
+        ("{{ raise_exception('roles must alternate') }}", chat("a", "b"), {}, ("fails", "roles must alternate")),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_proven_is_refused(
+    template: str, messages: list[Any], kwargs: Any, said: tuple[str, ...]
+) -> None:
+    with pytest.raises(DataError) as caught:
+        render(messages, template, apply_chat_template_kwargs=kwargs)
+    message = str(caught.value)
+    assert "f.parquet row 7" in message
+    assert "data.chat_template (jinja text)" in message
+    assert all(words in message for words in said)
+
+
+def test_one_bad_conversation_leaves_the_others() -> None:
+    rows = [Conversation(chat("a", "b", "c", "d")[: 2 * n], None, {}, REF) for n in (1, 2, 1)]
+    results = renderer(FORGETFUL).try_render(rows)
+    assert [isinstance(result, DataError) for result in results] == [False, True, False]
+    assert results[0][0].input_ids.tolist() == results[2][0].input_ids.tolist()  # type: ignore[index]
+
+
+def prompts_hold(messages: list[Any], template: str) -> tuple[int, int]:
+    """Assert that the ids before every target are those of its prompt; (turns that were cut, whole ids equal)."""
+    tokenizer = tiny_tokenizer()
+    text = resolve_template(tokenizer, data_config(chat_template=template)).text
+    one = renderer(template, tokenizer)
+    [[sample]] = one.render([Conversation(messages, None, {}, REF)])
+    ids = sample.input_ids.tolist()
+    apply = lambda m, **kw: tokenizer.apply_chat_template(m, chat_template=text, return_dict=False, **kw)  # noqa: E731
+    starts = np.flatnonzero((sample.labels != IGNORE_INDEX) & (np.roll(sample.labels, 1) == IGNORE_INDEX)) + 1
+    for turn, start in zip(sample.turns, starts, strict=True):
+        prompt = apply(messages[:turn], add_generation_prompt=True)
+        if turn == sample.turns[0]:
+            assert ids[:start] == prompt
+        assert tokenizer.decode(ids[:start]) == tokenizer.decode(prompt)
+    assert tokenizer.decode(ids) == apply(messages, tokenize=False)
+    return one.counts.cut_turns, ids == apply(messages)
+
+
+@pytest.mark.parametrize("template", [CHATML, "plain", UNSTOPPED])
+def test_hostile_seams_are_cut_as_inference_does(template: str) -> None:
+    """Replies and prompts that fuse at the seam: white space, letters of one word, emoji, combining marks."""
+    draw = random.Random(0)
+    bits = ["\n", " ", "  ", "\n\n", "a", "the", " answer", "é", "e\u0301", "\u0301", "👩‍👧", "二", "assistant\n", "."]
+    cut = same = 0
+    for _ in range(150):
+        texts = ["".join(draw.choices(bits, k=draw.randint(1, 5))) for _ in range(2)]
+        if not texts[1].strip():
+            continue
+        turns, equal = prompts_hold(chat(*texts), template)
+        cut, same = cut + turns, same + equal
+        assert equal or turns
+    assert cut > 5
+    assert same > 5
+
+
+def test_a_token_over_the_seam_is_cut_and_counted() -> None:
+    tokenizer = tiny_tokenizer()
+    seam = tokenizer("assistant\n\n\n", add_special_tokens=False)["input_ids"]
+    assert len(seam) < len(tokenizer("assistant\n")["input_ids"]) + len(tokenizer("\n\n")["input_ids"])
+    assert prompts_hold(chat("a", "\n\nb"), CHATML) == (1, False)
+    assert prompts_hold(chat("a", "b"), CHATML) == (0, True)
+
+
+def test_a_prompt_whose_tokens_change_without_a_straddle_is_cut_too() -> None:
+    """`\\n\\n` is one token at the end of a text, two before a letter: nothing straddles, yet the prompt is another."""
+    tokenizer = tiny_tokenizer()
+    alone = tokenizer("a\n\n")["input_ids"]
+    assert tokenizer("a\n\nb")["input_ids"][: len(alone)] != alone
+    assert prompts_hold(chat("a\n\n", "b"), "plain") == (1, False)
+
+
+def test_targets_at_position_0_are_counted_not_trained() -> None:
+    one = renderer("plain")
+    [[sample]] = one.render([Conversation(chat("", "b"), None, {}, REF)])
+    assert sample.num_targets == 1
+    assert one.counts.unpredictable_targets == 1
+
+
+def test_counts() -> None:
+    one = renderer(UNSTOPPED)
+    one.render([Conversation(chat("a", "b", "c", ""), None, {}, REF)])
+    assert (one.counts.turns, one.counts.turns_without_stop, one.counts.empty_replies) == (2, 2, 1)
+    two = renderer(CHATML)
+    two.render([Conversation(chat("a", "b", "c", "d"), None, {}, REF)] * 2)
+    assert two.counts.stop_tokens == {tiny_tokenizer().convert_tokens_to_ids("<|im_end|>"): 4}
+
+
+def test_slow_tokenizers_are_refused() -> None:
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(DataError, match="fast tokenizer"):
+        Renderer(Slow(), ChatTemplate(CHATML, "test"), data_config())
+
+
+@pytest.mark.parametrize("length", [1, 5, 8, 9, 100])
+def test_truncation_cuts_tokens_and_labels_together(length: int) -> None:
+    x = IGNORE_INDEX
+    whole = Sample(np.arange(9, dtype=np.int32), np.array([x, x, 3, 4, x, x, 7, 8, x], np.int32), REF, (1, 3))
+    for side in ("left", "right"):
+        cut = truncate(whole, length, side)
+        kept = min(length, 9)
+        assert len(cut.input_ids) == len(cut.labels) == kept
+        assert cut.labels[-1] == x
+        trained = cut.labels[:-1] != x
+        assert (cut.labels[:-1][trained] == cut.input_ids[1:][trained]).all()
+    assert truncate(whole, 8, "right").labels.tolist() == [x, x, 3, 4, x, x, 7, x]
+    assert truncate(whole, 5, "left").labels.tolist() == [x, x, 7, 8, x]
+    assert truncate(whole, 9, "left") is whole
