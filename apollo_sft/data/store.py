@@ -119,7 +119,7 @@ def _build(request: StoreRequest, files: list[str], folder: Path, say: Say, aske
     failed.unlink(missing_ok=True)
     building.mkdir()
     try:
-        _Build(request, files, building, say).run(folder.name)
+        _Builder(request, files, building, say).run(folder.name)
         building.rename(folder)
         _sync_folder(folder.parent)
     except DataError as error:
@@ -139,7 +139,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-class _Build:
+class _Builder:
     """One pass over the rows."""
 
     def __init__(self, request: StoreRequest, files: list[str], folder: Path, say: Say) -> None:

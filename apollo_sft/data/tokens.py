@@ -66,7 +66,7 @@ class Encoder:
         self.backend.encode_special_tokens = bool(getattr(self.tokenizer, "split_special_tokens", False))
         if self.checked or not texts:
             return
-        theirs = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        theirs = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         ours = [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
         if theirs != ours:
             raise DataError(
