@@ -23,7 +23,7 @@ MARKER = "apollo-sft run"
 """What run.json says in `kind`: a folder with it is ours."""
 RUN_JSON = "run.json"
 OWN_NAMES = frozenset(
-    {RUN_JSON, "metrics.jsonl", "config.yaml", "audit.txt", "audit.jsonl", "checkpoints", "tensorboard", "wandb"}
+    {RUN_JSON, "metrics.jsonl", "config.yaml", "data_audit.json", "checkpoints", "tensorboard", "wandb"}
 )
 LOCK = publish.PREFIX + "lock"
 ARCHIVING_PREFIX = publish.PREFIX + "previous-"
@@ -44,7 +44,7 @@ class RunFolder:
         self.metrics = root / "metrics.jsonl"
         self.config_yaml = root / "config.yaml"
         self.run_json = root / RUN_JSON
-        self.audit = root / "audit.txt"
+        self.audit = root / "data_audit.json"
         self.checkpoints = root / "checkpoints"
         self._lock = lock
         self._facts: dict[str, Any] = {}

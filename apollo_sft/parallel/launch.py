@@ -6,12 +6,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from apollo_sft.errors import ApolloError, TopologyError
 
+T = TypeVar("T")
 WAIT = timedelta(days=7)
 """How long ranks wait for the one that prepares: its length is the data's, and torchrun ends all when it fails."""
 
@@ -53,40 +55,60 @@ def _device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if local_rank >= count:
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > count:
         raise TopologyError(
             "more processes on this host than GPUs",
-            found=f"local rank {local_rank}, {count} GPUs",
+            found=f"{processes} processes, {count} GPUs",
             expected="at most one process per GPU",
             fix="lower --nproc_per_node, or trainer.device=cpu",
         )
     return torch.device("cuda", local_rank)
 
 
-def main_first(world: World, work: Callable[[], None]) -> None:
-    """Run `work` on one process of each host, then on the others, which find what the first one left.
+def on_main(world: World, name: str, work: Callable[[], T]) -> T | None:
+    """Run `work` on rank 0 and give its result there, None elsewhere. `name` is used once in a run.
 
-    The others wait at the rendezvous store, not in a collective: no timeout ends a long preparation. When the first
-    one fails the others stop in silence with its exit code; it speaks for all.
+    When it fails the other ranks stop in silence with its exit code: rank 0 speaks for all.
     """
-    if world.size == 1:
-        work()
-        return
-    store = dist.distributed_c10d._get_default_store()
-    key = f"apollo/prepared/{os.environ.get('GROUP_RANK', '0')}"
+    if world.is_main:
+        return _lead(world, f"main/{name}", work)
+    _follow(f"main/{name}")
+    return None
+
+
+def once_per_host(world: World, name: str, work: Callable[[], T]) -> T:
+    """Run `work` on one process of each host, then on the others, which find what the first one left on disk."""
+    key = f"host-{os.environ.get('GROUP_RANK', '0')}/{name}"
     if world.local_rank == 0:
-        try:
-            work()
-        except ApolloError as error:
-            store.set(key, str(error.exit_code))
-            raise
-        store.set(key, "ready")
-        return
-    store.wait([key], WAIT)
-    verdict = store.get(key).decode()
+        return _lead(world, key, work)
+    _follow(key)
+    return work()
+
+
+def _lead(world: World, key: str, work: Callable[[], T]) -> T:
+    """Work, and leave a verdict for those who wait at the rendezvous store."""
+    try:
+        result = work()
+    except ApolloError as error:
+        if world.size > 1:
+            _store().set(key, str(error.exit_code))
+        raise
+    if world.size > 1:
+        _store().set(key, "ready")
+    return result
+
+
+def _follow(key: str) -> None:
+    """Wait at the store, not in a collective: no timeout ends a long preparation."""
+    _store().wait([key], WAIT)
+    verdict = _store().get(key).decode()
     if verdict != "ready":
         raise SystemExit(int(verdict))
-    work()
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
 
 
 def stop() -> None:

@@ -1,0 +1,41 @@
+"""`apollo-sft COMMAND …`: finds the command and runs it. Each command is a file of this folder."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import sys
+
+COMMANDS = {
+    "train": "fine-tune a model on parquet files",
+    "demo": "train a small model from nothing, in about two minutes, and show what it learned",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 1 failed, 2 refused."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        print(f"apollo-sft {importlib.metadata.version('apollo-sft')}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f", did you mean {close[0]}?" if close else f"; there are {', '.join(COMMANDS)}"
+        print(f"apollo-sft: unknown command {name}{hint}", file=sys.stderr)
+        return 2
+    code: int = importlib.import_module(f"apollo_sft.cli.{name}").main(rest)
+    return code
+
+
+def usage() -> str:
+    lines = [f"  {name:<8} {meaning}" for name, meaning in COMMANDS.items()]
+    return "\n".join(["apollo-sft COMMAND …", "", *lines, "", "apollo-sft COMMAND --help says more."])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""`apollo-sft train`: checks the command line, then starts one process per GPU (or `--nproc N`) by torchrun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from types import FrameType
+
+from apollo_sft import __main__ as entry
+from apollo_sft.config.schema import TrainerConfig
+from apollo_sft.errors import ApolloError, ConfigError
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code of the training: 0 done, 1 failed, 2 refused."""
+    if "--help" in arguments or "-h" in arguments:
+        return entry.main(["--help"])
+    try:
+        nproc, overrides = _take_nproc(arguments)
+        composed = entry.check(overrides)
+        if composed is None:
+            return 0
+        processes = _num_processes(composed.config.trainer, nproc)
+    except ApolloError as error:
+        print(f"apollo-sft: {error}", file=sys.stderr)
+        return error.exit_code
+    if processes == 1:
+        return entry.main(overrides)
+    return _torchrun(processes, overrides)
+
+
+def _take_nproc(arguments: list[str]) -> tuple[int | None, list[str]]:
+    """`--nproc N` or `--nproc=N` anywhere in the line, and the rest of it. Raises: ConfigError."""
+    rest: list[str] = []
+    value: str | None = None
+    waiting = iter(arguments)
+    for argument in waiting:
+        if argument == "--nproc":
+            value = next(waiting, "")
+        elif argument.startswith("--nproc="):
+            value = argument.partition("=")[2]
+        else:
+            rest.append(argument)
+    if value is None:
+        return None, rest
+    if not value.isdecimal() or int(value) < 1:
+        raise ConfigError("--nproc takes a number of processes", found=repr(value), expected="1 or more")
+    return int(value), rest
+
+
+def _num_processes(trainer: TrainerConfig, nproc: int | None) -> int:
+    """What the user says, else one per GPU, else one. Raises: ConfigError when the user says two things."""
+    wanted = trainer.n_gpus_per_node
+    if nproc is not None and wanted is not None and nproc != wanted:
+        raise ConfigError("--nproc and trainer.n_gpus_per_node differ", found=f"{nproc} and {wanted}")
+    if nproc is not None or wanted is not None:
+        return nproc or wanted or 1
+    if trainer.device == "cpu":
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _torchrun(processes: int, overrides: list[str]) -> int:
+    """Run torchrun and pass signals on to it. A run that refuses itself says so by run's exit code 2 on every rank."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1"]
+    command += [f"--nproc_per_node={processes}", "-m", "apollo_sft", *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(processes)))}
+    launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        del frame
+        launcher.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return launcher.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _threads(processes: int) -> int:
+    """Cores for each process: torchrun itself would give every process one."""
+    return max(1, (os.cpu_count() or 1) // processes)

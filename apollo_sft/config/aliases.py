@@ -1,0 +1,40 @@
+"""The spellings of verl and AlphaApollo, in one table. Applied to the parsed overrides, before they meet the yaml."""
+
+from __future__ import annotations
+
+RENAMED = {
+    "data.micro_batch_size": "data.micro_batch_size_per_gpu",
+    "optim.lr_warmup_steps_ratio": "optim.warmup_steps_ratio",
+    "optim.optimizer": "optim.name",
+    "model.path": "model.partial_pretrain",
+    "data.messages_key": "data.multiturn.messages_key",
+    "data.tools_key": "data.multiturn.tools_key",
+    "data.enable_thinking_key": "data.multiturn.enable_thinking_key",
+    "model.fsdp_config.transformer_layer_cls_to_wrap": "model.fsdp_config.wrap_policy.transformer_layer_cls_to_wrap",
+    "trainer.n_gpus": "trainer.n_gpus_per_node",
+}
+"""Another name for the same key."""
+
+WITHOUT_EFFECT = {
+    "data.use_shm": "data files are memory-mapped",
+    "model.use_shm": "weights are read once, by rank 0",
+    "data.pad_mode": "there never is padding",
+    "data.num_workers": "batches are read ahead by one thread",
+    "trainer.balance_batch": "see data.balance_dp_token",
+}
+"""Accepted, with a line that says why it changes nothing."""
+
+REFUSED = {
+    "trainer.resume_path": "use trainer.resume_mode and trainer.resume_from_path",
+    "trainer.checkpoint.load_contents": "a checkpoint is always loaded whole; choose what is saved",
+    "data.ignore_input_ids_mismatch": "targets are proven on every row; a row that cannot be proven is refused",
+    "optim.optimizer_impl": "use optim.name",
+    "optim.override_optimizer_config": "use the keys of optim",
+    "optim.num_cycles": "the cosine has one half period; use optim.min_lr_ratio for its end",
+    "engine.strategy": "use model.strategy",
+    "engine.seed": "use trainer.seed",
+    "engine.ulysses_sequence_parallel_size": "use ulysses_sequence_parallel_size",
+    "model.use_remove_padding": "use use_remove_padding (it changes nothing: there never is padding)",
+    "model.enable_activation_offload": "use model.enable_gradient_checkpointing",
+}
+"""Not accepted; what to do instead."""

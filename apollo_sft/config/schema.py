@@ -1,0 +1,158 @@
+"""The configuration as frozen, strictly typed values. Defaults stand in sft_trainer.yaml, and only there."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _as_tuple(value: Any) -> Any:
+    """A list, one text for a list of one, or nothing."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+def _expand(value: Any) -> Any:
+    """`~` and environment variables in paths."""
+    if isinstance(value, str):
+        return os.path.expandvars(os.path.expanduser(value))  # noqa: PTH111 - a URL is no Path
+    return [_expand(item) for item in value] if isinstance(value, list) else value
+
+
+Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+PathText = Annotated[str, BeforeValidator(_expand)]
+Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), BeforeValidator(_expand)]
+Count = Annotated[int, Field(ge=1)]
+CountOrAll = Annotated[int, Field(ge=-1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Frequency = Annotated[int, Field(ge=-1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class MultiturnConfig(Section):
+    enable: bool
+    messages_key: str
+    tools_key: str
+    enable_thinking_key: str
+
+
+class CustomClsConfig(Section):
+    path: PathText | None
+    name: str | None
+
+
+class DataConfig(Section):
+    train_batch_size: Count
+    micro_batch_size_per_gpu: Count
+    train_files: Paths
+    val_files: Paths
+    train_max_samples: CountOrAll
+    val_max_samples: CountOrAll
+    prompt_key: str
+    response_key: str
+    prompt_dict_keys: Strings
+    response_dict_keys: Strings
+    multiturn: MultiturnConfig
+    max_length: Annotated[int, Field(ge=2)]
+    truncation: Literal["error", "left", "right"]
+    use_dynamic_bsz: bool
+    max_token_len_per_gpu: Count | None
+    balance_dp_token: bool
+    drop_last: bool
+    chat_template: str | None
+    apply_chat_template_kwargs: dict[str, Any]
+    bad_rows: Literal["error", "skip"]
+    store_dir: PathText | None
+    custom_cls: CustomClsConfig
+
+
+class WrapPolicyConfig(Section):
+    min_num_params: Annotated[int, Field(ge=0)]
+    transformer_layer_cls_to_wrap: Strings
+
+
+class FsdpConfig(Section):
+    wrap_policy: WrapPolicyConfig
+    cpu_offload: bool
+    offload_params: bool
+    dtype: Literal["auto", "fp32", "bf16", "fp64"]
+    model_dtype: Literal["fp32", "fp64", "bf16"]
+    fsdp_size: Annotated[int, Field(ge=-1)]
+    reshard_after_forward: bool
+    use_no_sync_for_gradient_accumulation: bool
+
+
+class ModelConfig(Section):
+    partial_pretrain: PathText
+    strategy: Literal["fsdp2", "fsdp"]
+    fsdp_config: FsdpConfig
+    external_lib: str | None
+    enable_gradient_checkpointing: bool
+    trust_remote_code: bool
+    attn_implementation: Literal["auto", "sdpa", "varlen", "flash"]
+    lora_rank: Annotated[int, Field(ge=0)]
+    lora_alpha: Annotated[float, Field(gt=0)]
+    target_modules: str | Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+    lora_adapter_path: PathText | None
+    use_liger: bool
+
+
+class OptimConfig(Section):
+    name: Literal["adamw"]
+    lr: Annotated[float, Field(gt=0)]
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], ...],
+        Field(min_length=2, max_length=2),
+        BeforeValidator(_as_tuple),
+    ]
+    weight_decay: Annotated[float, Field(ge=0)]
+    warmup_steps_ratio: Share
+    lr_warmup_steps: Annotated[int, Field(ge=-1)]
+    clip_grad: Annotated[float, Field(ge=0)] | None
+    lr_scheduler: Literal["cosine", "wsd"]
+    min_lr_ratio: Share
+    stable_ratio: Share
+
+
+class CheckpointConfig(Section):
+    save_contents: Annotated[tuple[Literal["model", "optimizer", "extra", "hf_model"], ...], BeforeValidator(_as_tuple)]
+
+
+class TrainerConfig(Section):
+    default_local_dir: PathText
+    default_hdfs_dir: PathText | None
+    project_name: str
+    experiment_name: str
+    total_epochs: Count
+    total_training_steps: Count | None
+    logger: Strings
+    log_freq: Count
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    save_freq: int | str
+    test_freq: Frequency
+    val_before_train: bool
+    resume_mode: Literal["auto", "disable", "resume_path"]
+    resume_from_path: PathText | None
+    max_ckpt_to_keep: Count
+    checkpoint: CheckpointConfig
+    export: Literal["merged", "adapter", "both"]
+    export_dtype: Literal["auto", "fp32", "bf16", "fp16"]
+    generate_samples: Annotated[int, Field(ge=0)]
+    nnodes: Count
+    n_gpus_per_node: Count | None
+    device: Literal["auto", "cuda", "cpu"]
+
+
+class SftConfig(Section):
+    data: DataConfig
+    model: ModelConfig
+    optim: OptimConfig
+    trainer: TrainerConfig
+    ulysses_sequence_parallel_size: Count
+    use_remove_padding: bool

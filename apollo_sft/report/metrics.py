@@ -1,0 +1,85 @@
+"""The names of all metrics, and metrics.jsonl, which always holds all of them: one JSON object per line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+Record = dict[str, float | int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepFacts:
+    """What is known of one step. Counts are over all ranks; `loss` is the token mean of the global batch.
+
+    `grad_norm` is taken before clipping, `lr` is the rate this step used, `epoch` is 2.0 after two whole epochs.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    targets: int
+    tokens: int
+    step_seconds: float
+    epoch: float
+    peak_bytes: int
+
+
+def train_record(facts: StepFacts) -> Record:
+    """The line of one training step, under the names that every logger uses."""
+    return {
+        "step": facts.step,
+        "train/loss": facts.loss,
+        "train/grad_norm": facts.grad_norm,
+        "train/lr": facts.lr,
+        "train/targets": facts.targets,
+        "train/tokens": facts.tokens,
+        "train/tokens_per_second": facts.tokens / facts.step_seconds,
+        "train/step_seconds": facts.step_seconds,
+        "train/epoch": facts.epoch,
+        "memory/peak_bytes": facts.peak_bytes,
+    }
+
+
+def val_record(loss: float, targets: int) -> Record:
+    """What a validation adds to a line. `loss`: token mean over the whole validation data."""
+    return {"val/loss": loss, "val/targets": targets}
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl, line by line, each in the file before `write` returns.
+
+    A last line that an earlier crash left without its end is cut off when the file is opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        _cut_broken_line(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        assert all(math.isfinite(value) for value in record.values()), f"not finite: {record}"
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """All lines of a metrics.jsonl, in order."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _cut_broken_line(path: Path) -> None:
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)

@@ -1,0 +1,108 @@
+"""The loggers of `trainer.logger` that are other people's programs. Each gets the names of `metrics`."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from apollo_sft.errors import ConfigError
+from apollo_sft.report.log import warn
+from apollo_sft.report.metrics import Record
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """What a logger is told of the run. `config` is the resolved configuration."""
+
+    folder: Path
+    project: str
+    experiment: str
+    config: dict[str, Any]
+
+
+class Sink(Protocol):
+    def log(self, record: Record) -> None:
+        """Take one record; `record["step"]` counts from 1."""
+
+    def close(self) -> None:
+        """Write what is still held back."""
+
+
+class TensorBoard:
+    def __init__(self, info: RunInfo) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(info.folder / "tensorboard"))
+
+    def log(self, record: Record) -> None:
+        for name, value in record.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, int(record["step"]))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    def __init__(self, info: RunInfo) -> None:
+        import wandb
+
+        settings = wandb.Settings(console="off", silent=True)
+        self._run = wandb.init(
+            project=info.project, name=info.experiment, dir=str(info.folder), config=info.config, settings=settings
+        )
+
+    def log(self, record: Record) -> None:
+        metrics = {name: value for name, value in record.items() if name != "step"}
+        self._run.log(metrics, step=int(record["step"]))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+BACKENDS: dict[str, tuple[str, Callable[[RunInfo], Sink]]] = {
+    "tensorboard": ("tensorboard", TensorBoard),
+    "wandb": ("wandb", Wandb),
+}
+"""Name in `trainer.logger` -> (package, sink). `console` and `file` need none."""
+
+
+def check_backends(names: Sequence[str]) -> None:
+    """Raises: ConfigError when the package of a wanted logger is not installed."""
+    for name in names:
+        if name in BACKENDS and importlib.util.find_spec(BACKENDS[name][0]) is None:
+            raise ConfigError(
+                f"trainer.logger: {name} needs the package {BACKENDS[name][0]}, which is not installed",
+                found=list(names),
+                fix=f"pip install 'apollo-sft[{name}]', or leave {name} out of trainer.logger",
+            )
+
+
+class Sinks:
+    """All wanted loggers as one. One that fails is reported once and left out; the run goes on."""
+
+    def __init__(self, names: Sequence[str], info: RunInfo) -> None:
+        self._open: dict[str, Sink] = {}
+        for name in names:
+            if name in BACKENDS:
+                self._guard(name, lambda name=name: self._open.update({name: BACKENDS[name][1](info)}))  # type: ignore[misc]
+
+    def log(self, record: Record) -> None:
+        for name, sink in list(self._open.items()):
+            self._guard(name, lambda sink=sink: sink.log(record))  # type: ignore[misc]
+
+    def close(self) -> None:
+        for name, sink in list(self._open.items()):
+            self._guard(name, sink.close)
+
+    def _guard(self, name: str, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except (
+            Exception
+        ) as error:  # a foreign program may raise anything; metrics.jsonl holds every number all the same
+            warn(f"the logger {name} failed and is left out from here on: {type(error).__name__}: {error}")
+            self._open.pop(name, None)

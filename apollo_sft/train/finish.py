@@ -1,0 +1,53 @@
+"""The end of a run: the model folder, and what a person wants to read last."""
+
+from __future__ import annotations
+
+from apollo_sft.checkpoint.export import ExportOptions, save_model
+from apollo_sft.checkpoint.layout import RunFolder
+from apollo_sft.config.schema import SftConfig
+from apollo_sft.model.sft_model import SftModel
+from apollo_sft.parallel.launch import World
+from apollo_sft.report.console import clock
+from apollo_sft.report.log import say, warn
+from apollo_sft.train.preflight import Prepared
+from apollo_sft.train.reporter import Reporter
+
+
+def export(config: SftConfig, prepared: Prepared, model: SftModel, folder: RunFolder | None, world: World) -> None:
+    """Write the model into the run folder. Every rank calls it; `folder` is None off rank 0.
+
+    Raises: CheckpointError when what was written is not what was to be written; nothing is visible then.
+    """
+    own_template = prepared.tokenizer.chat_template == prepared.template.text
+    options = ExportOptions(
+        tokenizer=prepared.tokenizer,
+        chat_template=None if own_template else prepared.template.text,
+        stop_token_ids=tuple(prepared.train.summary.stop_tokens),
+        export_dtype=config.trainer.export_dtype,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    root = folder.root if folder is not None else prepared.base.folder
+    say("writing the model")
+    result = save_model(model.causal_lm, prepared.base, root, options, world.is_main)
+    if result.dropped:
+        warn(
+            f"the base model's files hold tensors that this architecture does not use: {', '.join(result.dropped[:5])}"
+        )
+
+
+def summary(reporter: Reporter, folder: str) -> str:
+    """What was reached, where the model lies, how to open it."""
+    lines = [f"Done: {reporter.steps:,} steps, {reporter.tokens:,} tokens in {clock(reporter.seconds)}."]
+    if reporter.validations:
+        best = min(reporter.validations, key=lambda record: record["val/loss"])
+        last = reporter.validations[-1]
+        lines.append(
+            f"Validation loss: last {last['val/loss']:.4f}, best {best['val/loss']:.4f} at step {int(best['step'])}."
+        )
+    lines += [
+        f"The model lies in {folder}:",
+        "  from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f'  model = AutoModelForCausalLM.from_pretrained("{folder}")',
+        f'  tokenizer = AutoTokenizer.from_pretrained("{folder}")',
+    ]
+    return "\n".join(lines)

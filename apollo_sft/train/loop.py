@@ -1,0 +1,94 @@
+"""The training loop. Its whole state is one integer: the number of steps done."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from torch.optim import Optimizer
+
+from apollo_sft.config.schema import SftConfig
+from apollo_sft.data.loader import Loader
+from apollo_sft.data.plan import steps_per_epoch
+from apollo_sft.errors import TrainingError
+from apollo_sft.model.sft_model import SftModel
+from apollo_sft.parallel.launch import World
+from apollo_sft.report.metrics import Record, StepFacts, train_record, val_record
+from apollo_sft.train.evaluate import evaluate
+from apollo_sft.train.reporter import Reporter
+from apollo_sft.train.schedule import Schedule
+from apollo_sft.train.step import train_step
+from apollo_sft.train.stop import StopFlag
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What the loop works on."""
+
+    world: World
+    model: SftModel
+    optimizer: Optimizer
+    schedule: Schedule
+    train: Loader
+    val: Loader | None
+    config: SftConfig
+    reporter: Reporter
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.train.store), self.train.spec)
+
+    def validates_after(self, step: int) -> bool:
+        """Whether validation follows step `step` (from 0)."""
+        if self.val is None:
+            return False
+        wanted = self.config.trainer.test_freq
+        every = self.steps_per_epoch if wanted == -1 else wanted
+        return (step + 1) % every == 0 or step + 1 == self.schedule.total_steps
+
+
+def run_loop(run: Run, stop: StopFlag) -> None:
+    """Train from the first step to the last.
+
+    Raises: TrainingError when a step is not finite, or when a signal asked for the end.
+    """
+    if run.config.trainer.val_before_train and run.val is not None:
+        run.reporter.record({"step": 0} | validation_record(run))
+    clip = run.config.optim.clip_grad
+    began = time.perf_counter()
+    for batch in run.train.batches(range(run.schedule.total_steps)):
+        rate = run.schedule.rate(batch.step)
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        result = train_step(run.model, run.optimizer, batch, run.world, clip, stop.name is not None)
+        seconds = time.perf_counter() - began
+        facts = StepFacts(
+            step=batch.step + 1,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=rate,
+            targets=batch.num_targets,
+            tokens=batch.num_tokens,
+            step_seconds=seconds,
+            epoch=(batch.step + 1) / run.steps_per_epoch,
+            peak_bytes=result.peak_bytes,
+        )
+        record = train_record(facts)
+        if run.validates_after(batch.step):
+            record |= validation_record(run)
+        run.reporter.record(record)
+        if result.stop:
+            raise TrainingError(
+                f"stopped by {stop.name or 'a signal to another rank'} after step {batch.step + 1}",
+                expected=f"{run.schedule.total_steps} steps",
+                fix="start the run again with trainer.resume_mode=disable",
+            )
+        began = time.perf_counter()
+
+
+def validation_record(run: Run) -> Record:
+    """`val/…` metrics over the whole validation store; empty without one."""
+    if run.val is None:
+        return {}
+    loss, targets = evaluate(run.model, run.val, run.world)
+    return val_record(loss=loss, targets=targets)

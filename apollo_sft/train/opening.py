@@ -1,0 +1,86 @@
+"""What is checked, decided and shown before the model is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from apollo_sft.config.compose import to_yaml
+from apollo_sft.config.schema import SftConfig
+from apollo_sft.data.audit import describe, to_json
+from apollo_sft.data.loader import Loader
+from apollo_sft.data.plan import steps_per_epoch
+from apollo_sft.errors import ConfigError, TopologyError
+from apollo_sft.parallel.launch import World
+from apollo_sft.report.log import say, terminal, warn
+from apollo_sft.train.preflight import Prepared
+from apollo_sft.train.schedule import Schedule, warmup_steps
+
+
+def check_world(config: SftConfig, world: World) -> None:
+    """Raises: TopologyError when torchrun started another number of processes than the config says."""
+    per_node = config.trainer.n_gpus_per_node
+    if per_node is not None and per_node * config.trainer.nnodes != world.size:
+        raise TopologyError(
+            "trainer.n_gpus_per_node does not fit the processes that were started",
+            found=f"{world.size} processes",
+            expected=f"{config.trainer.nnodes} hosts × {per_node}",
+            fix=f"torchrun --nproc_per_node={per_node}, or leave trainer.n_gpus_per_node out",
+        )
+
+
+def schedule_of(config: SftConfig, steps_in_epoch: int) -> Schedule:
+    """The learning rate by the number of steps that will really run.
+
+    Raises: ConfigError when there is none.
+    """
+    trainer, optim = config.trainer, config.optim
+    total = trainer.total_training_steps or trainer.total_epochs * steps_in_epoch
+    if steps_in_epoch == 0:
+        raise ConfigError(
+            "there is no step to train: data.drop_last=true drops the only batch",
+            found="fewer samples than data.train_batch_size",
+            fix="data.drop_last=false, or a smaller data.train_batch_size",
+        )
+    return Schedule(
+        kind=optim.lr_scheduler,
+        peak=optim.lr,
+        total_steps=total,
+        warmup_steps=warmup_steps(total, optim.lr_warmup_steps, optim.warmup_steps_ratio),
+        min_ratio=optim.min_lr_ratio,
+        stable_ratio=optim.stable_ratio,
+    )
+
+
+def config_text(config: SftConfig, overridden: Mapping[str, Any]) -> str:
+    """The resolved configuration, and what of it was set on the command line."""
+    given = "".join(f"\n  {key} = {value}" for key, value in overridden.items()) or " nothing"
+    return f"Configuration:\n{_indent(to_yaml(config).rstrip())}\nSet on the command line:{given}"
+
+
+def announce(config: SftConfig, prepared: Prepared, schedule: Schedule, loader: Loader, audit: Path) -> None:
+    """Show what will be trained and write it to `audit` as JSON."""
+    audit.write_text(json.dumps(to_json(prepared.train, prepared.val), indent=2, ensure_ascii=False) + "\n")
+    num_samples, batch_size = len(prepared.train), config.data.train_batch_size
+    in_epoch = steps_per_epoch(num_samples, loader.spec)
+    rows = [
+        ("steps per epoch", f"{in_epoch:,}"),
+        ("steps", f"{schedule.total_steps:,} ({schedule.total_steps / in_epoch:.4g} epochs)"),
+        ("warm-up steps", f"{schedule.warmup_steps:,}"),
+        ("samples per step", f"{min(batch_size, num_samples):,}"),
+    ]
+    if config.data.drop_last and num_samples % batch_size:
+        rows.append(("dropped an epoch", f"{num_samples % batch_size:,} samples (data.drop_last)"))
+    colour = terminal().is_terminal
+    say(describe(prepared.train, prepared.val, prepared.tokenizer, rows, colour))
+    if num_samples < batch_size:
+        warn(
+            f"an epoch is one step of {num_samples:,} samples, fewer than data.train_batch_size={batch_size:,}; "
+            "the loss is exact all the same"
+        )
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())

@@ -1,0 +1,47 @@
+"""One record a step: to metrics.jsonl, to every logger, and to the person who watches. Silent off rank 0."""
+
+from __future__ import annotations
+
+from apollo_sft.config.schema import TrainerConfig
+from apollo_sft.report.console import Console
+from apollo_sft.report.metrics import MetricsWriter, Record
+from apollo_sft.report.sinks import RunInfo, Sinks
+
+
+class Reporter:
+    """Off rank 0 it is made with `info=None` and does nothing. `last_step`: the number of steps of the run.
+
+    metrics.jsonl gets every record. The loggers get every `log_freq`-th step, the first, the last, and validations.
+    """
+
+    def __init__(self, trainer: TrainerConfig, info: RunInfo | None, last_step: int) -> None:
+        names = trainer.logger if info is not None else ()
+        self.validations: list[Record] = []
+        self.steps, self.tokens, self.seconds = 0, 0, 0.0
+        self._log_freq = trainer.log_freq
+        self._last_step = last_step
+        self._writer = None if info is None else MetricsWriter(info.folder / "metrics.jsonl")
+        self._sinks = None if info is None else Sinks(names, info)
+        self._console = Console(last_step, trainer.log_freq, enabled="console" in names)
+
+    def record(self, record: Record) -> None:
+        if self._writer is None or self._sinks is None:
+            return
+        self._writer.write(record)
+        if "val/loss" in record:
+            self.validations.append(record)
+        step = int(record["step"])
+        if "train/loss" in record:
+            self.steps += 1
+            self.tokens += int(record["train/tokens"])
+            self.seconds += float(record["train/step_seconds"])
+        if step % self._log_freq == 0 or step in (1, self._last_step) or "val/loss" in record:
+            self._sinks.log(record)
+        self._console.step(record)
+
+    def close(self) -> None:
+        if self._writer is None or self._sinks is None:
+            return
+        self._console.close()
+        self._sinks.close()
+        self._writer.close()

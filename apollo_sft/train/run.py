@@ -1,0 +1,122 @@
+"""One run, from the config to the model folder: the whole program in the order in which it happens."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from apollo_sft.checkpoint.layout import RunFolder, Status
+from apollo_sft.config.compose import to_yaml
+from apollo_sft.config.schema import SftConfig
+from apollo_sft.data.loader import Loader
+from apollo_sft.data.plan import PlanSpec, steps_per_epoch
+from apollo_sft.errors import ApolloError
+from apollo_sft.parallel import launch
+from apollo_sft.parallel.launch import World
+from apollo_sft.parallel.mesh import Mesh, build_mesh
+from apollo_sft.report.log import say, setup_logging
+from apollo_sft.report.sinks import RunInfo, check_backends
+from apollo_sft.train.assemble import assemble, resolve_precision
+from apollo_sft.train.finish import export, summary
+from apollo_sft.train.loop import Run, run_loop
+from apollo_sft.train.opening import announce, check_world, config_text, schedule_of
+from apollo_sft.train.preflight import Prepared, load_external_lib, prepare, seed_everything
+from apollo_sft.train.reporter import Reporter
+from apollo_sft.train.schedule import Schedule
+from apollo_sft.train.stop import StopFlag
+
+
+def train(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str]) -> None:
+    """Run a whole training. Every rank calls it.
+
+    Raises: ApolloError with one message for the user.
+    """
+    load_external_lib(config.model.external_lib)
+    on_cuda = config.trainer.device != "cpu" and torch.cuda.is_available()
+    world = launch.start(config.trainer.device, needs_group=resolve_precision(config.model, on_cuda).mixed)
+    setup_logging(world.is_main)
+    try:
+        _in_folder(config, overridden, notes, world)
+    finally:
+        gc.collect()  # frees what holds sub-groups before the group itself is destroyed
+        launch.stop()
+
+
+def _in_folder(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str], world: World) -> None:
+    """Claim the run folder, run, and write down in run.json how it ended."""
+    folder = launch.on_main(world, "claim", lambda: _claim(config, overridden, notes, world))
+    status: Status = "failed"
+    try:
+        _run(config, world, folder)
+        status = "finished"
+    except ApolloError as error:
+        status = "refused" if error.exit_code == 2 else "failed"
+        raise
+    finally:
+        if folder is not None:
+            folder.write_run(status)
+            folder.release()
+
+
+def _claim(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str], world: World) -> RunFolder:
+    check_backends(config.trainer.logger)
+    check_world(config, world)
+    folder = RunFolder.claim(config.trainer.default_local_dir, config.trainer.resume_mode)
+    folder.write_run("running", overridden=dict(overridden), processes=world.size, device=world.device.type)
+    folder.write_config(to_yaml(config))
+    say(config_text(config, overridden))
+    for note in [*notes, *folder.notes]:
+        say(note)
+    return folder
+
+
+def _run(config: SftConfig, world: World, folder: RunFolder | None) -> None:
+    """Prepare, assemble, train, export. `folder` is None off rank 0."""
+    prepared = launch.once_per_host(world, "prepare", lambda: prepare(config))
+    mesh = build_mesh(world, config.ulysses_sequence_parallel_size)
+    train_loader, val_loader = _loaders(config, prepared, mesh)
+    schedule = schedule_of(config, steps_per_epoch(len(prepared.train), train_loader.spec))
+    if folder is not None:
+        announce(config, prepared, schedule, train_loader, folder.audit)
+    seed_everything(config.trainer.seed, world.rank)
+    model, optimizer = assemble(config, prepared.base.folder, prepared.hf_config, world, mesh)
+    reporter = _reporter(config, folder, schedule)
+    run = Run(world, model, optimizer, schedule, train_loader, val_loader, config, reporter)
+    try:
+        with StopFlag() as stop:
+            run_loop(run, stop)
+    finally:
+        reporter.close()
+    export(config, prepared, model, folder, world)
+    say(summary(reporter, config.trainer.default_local_dir))
+
+
+def _loaders(config: SftConfig, prepared: Prepared, mesh: Mesh) -> tuple[Loader, Loader | None]:
+    data = config.data
+    spec = PlanSpec(
+        batch_size=data.train_batch_size,
+        micro_batch_size=data.micro_batch_size_per_gpu,
+        dp_size=mesh.dp_size,
+        seed=config.trainer.seed,
+        drop_last=data.drop_last,
+    )
+    every_row_once = replace(
+        spec, batch_size=data.micro_batch_size_per_gpu * mesh.dp_size, shuffle=False, drop_last=False
+    )
+    val = prepared.val
+    return (
+        Loader(prepared.train, spec, mesh.dp_rank, mesh.sp_size),
+        None if val is None else Loader(val, every_row_once, mesh.dp_rank, mesh.sp_size),
+    )
+
+
+def _reporter(config: SftConfig, folder: RunFolder | None, schedule: Schedule) -> Reporter:
+    trainer = config.trainer
+    info = None
+    if folder is not None:
+        info = RunInfo(folder.root, trainer.project_name, trainer.experiment_name, config.model_dump(mode="json"))
+    return Reporter(trainer, info, schedule.total_steps)
