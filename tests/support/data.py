@@ -78,9 +78,14 @@ def tiny_tokenizer(chat_template: str | None = CHATML, **changes: Any) -> Any:
     return fast
 
 
+@cache
+def _defaults() -> DataConfig:
+    return compose(["data.train_files=train.parquet", "data.val_files=null"]).config.data
+
+
 def data_config(multiturn: bool = False, **changes: Any) -> DataConfig:
     """The data section with its defaults, but for `changes`."""
-    data = compose(["data.train_files=train.parquet", "data.val_files=null"]).config.data
+    data = _defaults()
     if multiturn:
         changes["multiturn"] = data.multiturn.model_copy(update={"enable": True})
     return data.model_copy(update=changes)

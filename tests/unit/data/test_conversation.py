@@ -124,8 +124,8 @@ def test_enable_thinking_becomes_a_template_argument_of_the_row() -> None:
 
 
 def test_text_parts_are_joined_and_messages_may_be_json_text() -> None:
-    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
-    assert multi([{"role": "user", "content": parts}, *chat("x", "y")[1:]]).messages[0]["content"] == "Hello"
+    parts = [{"type": "text", "text": "good"}, {"type": "text", "text": "bye"}]
+    assert multi([{"role": "user", "content": parts}, *chat("x", "y")[1:]]).messages[0]["content"] == "goodbye"
     assert multi(json.dumps(chat("a", "b"))).messages == chat("a", "b")
 
 

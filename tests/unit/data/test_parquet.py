@@ -52,7 +52,7 @@ def refused(paths: list[str], *said: str, key: str = "data.train_files") -> None
 
 def test_what_is_missing_is_named_with_the_nearest_that_exists(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", rows(0, 1))
-    refused([str(tmp_path / "trian.parquet")], "data.train_files: no such file", "did you mean", "train.parquet")
+    refused([str(tmp_path / "train_.parquet")], "data.train_files: no such file", "did you mean", "train.parquet")
     refused([str(tmp_path / "x" / "*.parquet")], "data.val_files=null", key="data.val_files")
     (tmp_path / "empty").mkdir()
     refused([str(tmp_path / "empty")], "holds no *.parquet file")
