@@ -7,6 +7,8 @@ import importlib
 import importlib.metadata
 import sys
 
+from apollo_sft.errors import ApolloError
+
 COMMANDS = {
     "train": "fine-tune a model on parquet files",
     "demo": "train a small model from nothing, in about two minutes, and show what it learned",
@@ -28,7 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
         hint = f", did you mean {close[0]}?" if close else f"; there are {', '.join(COMMANDS)}"
         print(f"apollo-sft: unknown command {name}{hint}", file=sys.stderr)
         return 2
-    code: int = importlib.import_module(f"apollo_sft.cli.{name}").main(rest)
+    try:
+        code: int = importlib.import_module(f"apollo_sft.cli.{name}").main(rest)
+    except ApolloError as error:
+        print(f"apollo-sft: {error}", file=sys.stderr)
+        return error.exit_code
     return code
 
 

@@ -10,22 +10,21 @@ from types import FrameType
 
 from apollo_sft import __main__ as entry
 from apollo_sft.config.schema import TrainerConfig
-from apollo_sft.errors import ApolloError, ConfigError
+from apollo_sft.errors import ConfigError
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code of the training: 0 done, 1 failed, 2 refused."""
+    """Returns the exit code of the training: 0 done, 1 failed, 2 refused.
+
+    Raises: ConfigError, before torch is imported.
+    """
     if "--help" in arguments or "-h" in arguments:
         return entry.main(["--help"])
-    try:
-        nproc, overrides = _take_nproc(arguments)
-        composed = entry.check(overrides)
-        if composed is None:
-            return 0
-        processes = _num_processes(composed.config.trainer, nproc)
-    except ApolloError as error:
-        print(f"apollo-sft: {error}", file=sys.stderr)
-        return error.exit_code
+    nproc, overrides = _take_nproc(arguments)
+    composed = entry.check(overrides)
+    if composed is None:
+        return 0
+    processes = _num_processes(composed.config.trainer, nproc)
     if processes == 1:
         return entry.main(overrides)
     return _torchrun(processes, overrides)
@@ -65,7 +64,7 @@ def _num_processes(trainer: TrainerConfig, nproc: int | None) -> int:
 
 
 def _torchrun(processes: int, overrides: list[str]) -> int:
-    """Run torchrun and pass signals on to it. A run that refuses itself says so by run's exit code 2 on every rank."""
+    """Run torchrun, pass signals on to it, return its exit code (1 for every failure of a rank)."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1"]
     command += [f"--nproc_per_node={processes}", "-m", "apollo_sft", *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(processes)))}

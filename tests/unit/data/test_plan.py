@@ -1,3 +1,5 @@
+from itertools import chain
+
 import numpy as np
 import pytest
 
@@ -19,7 +21,7 @@ def epoch_ids(num_samples: int, wanted: PlanSpec, epoch: int) -> list[list[int]]
 def test_every_sample_is_trained_once_an_epoch_and_the_tail_is_a_smaller_step(num_samples: int) -> None:
     for epoch in range(3):
         steps = epoch_ids(num_samples, spec(), epoch)
-        assert sorted(sum(steps, [])) == list(range(num_samples))
+        assert sorted(chain.from_iterable(steps)) == list(range(num_samples))
         assert [len(step) for step in steps[:-1]] == [8] * (len(steps) - 1)
         assert len(steps[-1]) == (num_samples - 1) % 8 + 1
 
@@ -34,7 +36,7 @@ def test_epochs_differ_and_are_repeatable() -> None:
     assert epoch_ids(64, spec(), 0) != epoch_ids(64, spec(), 1)
     assert epoch_ids(64, spec(), 1) == epoch_ids(64, spec(), 1)
     assert epoch_ids(64, spec(), 0) != epoch_ids(64, spec(seed=2), 0)
-    assert sum(epoch_ids(10, spec(shuffle=False), 3), []) == list(range(10))
+    assert list(chain.from_iterable(epoch_ids(10, spec(shuffle=False), 3))) == list(range(10))
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 4, 16])
