@@ -1,0 +1,156 @@
+"""Every command that README and docs show is run here, or is listed with the reason why it cannot be.
+
+Paths, the model and sizes are replaced; nothing else. A new command in a document fails the count.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from apollo_sft.prepare.demo_model import write_base_model
+from apollo_sft.prepare.word_problems import write_word_problems
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = ("make", "apollo-sft", "torchrun", "python", "git", "pip")
+BIN = Path(sys.executable).parent
+
+MAKE = "runs the suite itself, or what CI and the long tests run"
+FRESH = "a fresh clone: tests/commands/test_fresh_clone.py (long)"
+SMALL = {
+    "data.train_batch_size": "8",
+    "data.micro_batch_size_per_gpu": "4",
+    "data.max_length": "512",
+    "trainer.total_training_steps": "2",
+    "trainer.device": "cpu",
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What stands in for the user's model and data."""
+
+    model: Path
+    single_turn: Path
+    multi_turn: Path
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_word_problems(folder / "data", 40, 8, seed=1)
+    write_base_model(folder / "model", ["Ann has 3 pens. #### 3", "How many pens does Ann have?"] * 20, seed=1)
+    return Inputs(folder / "model", folder / "data" / "single_turn", folder / "data" / "multiturn")
+
+
+def documented() -> list[str]:
+    """Commands in fenced blocks and in the first column of tables, continuation lines joined."""
+    commands = []
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        fenced = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.S | re.M)).replace("\\\n", " ")
+        in_tables = re.findall(r"^\| `([^`]+)` \|", text, re.M)
+        for line in [*fenced.splitlines(), *in_tables]:
+            command = " ".join(line.split("  #")[0].split())
+            if command.split(" ")[0] in PROGRAMS:
+                commands.append(command)
+    return commands
+
+
+def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "HOME": str(folder),
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "XDG_CACHE_HOME": str(folder),
+    }
+    return subprocess.run(
+        arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def replaced(command: str, inputs: Inputs, out: Path) -> list[str]:
+    """The command with the user's model, data and folder replaced by small ones."""
+    words = [word for word in shlex.split(command) if "…" not in word]
+    multi = "data.multiturn.enable=true" in words
+    data = inputs.multi_turn if multi else inputs.single_turn
+    changed = SMALL | {
+        "model.partial_pretrain": str(inputs.model),
+        "data.train_files": str(data / "train.parquet"),
+        "data.val_files": str(data / "test.parquet"),
+        "trainer.default_local_dir": str(out),
+    }
+    if not multi:
+        changed |= {"data.prompt_key": "extra_info", "data.response_key": "extra_info"}
+    gone = {*changed, "data.micro_batch_size", "key"}
+    kept = [word for word in words if word.partition("=")[0] not in gone]
+    return [*kept, *(f"{key}={value}" for key, value in changed.items())]
+
+
+TRAININGS = [
+    "apollo-sft train model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct data.train_files=train.parquet "
+    "data.val_files=val.parquet data.prompt_key=question data.response_key=answer optim.lr=1e-5 "
+    "trainer.default_local_dir=out",
+    "torchrun --standalone --nnodes=1 --nproc_per_node=2 -m apollo_sft "
+    "data.train_files=$HOME/data/multiturn/train.parquet data.val_files=$HOME/data/multiturn/test.parquet "
+    "data.multiturn.enable=true data.multiturn.messages_key=messages data.max_length=2048 "
+    "model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct trainer.total_epochs=4",
+    "apollo-sft train key=value …",
+    "python -m apollo_sft key=value …",
+]
+PAGE_GSM8K = (
+    "torchrun --standalone --nnodes=1 --nproc_per_node=2 -m apollo_sft data.train_files=$HOME/data/gsm8k/train.parquet "
+    "data.val_files=$HOME/data/gsm8k/test.parquet data.prompt_key=extra_info data.response_key=extra_info "
+    "data.prompt_dict_keys=['question'] +data.response_dict_keys=['answer'] data.micro_batch_size=4 optim.lr=1e-4 "
+    "model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct trainer.default_local_dir=/tmp/sft_output "
+    "trainer.project_name=gsm8k-sft trainer.experiment_name=qwen-0.5b-sft trainer.logger=['console'] "
+    "trainer.total_epochs=4"
+)
+"""The reference page's first example, without its two sequence-parallel lines."""
+PRINTING = {
+    "apollo-sft train --help": "micro_batch_size_per_gpu: 4",
+    "python -m apollo_sft --cfg job key=value …": "max_length: 1024",
+}
+ELSEWHERE = {
+    "git clone … && cd apollo-sft": FRESH,
+    "make demo": FRESH,
+    "make test": MAKE,
+    "make test-long": MAKE,
+    "make check": MAKE,
+    "make env": FRESH,
+    "make dev": FRESH,
+    "apollo-sft demo": "tests/commands/test_demo_command.py",
+}
+
+
+def test_every_documented_command_is_known() -> None:
+    counts = Counter(documented())
+    known = {*TRAININGS, *PRINTING, *ELSEWHERE}
+    assert set(counts) == known, f"unknown: {set(counts) - known}; gone: {known - set(counts)}"
+
+
+@pytest.mark.parametrize("command", [*TRAININGS, PAGE_GSM8K], ids=lambda c: c[:40])
+def test_trainings_leave_a_model_that_transformers_opens(command: str, inputs: Inputs, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finished = run(replaced(command, inputs, out), tmp_path)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", readme, re.S | re.M)
+    opened = run(
+        [sys.executable, "-c", f"{snippet}\nassert model.num_parameters() and tokenizer.chat_template"], tmp_path
+    )
+    assert opened.returncode == 0, opened.stderr[-2000:]
+
+
+@pytest.mark.parametrize("command", PRINTING)
+def test_commands_that_print(command: str, tmp_path: Path) -> None:
+    words = [word for word in shlex.split(command) if "…" not in word and word != "key=value"]
+    finished = run([*words, *(["data.val_files=null"] if "--cfg" in words else [])], tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert PRINTING[command] in finished.stdout
