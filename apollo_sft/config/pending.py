@@ -8,11 +8,6 @@ from apollo_sft.config.schema import SftConfig
 from apollo_sft.errors import ConfigError
 
 PENDING: list[tuple[str, Callable[[SftConfig], bool], str]] = [
-    (
-        "ulysses_sequence_parallel_size",
-        lambda c: c.ulysses_sequence_parallel_size > 1,
-        "set it to 1; model.enable_gradient_checkpointing=true saves memory on long rows",
-    ),
     ("model.strategy", lambda c: c.model.strategy == "fsdp", "model.strategy=fsdp2"),
     (
         "model.fsdp_config.cpu_offload",

@@ -23,11 +23,14 @@ NAME = "apollo_packed"
 class HeadExchange(Protocol):
     """Sequence parallelism's part in attention: from a slice of the tokens with all heads to all tokens with some."""
 
-    def to_heads(self, states: Tensor) -> Tensor:
-        """(1, heads, tokens / sp, head dim) -> (1, heads / sp, tokens, head dim)."""
+    def to_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(1, heads, tokens / sp, head dim) each -> (1, heads / sp, tokens, head dim)."""
 
-    def to_tokens(self, states: Tensor) -> Tensor:
-        """The reverse."""
+    def to_tokens(self, output: Tensor, num_heads: int) -> Tensor:
+        """The reverse, for the `num_heads` heads that there are."""
+
+    def my_heads(self, per_head: Tensor) -> Tensor:
+        """(heads,) -> the values of the heads that this rank attends with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,12 +196,14 @@ def register(kernel: Kernel, exchange: HeadExchange | None = None) -> None:
     ) -> tuple[Tensor, None]:
         del attention_mask, unused
         if exchange is not None:
-            query, key, value = (exchange.to_heads(states) for states in (query, key, value))
+            s_aux = None if s_aux is None else exchange.my_heads(s_aux)
+            num_heads = query.shape[1]
+            query, key, value = exchange.to_heads(query, key, value)
         options = AttentionOptions(scaling, dropout if module.training else 0.0, sliding_window, softcap, s_aux)
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
         output = kernel(q, k, v, Documents(document_starts, longest_document), options)
         if exchange is not None:
-            output = exchange.to_tokens(output.transpose(0, 1)[None])[0].transpose(0, 1)
+            output = exchange.to_tokens(output.transpose(0, 1)[None], num_heads)[0].transpose(0, 1)
         return output[None], None
 
     AttentionInterface.register(NAME, attention)

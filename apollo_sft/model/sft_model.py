@@ -18,16 +18,19 @@ class SftModel(nn.Module):
     row: every rank then reduces the gradients of the same parameters.
     """
 
-    def __init__(self, causal_lm: Any) -> None:
+    def __init__(self, causal_lm: Any, sp_rank: int = 0, sp_size: int = 1) -> None:
         super().__init__()
         self.causal_lm = causal_lm
+        self.sp_rank = sp_rank
+        self.sp_size = sp_size
         attach_loss(causal_lm.get_output_embeddings(), head_spec(causal_lm.config))
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, document_starts: Tensor, longest_document: int
     ) -> Tensor:
-        """`input_ids`, `labels`, `position_ids`: (1, tokens); `document_starts`: int32, (documents + 1,).
+        """`input_ids`, `labels`, `position_ids`: (1, tokens / sp), this rank's slice of the row.
 
+        `document_starts`: int32, (documents + 1,), and `longest_document` are those of the whole row.
         Returns the loss sum, a float64 scalar.
         """
         hidden = self.causal_lm.base_model(
@@ -42,8 +45,9 @@ class SftModel(nn.Module):
         return cast(Tensor, head.loss(hidden[0][is_target], labels[0][is_target]))
 
     def loss_sum(self, micro_batch: MicroBatch, device: torch.device) -> Tensor:
-        """The loss sum of a micro-batch that lies on any device."""
+        """The loss sum over this rank's slice of a micro-batch that lies on any device."""
         longest = int(torch.diff(micro_batch.document_starts).max())
-        tensors = (micro_batch.input_ids, micro_batch.labels, micro_batch.position_ids, micro_batch.document_starts)
-        moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        whole = (micro_batch.input_ids, micro_batch.labels, micro_batch.position_ids)
+        mine = (tensor.chunk(self.sp_size, dim=1)[self.sp_rank] for tensor in whole)
+        moved = (tensor.to(device, non_blocking=True) for tensor in (*mine, micro_batch.document_starts))
         return cast(Tensor, self(*moved, longest))

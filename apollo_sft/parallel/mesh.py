@@ -13,13 +13,17 @@ from apollo_sft.parallel.launch import World
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """`shard` is the flat mesh over which parameters are sharded: all ranks. None without a process group."""
+    """`shard`: the flat mesh over which parameters are sharded, all ranks; None without a process group.
+
+    `sp_group`: the ranks that share a sequence; None when each has its own.
+    """
 
     dp_rank: int
     dp_size: int
     sp_rank: int
     sp_size: int
     shard: DeviceMesh | None
+    sp_group: dist.ProcessGroup | None = None
 
 
 def build_mesh(world: World, sp_size: int) -> Mesh:
@@ -35,4 +39,5 @@ def build_mesh(world: World, sp_size: int) -> Mesh:
     if not dist.is_initialized():
         return Mesh(dp_rank, dp_size, sp_rank, sp_size, None)
     mesh = init_device_mesh(world.device.type, (dp_size, sp_size), mesh_dim_names=("dp", "sp"))
-    return Mesh(dp_rank, dp_size, sp_rank, sp_size, mesh["dp", "sp"]._flatten("shard"))
+    sp_group = mesh["sp"].get_group() if sp_size > 1 else None
+    return Mesh(dp_rank, dp_size, sp_rank, sp_size, mesh["dp", "sp"]._flatten("shard"), sp_group)

@@ -17,6 +17,7 @@ from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel import fsdp2
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import Mesh
+from apollo_sft.parallel.ulysses import Ulysses
 from apollo_sft.report.log import say
 from apollo_sft.train.optim import build_optimizer
 
@@ -60,17 +61,22 @@ def assemble(config: SftConfig, folder: Path, hf_config: Any, world: World, mesh
     if world.is_main:
         source = SftModel(load.load_with_weights(folder, hf_config, precision.master, trust))
         prove(source, config.trainer.seed)
-    attention.register(kernel)
+    attention.register(kernel, _exchange(mesh))
     if mesh.shard is None:
         assert source is not None, "one process reads its own weights"
         model = source.to(world.device)
         _enable_checkpointing(model, config.model)
     else:
-        model = SftModel(load.build_on_meta(hf_config, precision.master, trust))
+        causal_lm = load.build_on_meta(hf_config, precision.master, trust)
+        model = SftModel(causal_lm, mesh.sp_rank, mesh.sp_size)
         _enable_checkpointing(model, config.model)
         fsdp2.shard(model, mesh.shard, _shard_spec(model, config.model, precision), _own_head(model))
         fsdp2.fill(model, source, world.device)
     return model, build_optimizer(model.parameters(), config.optim)
+
+
+def _exchange(mesh: Mesh) -> Ulysses | None:
+    return None if mesh.sp_group is None else Ulysses(mesh.sp_group, mesh.sp_rank, mesh.sp_size)
 
 
 def _enable_checkpointing(model: SftModel, config: ModelConfig) -> None:

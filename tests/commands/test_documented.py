@@ -110,9 +110,9 @@ PAGE_GSM8K = (
     "data.prompt_dict_keys=['question'] +data.response_dict_keys=['answer'] data.micro_batch_size=4 optim.lr=1e-4 "
     "model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct trainer.default_local_dir=/tmp/sft_output "
     "trainer.project_name=gsm8k-sft trainer.experiment_name=qwen-0.5b-sft trainer.logger=['console'] "
-    "trainer.total_epochs=4"
+    "trainer.total_epochs=4 ulysses_sequence_parallel_size=2 use_remove_padding=true"
 )
-"""The reference page's first example, without its two sequence-parallel lines."""
+"""The reference page's first example, whole."""
 PRINTING = {
     "apollo-sft train --help": "micro_batch_size_per_gpu: 4",
     "python -m apollo_sft --cfg job key=value …": "max_length: 1024",
