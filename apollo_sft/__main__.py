@@ -7,7 +7,7 @@ import sys
 
 from apollo_sft.config.checks import check_paths
 from apollo_sft.config.compose import YAML_PATH, Composed, compose, to_yaml
-from apollo_sft.errors import ApolloError
+from apollo_sft.errors import ApolloError, CheckpointError, ConfigError
 
 USAGE = """Train: python -m apollo_sft key=value …
        torchrun --standalone --nnodes=1 --nproc_per_node=N -m apollo_sft key=value …
@@ -24,7 +24,7 @@ INTERRUPTED = 130
 def main(arguments: list[str]) -> int:
     """Run one rank. Returns the exit code: 0 done, 1 failed, 2 refused."""
     if "--help" in arguments or "-h" in arguments:
-        print(USAGE + "\n" + YAML_PATH.read_text(encoding="utf-8"))
+        _say(USAGE + "\n" + YAML_PATH.read_text(encoding="utf-8"))
         return 0
     try:
         composed = check(arguments)
@@ -37,7 +37,8 @@ def main(arguments: list[str]) -> int:
         _report(error)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if _rank() == 0:
+            print("apollo-sft: interrupted", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -49,17 +50,37 @@ def check(arguments: list[str]) -> Composed | None:
     """
     if "--cfg" in arguments:
         at = arguments.index("--cfg")
-        print(to_yaml(compose([*arguments[:at], *arguments[at + 2 :]]).config), end="")
+        if arguments[at + 1 : at + 2] != ["job"]:
+            raise ConfigError("--cfg prints the resolved configuration", expected="--cfg job")
+        _say(to_yaml(compose([*arguments[:at], *arguments[at + 2 :]]).config).rstrip())
         return None
     composed = compose(arguments)
     check_paths(composed.config, set(composed.overridden))
     return composed
 
 
+def _say(text: str) -> None:
+    if _rank() != 0:
+        return
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `--help | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _report(error: ApolloError) -> None:
-    """One message a host: what stops one rank stops its neighbours alike."""
+    """One message a host: what is wrong with config, data or model stops its ranks alike.
+
+    A file that cannot be written may be one rank's own trouble, so that rank says it too.
+    """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"apollo-sft: {error}", file=sys.stderr)
+    elif isinstance(error, CheckpointError):
+        print(f"apollo-sft: rank {_rank()}: {error}", file=sys.stderr)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def run() -> None:

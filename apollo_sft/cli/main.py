@@ -9,6 +9,7 @@ import sys
 
 from apollo_sft.errors import ApolloError
 
+INTERRUPTED = 130
 COMMANDS = {
     "train": "fine-tune a model on parquet files",
     "demo": "train a small model from nothing, in about two minutes, and show what it learned",
@@ -35,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ApolloError as error:
         print(f"apollo-sft: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("apollo-sft: interrupted", file=sys.stderr)
+        return INTERRUPTED
     return code
 
 

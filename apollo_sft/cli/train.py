@@ -12,6 +12,8 @@ from apollo_sft import __main__ as entry
 from apollo_sft.config.schema import TrainerConfig
 from apollo_sft.errors import ConfigError
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code of the training: 0 done, 1 failed, 2 refused.
@@ -21,6 +23,8 @@ def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         return entry.main(["--help"])
     nproc, overrides = _take_nproc(arguments)
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as `python -m` does: model.external_lib may lie in the working directory
     composed = entry.check(overrides)
     if composed is None:
         return 0
@@ -74,7 +78,8 @@ def _torchrun(processes: int, overrides: list[str]) -> int:
         del frame
         launcher.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    passed_on = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, forward) for number in passed_on}
     try:
         return launcher.wait()
     finally:

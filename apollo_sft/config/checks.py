@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import importlib.util
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from apollo_sft.config.schema import SftConfig
@@ -12,32 +13,41 @@ from apollo_sft.errors import ConfigError
 
 LOGGERS = ("console", "tensorboard", "wandb", "file")
 LATER_LOGGERS = ("mlflow", "swanlab", "trackio")
+UNUSED: tuple[tuple[str, Callable[[SftConfig], bool], str], ...] = (
+    ("optim.stable_ratio", lambda c: c.optim.lr_scheduler != "wsd", "without optim.lr_scheduler=wsd"),
+    ("model.lora_alpha", lambda c: c.model.lora_rank == 0, "with model.lora_rank=0"),
+    ("model.target_modules", lambda c: c.model.lora_rank == 0, "with model.lora_rank=0"),
+    ("data.prompt_dict_keys", lambda c: c.data.multiturn.enable, "with data.multiturn.enable=true"),
+    ("data.response_dict_keys", lambda c: c.data.multiturn.enable, "with data.multiturn.enable=true"),
+    ("data.multiturn.tools_key", lambda c: not c.data.multiturn.enable, "without data.multiturn.enable=true"),
+    ("data.multiturn.enable_thinking_key", lambda c: not c.data.multiturn.enable, "without data.multiturn.enable=true"),
+)
+"""(key, whether the config leaves it unused, when): a key that was set and changes nothing is said, not ignored."""
 
 
 def check_combinations(config: SftConfig, given: set[str], notes: list[str]) -> None:
     """`given`: the keys that the user has set. Adds to `notes` what is accepted but should be known.
 
-    Raises: ConfigError.
+    Raises: ConfigError with every impossible combination in one message.
     """
-    _check_batches(config)
-    _check_precision(config, notes)
-    _check_loggers(config)
-    if config.optim.lr_warmup_steps >= 0 and "optim.warmup_steps_ratio" in given:
-        raise ConfigError(
-            "optim.lr_warmup_steps and optim.warmup_steps_ratio both say how long the warm-up is",
-            fix="give one of them",
-        )
-    if given & {"data.train_files"} and "data.val_files" not in given and config.data.val_files:
-        raise ConfigError(
-            "data.train_files is yours, but data.val_files is still the default",
-            found=", ".join(config.data.val_files),
-            expected="validation data that belongs to the training data",
-            fix="set data.val_files, or data.val_files=null to train without validation",
-        )
-    if not config.data.train_files:
-        raise ConfigError("data.train_files names no file", fix="data.train_files=path/to/train.parquet")
+    checks = (
+        _batches(config),
+        _files(config, given),
+        _precision(config),
+        _loggers(config),
+        _contradictions(config, given),
+    )
+    problems = [str(problem) for check in checks for problem in check]
+    if problems:
+        raise ConfigError("\n".join(problems))
     if config.use_remove_padding:
         notes.append("use_remove_padding changes nothing: there never is padding")
+    if config.model.fsdp_config.model_dtype == "bf16":
+        notes.append(
+            "warning: model.fsdp_config.model_dtype=bf16 loses small updates: at lr 1e-5 most weights of usual size "
+            "do not move at all; fp32 is the safe choice"
+        )
+    notes += [f"{key} has no effect {when}" for key, unused, when in UNUSED if key in given and unused(config)]
 
 
 def check_paths(config: SftConfig, given: set[str]) -> None:
@@ -53,13 +63,22 @@ def check_paths(config: SftConfig, given: set[str]) -> None:
             if "://" not in path and not _exists(path):
                 raise ConfigError(f"{_named(key, given)}: no such file", found=path, fix=off)
     model = config.model.partial_pretrain
-    if Path(model).is_absolute() and not Path(model).is_dir():
+    if _is_path(model) and not Path(model).is_dir():
         key = _named("model.partial_pretrain", given)
         fix = "model.partial_pretrain=path/to/model, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct"
         raise ConfigError(f"{key}: no such folder", found=model, fix=fix)
+    template = config.data.chat_template
+    if template is not None and _is_path(template) and not Path(template).expanduser().is_file():
+        fix = "data.chat_template=null for the tokenizer's own, or chatml, plain, jinja text"
+        raise ConfigError("data.chat_template: no such file", found=template, fix=fix)
     external = config.model.external_lib
     if external is not None and importlib.util.find_spec(external.partition(".")[0]) is None:
         raise ConfigError("model.external_lib cannot be found", found=external, expected="a module on PYTHONPATH")
+
+
+def _is_path(text: str) -> bool:
+    """Clearly a local path: a hub id is `name` or `owner/name`, and a template that is text has braces."""
+    return "{" not in text and (text.startswith(("/", ".", "~")) or text.count("/") > 1)
 
 
 def _named(key: str, given: set[str]) -> str:
@@ -70,48 +89,86 @@ def _exists(path: str) -> bool:
     return Path(path).exists() or bool(glob.has_magic(path) and glob.glob(path, recursive=True))  # noqa: PTH207
 
 
-def _check_batches(config: SftConfig) -> None:
+def _batches(config: SftConfig) -> Iterator[ConfigError]:
     data = config.data
     if data.micro_batch_size_per_gpu > data.train_batch_size:
-        raise ConfigError(
+        yield ConfigError(
             "data.micro_batch_size_per_gpu is larger than data.train_batch_size",
             found=f"{data.micro_batch_size_per_gpu} samples a forward, {data.train_batch_size} samples a step",
             fix=f"data.micro_batch_size_per_gpu={data.train_batch_size} or less",
         )
     if data.max_token_len_per_gpu is not None and not data.use_dynamic_bsz:
-        raise ConfigError(
+        yield ConfigError(
             "data.max_token_len_per_gpu has an effect only with data.use_dynamic_bsz=true",
             found=data.max_token_len_per_gpu,
             fix="data.max_token_len_per_gpu=null",
         )
     for key, value in (("train_max_samples", data.train_max_samples), ("val_max_samples", data.val_max_samples)):
         if value == 0:
-            raise ConfigError(f"data.{key} is 0: there would be no row", expected="-1 for all rows, or 1 and more")
+            yield ConfigError(f"data.{key} is 0: there would be no row", expected="-1 for all rows, or 1 and more")
     if config.trainer.test_freq == 0:
-        raise ConfigError("trainer.test_freq is 0", expected="-1 for the ends of epochs, or a number of steps")
+        yield ConfigError("trainer.test_freq is 0", expected="-1 for the ends of epochs, or a number of steps")
 
 
-def _check_precision(config: SftConfig, notes: list[str]) -> None:
+def _files(config: SftConfig, given: set[str]) -> Iterator[ConfigError]:
+    if "data.train_files" in given and "data.val_files" not in given and config.data.val_files:
+        yield ConfigError(
+            "data.train_files is yours, but data.val_files is still the default",
+            found=", ".join(config.data.val_files),
+            expected="validation data that belongs to the training data",
+            fix="set data.val_files, or data.val_files=null to train without validation",
+        )
+    if not config.data.train_files:
+        yield ConfigError("data.train_files names no file", fix="data.train_files=path/to/train.parquet")
+
+
+def _precision(config: SftConfig) -> Iterator[ConfigError]:
     master, compute = config.model.fsdp_config.model_dtype, config.model.fsdp_config.dtype
     allowed = {"fp64": ("auto", "fp64"), "fp32": ("auto", "fp32", "bf16"), "bf16": ("auto", "bf16")}[master]
     if compute not in allowed:
-        raise ConfigError(
+        yield ConfigError(
             "model.fsdp_config.dtype does not go with model.fsdp_config.model_dtype",
             found=f"dtype={compute}, model_dtype={master}",
             expected=f"dtype={' or '.join(allowed)} with model_dtype={master}",
         )
-    if master == "bf16":
-        notes.append(
-            "warning: model.fsdp_config.model_dtype=bf16 loses small updates: at lr 1e-5 most weights of usual size "
-            "do not move at all; fp32 is the safe choice"
-        )
 
 
-def _check_loggers(config: SftConfig) -> None:
+def _loggers(config: SftConfig) -> Iterator[ConfigError]:
+    if len(set(config.trainer.logger)) < len(config.trainer.logger):
+        yield ConfigError("trainer.logger names one twice", found=", ".join(config.trainer.logger))
     for name in config.trainer.logger:
         if name in LATER_LOGGERS:
-            raise ConfigError(f"trainer.logger: {name} is not built yet", fix=f"one of {', '.join(LOGGERS)}")
-        if name not in LOGGERS:
+            yield ConfigError(f"trainer.logger: {name} is not built yet", fix=f"one of {', '.join(LOGGERS)}")
+        elif name not in LOGGERS:
             close = difflib.get_close_matches(name, LOGGERS, n=1)
             fix = f"did you mean {close[0]}?" if close else None
-            raise ConfigError("trainer.logger is unknown", found=name, expected=", ".join(LOGGERS), fix=fix)
+            yield ConfigError("trainer.logger is unknown", found=name, expected=", ".join(LOGGERS), fix=fix)
+
+
+def _contradictions(config: SftConfig, given: set[str]) -> Iterator[ConfigError]:
+    """Two keys of which one could only be ignored."""
+    if config.optim.lr_warmup_steps >= 0 and "optim.warmup_steps_ratio" in given:
+        yield ConfigError(
+            "optim.lr_warmup_steps and optim.warmup_steps_ratio both say how long the warm-up is",
+            fix="give one of them",
+        )
+    if "data.multiturn.messages_key" in given and not config.data.multiturn.enable:
+        yield ConfigError(
+            "data.multiturn.messages_key is set, but data.multiturn.enable is false",
+            fix="data.multiturn.enable=true for conversations, or leave the key out",
+        )
+    columns = [f"data.{key}" for key in ("prompt_key", "response_key") if f"data.{key}" in given]
+    if columns and config.data.multiturn.enable:
+        yield ConfigError(
+            f"{' and '.join(columns)} and data.multiturn.enable=true name two forms of data",
+            fix="leave out the columns of single-turn data, or data.multiturn.enable",
+        )
+    if config.data.custom_cls.name is not None and config.data.custom_cls.path is None:
+        yield ConfigError("data.custom_cls.name is set without data.custom_cls.path", fix="set both, or neither")
+    attention = config.model.attn_implementation
+    if config.trainer.device == "cpu" and attention in ("flash", "varlen"):
+        yield ConfigError(
+            f"model.attn_implementation={attention} needs CUDA",
+            found="trainer.device=cpu",
+            fix="model.attn_implementation=auto",
+        )

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from pydantic import ValidationError
 
-from apollo_sft.config.aliases import REFUSED, RENAMED, WITHOUT_EFFECT
+from apollo_sft.config.aliases import REFUSED, REFUSED_SECTIONS, RENAMED, WITHOUT_EFFECT
 from apollo_sft.config.checks import check_combinations
+from apollo_sft.config.overrides import Setting, parse
 from apollo_sft.config.pending import refuse_pending
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.errors import ConfigError
 
+T = TypeVar("T")
 YAML_PATH = Path(__file__).parent / "sft_trainer.yaml"
 OPEN_DICTS = ("data.apply_chat_template_kwargs.",)
 """Keys below these are the user's own."""
@@ -46,17 +46,20 @@ def compose(arguments: Sequence[str]) -> Composed:
     Raises: ConfigError with every problem of the command line in one message.
     """
     notes: list[str] = []
-    overrides = [_parse(argument) for argument in arguments]
-    overrides = [o for o in (_apply_alias(override, notes) for override in overrides) if o is not None]
-    _refuse_contradictions(overrides)
-    for override in overrides:
-        _check_key(override)
-    raw = _hydra([override.text for override in overrides])
-    config = validate(raw)
-    refuse_pending(config)
-    check_combinations(config, {override.key for override in overrides}, notes)
-    overridden = {override.key: _lookup(raw, override.key) for override in overrides}
-    return Composed(config, overridden, notes)
+    problems: list[str] = []
+    attempts = [_attempt(partial(_read, argument, notes), problems) for argument in arguments]
+    settings = [setting for setting in attempts if setting is not None]
+    _attempt(partial(_refuse_contradictions, settings), problems)
+    raw = _attempt(partial(_hydra, settings), problems)
+    config = None if raw is None else _attempt(partial(validate, raw), problems)
+    if config is not None:
+        _attempt(partial(refuse_pending, config), problems)
+    if config is not None and not problems:
+        given = {setting.key for setting in settings}
+        _attempt(partial(check_combinations, config, given, notes), problems)
+    if problems or config is None:
+        raise ConfigError("\n".join(problems))
+    return Composed(config, {setting.key: _lookup(raw, setting.key) for setting in settings}, notes)
 
 
 def validate(raw: dict[str, Any]) -> SftConfig:
@@ -64,8 +67,10 @@ def validate(raw: dict[str, Any]) -> SftConfig:
     try:
         return SftConfig.model_validate(raw)
     except ValidationError as error:
-        merged = {_key_of(problem): problem for problem in reversed(error.errors())}
-        raise ConfigError("\n".join(_explain(problem) for problem in reversed(merged.values()))) from error
+        merged: dict[str, Any] = {}
+        for problem in error.errors():
+            merged.setdefault(_key_of(problem), problem)
+        raise ConfigError("\n".join(_explain(key, problem) for key, problem in merged.items())) from error
 
 
 def to_yaml(config: SftConfig) -> str:
@@ -73,143 +78,121 @@ def to_yaml(config: SftConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def known_keys() -> list[str]:
+@cache
+def known_keys() -> tuple[str, ...]:
     """Every key of the yaml, leaves only, in order."""
-    return list(_leaves(yaml.safe_load(YAML_PATH.read_text(encoding="utf-8")), ""))
+    return tuple(_leaves(_defaults(), ""))
 
 
-@dataclass(frozen=True, slots=True)
-class _Override:
-    """One parsed `key=value`. `prefix` is '', '+' or '++'."""
-
-    prefix: str
-    key: str
-    value: str
-
-    @property
-    def text(self) -> str:
-        return f"{self.prefix}{self.key}={self.value}"
+@cache
+def _defaults() -> dict[str, Any]:
+    tree: dict[str, Any] = yaml.safe_load(YAML_PATH.read_text(encoding="utf-8"))
+    return tree
 
 
-def _parse(argument: str) -> _Override:
-    parsed = _parse_or_quote(argument)
-    if parsed.is_sweep_override():
-        raise ConfigError(
-            f"{parsed.key_or_group} has several values",
-            found=argument,
-            expected="one value; a list is written [a,b]",
-        )
-    if parsed.is_delete():
-        raise ConfigError(f"{argument}: keys cannot be deleted", fix=f"{parsed.key_or_group}=null switches it off")
-    prefix = "++" if parsed.is_force_add() else "+" if parsed.is_add() else ""
-    value = str(parsed.input_line).split("=", 1)[1]
-    return _Override(prefix, str(parsed.key_or_group), value)
-
-
-def _parse_or_quote(argument: str) -> Override:
-    """Parsed by Hydra. A plain value that its lexer refuses (`~/x`, `/a/b=c`) is taken as one quoted string."""
-    parser = OverridesParser.create()
+def _attempt(work: Callable[[], T], problems: list[str]) -> T | None:
+    """The result, or None and one problem more: the user shall see all of them at once."""
     try:
-        return parser.parse_override(argument)
-    except HydraException as error:
-        key, equals, value = argument.partition("=")
-        if not equals or not value or value[0] in "{'\"":
-            raise _unreadable(argument, error) from error
-        quoted = _quote_paths(value) if value.startswith("[") else _quote(value)
-        try:
-            return parser.parse_override(f"{key}={quoted}")
-        except HydraException:
-            raise _unreadable(argument, error) from error
+        return work()
+    except ConfigError as error:
+        problems.append(str(error))
+        return None
 
 
-def _quote(text: str) -> str:
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
-    trailing = len(escaped) - len(escaped.rstrip("\\"))
-    return f"'{escaped}{chr(92) * trailing}'"
+def _read(argument: str, notes: list[str]) -> Setting | None:
+    """One argument, under the name that the yaml has; None when it has no effect. Raises: ConfigError."""
+    setting = _apply_alias(parse(argument), notes)
+    if setting is not None:
+        _check_key(setting)
+    return setting
 
 
-def _quote_paths(value: str) -> str:
-    """Quote the bare elements of a list."""
-    inner = value.removeprefix("[").removesuffix("]")
-    elements = (element.strip() for element in inner.split(","))
-    return "[" + ",".join(e if e[:1] in "'\"" else _quote(e) for e in elements if e) + "]"
-
-
-def _unreadable(argument: str, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"the argument {argument!r} cannot be read",
-        found=str(error).splitlines()[0],
-        expected="key=value, for example data.max_length=2048",
-    )
-
-
-def _apply_alias(override: _Override, notes: list[str]) -> _Override | None:
-    key = override.key
-    if key in REFUSED:
-        raise ConfigError(f"{key} is not a key of this trainer", fix=REFUSED[key])
+def _apply_alias(setting: Setting, notes: list[str]) -> Setting | None:
+    key = setting.key
+    if key in RENAMED:
+        notes.append(f"{key} is read as {RENAMED[key]}")
+        return Setting("++" if setting.prefix else "", RENAMED[key], setting.value)
     if key in WITHOUT_EFFECT:
         notes.append(f"{key} has no effect: {WITHOUT_EFFECT[key]}")
         return None
-    if key in RENAMED:
-        notes.append(f"{key} is read as {RENAMED[key]}")
-        return _Override(override.prefix if override.prefix != "+" else "++", RENAMED[key], override.value)
+    instead = REFUSED.get(key, REFUSED_SECTIONS.get(key.partition(".")[0]))
+    if instead is not None:
+        raise ConfigError(f"{key} is not a key of this trainer", fix=instead)
     if f"{key}.".startswith(OPEN_DICTS):
-        return _Override("++", key, override.value)
-    return override
+        return Setting("++", key, setting.value)
+    return setting
 
 
-def _refuse_contradictions(overrides: list[_Override]) -> None:
+def _refuse_contradictions(settings: list[Setting]) -> None:
     """The same key twice with two values: one of them would be ignored."""
     values: dict[str, str] = {}
-    for override in overrides:
-        if values.setdefault(override.key, override.value) != override.value:
-            spellings = [old for old, new in RENAMED.items() if new == override.key]
+    for setting in settings:
+        if values.setdefault(setting.key, setting.value) != setting.value:
+            spellings = [old for old, new in RENAMED.items() if new == setting.key]
             hint = f" ({', '.join(spellings)} means the same)" if spellings else ""
             raise ConfigError(
-                f"{override.key} is given twice{hint}",
-                found=f"{values[override.key]} and {override.value}",
+                f"{setting.key} is given twice{hint}",
+                found=f"{values[setting.key]} and {setting.value}",
                 expected="one value",
             )
 
 
-def _check_key(override: _Override) -> None:
+def _check_key(setting: Setting) -> None:
     keys = known_keys()
     sections = {key.rsplit(".", depth)[0] for key in keys for depth in range(1, key.count(".") + 1)}
-    key = override.key
+    key = setting.key
     if key not in keys and key not in sections and not key.startswith(OPEN_DICTS):
-        raise ConfigError(_unknown_key(key))
-    default = _lookup(yaml.safe_load(YAML_PATH.read_text(encoding="utf-8")), key)
-    if override.prefix == "+" and not isinstance(default, list | dict):
-        raise ConfigError(f"+{key}: the key exists already", fix=f"write {key}={override.value} without the +")
+        raise _unknown_key(key)
+    if setting.prefix == "+" and not isinstance(_lookup(_defaults(), key), list | dict):
+        raise ConfigError(f"+{key}: the key exists already", fix=f"write {key}={setting.value} without the +")
 
 
-def _unknown_key(key: str) -> str:
+def _unknown_key(key: str) -> ConfigError:
+    """Names the key of the same last name (perhaps in another section), else the one that is spelt most alike."""
     keys = known_keys()
-    last = key.rsplit(".", 1)[-1]
-    same_end = [known for known in keys if known.rsplit(".", 1)[-1] == last]
-    close = same_end or difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
+    last = key.rpartition(".")[2]
+    same_name = [known for known in keys if known.rpartition(".")[2] == last]
+    cutoff = 0.5 if "." in key else 0.0
+    close = difflib.get_close_matches(key, same_name, n=1, cutoff=cutoff) or difflib.get_close_matches(
+        key, keys, n=1, cutoff=0.7
+    )
     fix = f"did you mean {close[0]}?" if close else "apollo-sft train --help lists every key"
-    return str(ConfigError(f"unknown key {key}", fix=fix))
+    return ConfigError(f"unknown key {key}", fix=fix)
 
 
-def _hydra(overrides: list[str]) -> dict[str, Any]:
+def _hydra(settings: list[Setting]) -> dict[str, Any]:
+    """The composed tree, interpolations resolved. Raises: ConfigError."""
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(YAML_PATH.parent), version_base="1.3"):
-            composed = hydra_compose(YAML_PATH.stem, overrides=overrides)
+            composed = hydra_compose(YAML_PATH.stem, overrides=[setting.text for setting in settings])
         return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ or error
-        raise ConfigError("the configuration cannot be composed", found=str(cause).splitlines()[0]) from error
+        key = getattr(cause, "full_key", None)
+        if isinstance(cause, ConfigKeyError) and key:
+            raise _unknown_key(key) from error
+        what = f"{key} has a value that cannot be used" if key else "the configuration cannot be composed"
+        raise ConfigError(what, found=str(cause).splitlines()[0]) from error
 
 
-def _explain(problem: Any) -> str:
-    key = _key_of(problem)
-    if problem["type"] == "extra_forbidden":
-        return _unknown_key(key)
-    found = problem["input"]
-    expected = problem["msg"].removeprefix("Input should be ")
-    return str(ConfigError(f"{key} has a value that cannot be used", found=f"{found!r}", expected=expected))
+def _explain(key: str, problem: Any) -> str:
+    found, kind = problem["input"], problem["type"]
+    if kind == "extra_forbidden":
+        return str(_unknown_key(key))
+    fix = None
+    expected = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    if kind in ("model_type", "dict_type"):
+        expected = f"a dict; single keys are set as {key}.…=value"
+    elif kind in ("too_short", "too_long"):
+        expected = f"a list of {problem['ctx'].get('min_length', problem['ctx'].get('max_length'))}"
+    elif kind == "string_too_short":
+        expected = "a text that is not empty"
+    elif kind == "tuple_type":
+        expected = "a list: [a,b]"
+    elif kind == "string_type" and isinstance(found, int | float):
+        fix = f"quote a number or a word such as true that is meant as text: \"{key}='…'\""
+    return str(ConfigError(f"{key} has a value that cannot be used", found=f"{found!r}", expected=expected, fix=fix))
 
 
 def _key_of(problem: Any) -> str:

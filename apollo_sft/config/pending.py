@@ -9,27 +9,9 @@ from apollo_sft.errors import ConfigError
 
 PENDING: list[tuple[str, Callable[[SftConfig], bool], str]] = [
     ("model.strategy", lambda c: c.model.strategy == "fsdp", "model.strategy=fsdp2"),
-    (
-        "model.fsdp_config.cpu_offload",
-        lambda c: c.model.fsdp_config.cpu_offload or c.model.fsdp_config.offload_params,
-        "leave it false",
-    ),
-    ("model.fsdp_config.fsdp_size", lambda c: c.model.fsdp_config.fsdp_size != -1, "leave it -1"),
-    (
-        "model.fsdp_config.use_no_sync_for_gradient_accumulation",
-        lambda c: c.model.fsdp_config.use_no_sync_for_gradient_accumulation,
-        "leave it false",
-    ),
-    (
-        "model.fsdp_config.wrap_policy.min_num_params",
-        lambda c: c.model.fsdp_config.wrap_policy.min_num_params > 0,
-        "leave it 0 and name classes in transformer_layer_cls_to_wrap",
-    ),
     ("model.lora_rank", lambda c: c.model.lora_rank > 0, "model.lora_rank=0 trains all weights"),
     ("model.lora_adapter_path", lambda c: c.model.lora_adapter_path is not None, "leave it null"),
     ("model.use_liger", lambda c: c.model.use_liger, "leave it false"),
-    ("data.use_dynamic_bsz", lambda c: c.data.use_dynamic_bsz, "use data.micro_batch_size_per_gpu"),
-    ("data.balance_dp_token", lambda c: c.data.balance_dp_token, "leave it false; the loss is the same"),
     ("data.custom_cls.path", lambda c: c.data.custom_cls.path is not None, "write the rows as parquet"),
     ("data.bad_rows=skip", lambda c: c.data.bad_rows == "skip", "data.bad_rows=error, and mend the rows it names"),
     (
@@ -41,6 +23,16 @@ PENDING: list[tuple[str, Callable[[SftConfig], bool], str]] = [
         "trainer.save_freq",
         lambda c: c.trainer.save_freq != -1,
         "leave it -1; today the model is written once, at the end of the run",
+    ),
+    (
+        "trainer.max_ckpt_to_keep",
+        lambda c: c.trainer.max_ckpt_to_keep != 2,
+        "leave it out; today the model is written once, at the end of the run",
+    ),
+    (
+        "trainer.checkpoint.save_contents",
+        lambda c: c.trainer.checkpoint.save_contents != ("model", "optimizer", "extra"),
+        "leave it out; today the model is written once, at the end of the run",
     ),
     ("trainer.generate_samples", lambda c: c.trainer.generate_samples > 0, "leave it 0"),
     ("trainer.default_hdfs_dir", lambda c: c.trainer.default_hdfs_dir is not None, "copy the finished folder yourself"),

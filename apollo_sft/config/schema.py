@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _as_tuple(value: Any) -> Any:
@@ -22,9 +23,25 @@ def _expand(value: Any) -> Any:
     return [_expand(item) for item in value] if isinstance(value, list) else value
 
 
-Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
-PathText = Annotated[str, BeforeValidator(_expand)]
-Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), BeforeValidator(_expand)]
+def _save_frequency(value: int | str) -> int | str:
+    if isinstance(value, int):
+        readable = value == -1 or value >= 1
+    else:
+        readable = re.fullmatch(r"epoch|[1-9][0-9]*min", value) is not None
+    if not readable:
+        raise ValueError("-1, a number of steps such as 200, epoch, or minutes such as 30min")
+    return value
+
+
+def _lower(value: Any) -> Any:
+    """verl writes AdamW."""
+    return value.lower() if isinstance(value, str) else value
+
+
+Text = Annotated[str, Field(min_length=1)]
+Strings = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple)]
+PathText = Annotated[Text, BeforeValidator(_expand)]
+Paths = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple), BeforeValidator(_expand)]
 Count = Annotated[int, Field(ge=1)]
 CountOrAll = Annotated[int, Field(ge=-1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -32,19 +49,19 @@ Frequency = Annotated[int, Field(ge=-1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class MultiturnConfig(Section):
     enable: bool
-    messages_key: str
+    messages_key: Text
     tools_key: str
     enable_thinking_key: str
 
 
 class CustomClsConfig(Section):
     path: PathText | None
-    name: str | None
+    name: Text | None
 
 
 class DataConfig(Section):
@@ -54,8 +71,8 @@ class DataConfig(Section):
     val_files: Paths
     train_max_samples: CountOrAll
     val_max_samples: CountOrAll
-    prompt_key: str
-    response_key: str
+    prompt_key: Text
+    response_key: Text
     prompt_dict_keys: Strings
     response_dict_keys: Strings
     multiturn: MultiturnConfig
@@ -65,7 +82,7 @@ class DataConfig(Section):
     max_token_len_per_gpu: Count | None
     balance_dp_token: bool
     drop_last: bool
-    chat_template: str | None
+    chat_template: Text | None
     apply_chat_template_kwargs: dict[str, Any]
     bad_rows: Literal["error", "skip"]
     store_dir: PathText | None
@@ -92,19 +109,19 @@ class ModelConfig(Section):
     partial_pretrain: PathText
     strategy: Literal["fsdp2", "fsdp"]
     fsdp_config: FsdpConfig
-    external_lib: str | None
+    external_lib: Text | None
     enable_gradient_checkpointing: bool
     trust_remote_code: bool
     attn_implementation: Literal["auto", "sdpa", "varlen", "flash"]
     lora_rank: Annotated[int, Field(ge=0)]
     lora_alpha: Annotated[float, Field(gt=0)]
-    target_modules: str | Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+    target_modules: Text | Strings
     lora_adapter_path: PathText | None
     use_liger: bool
 
 
 class OptimConfig(Section):
-    name: Literal["adamw"]
+    name: Annotated[Literal["adamw"], BeforeValidator(_lower)]
     lr: Annotated[float, Field(gt=0)]
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], ...],
@@ -127,14 +144,14 @@ class CheckpointConfig(Section):
 class TrainerConfig(Section):
     default_local_dir: PathText
     default_hdfs_dir: PathText | None
-    project_name: str
-    experiment_name: str
+    project_name: Text
+    experiment_name: Text
     total_epochs: Count
     total_training_steps: Count | None
     logger: Strings
     log_freq: Count
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    save_freq: int | str
+    save_freq: Annotated[int | str, AfterValidator(_save_frequency)]
     test_freq: Frequency
     val_before_train: bool
     resume_mode: Literal["auto", "disable", "resume_path"]
