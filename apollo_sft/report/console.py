@@ -1,16 +1,22 @@
-"""The console logger: a live bar in a terminal, one plain line a step elsewhere."""
+"""The console logger: a live bar in a terminal, aligned plain lines elsewhere."""
 
 from __future__ import annotations
 
 from collections import deque
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from apollo_sft.report.log import say, terminal
 from apollo_sft.report.metrics import Record
 
 RATE_WINDOW = 50
 """Steps over which the time that is left is estimated."""
+BAR_WIDTH = 40
+REFRESHES_PER_SECOND = 4
 
 
 class Console:
@@ -20,54 +26,81 @@ class Console:
         self._enabled = enabled
         self._total = total_steps
         self._log_freq = log_freq
-        self._seconds: deque[float] = deque(maxlen=RATE_WINDOW)
-        self._bar: Progress | None = None
+        self._eta = Eta(total_steps)
+        self._widths: dict[str, int] = {}
+        self._done = 0
+        self._place = ""
+        self._numbers = "waiting for the first step"
+        self._live: Live | None = None
         if enabled and terminal().is_terminal:
-            columns = (
-                TextColumn("training"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[line]}"),
-            )
-            self._bar = Progress(*columns, console=terminal(), transient=True)
-            self._task = self._bar.add_task("training", total=total_steps, line="")
-            self._bar.start()
+            self._live = Live(get_renderable=self._picture, console=terminal(), refresh_per_second=REFRESHES_PER_SECOND)
+            self._live.start()
 
     def step(self, record: Record) -> None:
+        """Show one record: of a training step, of a validation, or of both."""
         if not self._enabled:
             return
+        step = int(record["step"])
+        place = f"step {step:>{len(str(self._total))}}/{self._total}"
         if "train/loss" in record:
-            self._train(record)
+            self._train(record, step, place)
         if "val/loss" in record:
-            say(f"{self._place(record)}  validation loss {record['val/loss']:.4f} ({record['val/targets']:,} targets)")
+            say(f"{place}  validation loss {record['val/loss']:.4f} ({record['val/targets']:,} targets)")
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        """End the live display; its last state stays on the screen."""
+        if self._live is not None:
+            self._live.stop()
 
-    def _train(self, record: Record) -> None:
-        step = int(record["step"])
-        self._seconds.append(float(record["train/step_seconds"]))
-        if step == 2:
-            self._seconds.popleft()  # the first step warms up and would make the estimate too long
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, line=self._numbers(record))
-        elif step % self._log_freq == 0 or step in (1, self._total):
-            say(f"{self._place(record)}  {self._numbers(record)}")
-
-    def _place(self, record: Record) -> str:
-        return f"step {int(record['step']):>{len(str(self._total))}}/{self._total}"
-
-    def _numbers(self, record: Record) -> str:
-        left = (self._total - int(record["step"])) * sum(self._seconds) / len(self._seconds)
-        parts = (
-            f"loss {record['train/loss']:.4f}",
-            f"lr {record['train/lr']:.1e}",
-            f"grad norm {record['train/grad_norm']:.2f}",
-            f"{record['train/tokens_per_second']:,.0f} tok/s",
-            f"eta {clock(left)}",
+    def _train(self, record: Record, step: int, place: str) -> None:
+        self._eta.add(float(record["train/step_seconds"]))
+        eta = f"eta {clock(self._eta.seconds_left(step))}"
+        numbers = "  ".join(
+            (
+                f"loss {self._aligned(record, 'train/loss', '.4f')}",
+                f"lr {record['train/lr']:.1e}",
+                f"grad norm {self._aligned(record, 'train/grad_norm', '.2f')}",
+                f"targets {self._aligned(record, 'train/targets', ',')}",
+                f"{self._aligned(record, 'train/tokens_per_second', ',.0f')} tok/s",
+            )
         )
-        return "  ".join(parts)
+        self._done, self._place, self._numbers = step, f"{place}  {eta}", numbers
+        if self._live is None and (step % self._log_freq == 0 or step in (1, self._total)):
+            say(f"{place}  {numbers}  {eta}")
+
+    def _aligned(self, record: Record, name: str, form: str) -> str:
+        """As wide as the widest value of this metric so far, so that columns keep their place."""
+        text = format(record[name], form)
+        self._widths[name] = max(self._widths.get(name, 0), len(text))
+        return text.rjust(self._widths[name])
+
+    def _picture(self) -> RenderableType:
+        """Two lines, so that nothing is cut in a terminal of 80 columns."""
+        bar = Table.grid(padding=(0, 2, 0, 0))
+        bar.add_row(ProgressBar(total=self._total, completed=self._done, width=BAR_WIDTH), self._place)
+        return Group(bar, Text(self._numbers))
+
+
+class Eta:
+    """The time that is left, by the mean of the last steps.
+
+    The first step that this process runs is left out as soon as there is another: it warms up and takes longer.
+    """
+
+    def __init__(self, total_steps: int) -> None:
+        self._total = total_steps
+        self._seconds: deque[float] = deque(maxlen=RATE_WINDOW)
+        self._added = 0
+
+    def add(self, step_seconds: float) -> None:
+        if self._added == 1:
+            self._seconds.popleft()
+        self._seconds.append(step_seconds)
+        self._added += 1
+
+    def seconds_left(self, step: int) -> float:
+        """After step `step` (from 1)."""
+        return (self._total - step) * sum(self._seconds) / len(self._seconds)
 
 
 def clock(seconds: float) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import warnings
 from functools import cache
 
 from rich.console import Console
-from rich.logging import RichHandler
+from rich.text import Text
 
 LOGGER = logging.getLogger("apollo_sft")
 
@@ -20,13 +19,23 @@ def terminal() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+class _TerminalHandler(logging.Handler):
+    """Writes to `terminal()`, above a bar that is alive; plain text when that is not a terminal.
+
+    Long lines are never broken here: what a person copies out of them (a path, Python) stays whole.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else ""
+        try:
+            terminal().print(Text.from_ansi(self.format(record), style=style), soft_wrap=True)
+        except OSError:  # nobody reads any more: what every handler of `logging` does then
+            self.handleError(record)
+
+
 def setup_logging(is_main: bool) -> None:
     """Rank 0 logs to `terminal()`, the others stay silent below errors. Called once, at the start of a run."""
-    handler: logging.Handler = logging.StreamHandler(sys.stderr)
-    if terminal().is_terminal:
-        handler = RichHandler(console=terminal(), show_time=False, show_path=False, show_level=False, markup=False)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    LOGGER.handlers[:] = [handler]
+    LOGGER.handlers[:] = [_handler("%(message)s")]
     LOGGER.setLevel(logging.INFO if is_main else logging.ERROR)
     LOGGER.propagate = False
     _quiet_libraries(is_main)
@@ -42,14 +51,24 @@ def warn(text: str) -> None:
     LOGGER.warning("warning: %s", text)
 
 
+def _handler(form: str) -> logging.Handler:
+    handler = _TerminalHandler()
+    handler.setFormatter(logging.Formatter(form))
+    return handler
+
+
 def _quiet_libraries(is_main: bool) -> None:
-    """Progress bars only on rank 0 of a terminal; hints that ask the caller to change a call are not for our users."""
+    """Progress bars only on rank 0 of a terminal; no advice on calls that are ours. Warnings stay, on rank 0."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     if not (is_main and terminal().is_terminal):
         disable_progress_bars()
         transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    if not is_main:
+        transformers_logging.set_verbosity_error()
+    # Its own handler writes past the progress bar and would tear it.
+    transformers_logging.get_logger("transformers").handlers[:] = [_handler("transformers: %(message)s")]
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")

@@ -62,7 +62,7 @@ class MetricsWriter:
 
     def write(self, record: Record) -> None:
         assert all(math.isfinite(value) for value in record.values()), f"not finite: {record}"
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -72,8 +72,8 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """All lines of a metrics.jsonl, in order."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """All whole lines of a metrics.jsonl, in order; a last line without its end is left out."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def _cut_broken_line(path: Path) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from apollo_sft.errors import ConfigError
-from apollo_sft.report.log import warn
+from apollo_sft.report.log import say, warn
 from apollo_sft.report.metrics import Record
+
+
+FLUSH_SECONDS = 10
+"""How long tensorboard may hold values back: someone may be watching."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +41,7 @@ class TensorBoard:
     def __init__(self, info: RunInfo) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(info.folder / "tensorboard"))
+        self._writer = SummaryWriter(str(info.folder / "tensorboard"), flush_secs=FLUSH_SECONDS)
 
     def log(self, record: Record) -> None:
         for name, value in record.items():
@@ -54,13 +60,15 @@ class Wandb:
         self._run = wandb.init(
             project=info.project, name=info.experiment, dir=str(info.folder), config=info.config, settings=settings
         )
+        say(f"wandb: offline, in {Path(self._run.dir).parent}" if self._run.offline else f"wandb: {self._run.url}")
 
     def log(self, record: Record) -> None:
         metrics = {name: value for name, value in record.items() if name != "step"}
         self._run.log(metrics, step=int(record["step"]))
 
     def close(self) -> None:
-        self._run.finish()
+        failed = sys.exc_info()[0] is not None  # closed on the way out of an error: wandb shows the run as failed
+        self._run.finish(exit_code=int(failed))
 
 
 BACKENDS: dict[str, tuple[str, Callable[[RunInfo], Sink]]] = {
@@ -73,7 +81,7 @@ BACKENDS: dict[str, tuple[str, Callable[[RunInfo], Sink]]] = {
 def check_backends(names: Sequence[str]) -> None:
     """Raises: ConfigError when the package of a wanted logger is not installed."""
     for name in names:
-        if name in BACKENDS and importlib.util.find_spec(BACKENDS[name][0]) is None:
+        if name in BACKENDS and not _is_installed(BACKENDS[name][0]):
             raise ConfigError(
                 f"trainer.logger: {name} needs the package {BACKENDS[name][0]}, which is not installed",
                 found=list(names),
@@ -81,28 +89,35 @@ def check_backends(names: Sequence[str]) -> None:
             )
 
 
+def _is_installed(package: str) -> bool:
+    spec = importlib.util.find_spec(package)
+    # A folder of that name, which the logger itself may have left in the working directory, has no origin.
+    return spec is not None and spec.origin is not None
+
+
 class Sinks:
     """All wanted loggers as one. One that fails is reported once and left out; the run goes on."""
 
     def __init__(self, names: Sequence[str], info: RunInfo) -> None:
         self._open: dict[str, Sink] = {}
-        for name in names:
+        for name in dict.fromkeys(names):
             if name in BACKENDS:
-                self._guard(name, lambda name=name: self._open.update({name: BACKENDS[name][1](info)}))  # type: ignore[misc]
+                self._guard(name, partial(self._start, name, info))
 
     def log(self, record: Record) -> None:
         for name, sink in list(self._open.items()):
-            self._guard(name, lambda sink=sink: sink.log(record))  # type: ignore[misc]
+            self._guard(name, partial(sink.log, record))
 
     def close(self) -> None:
         for name, sink in list(self._open.items()):
             self._guard(name, sink.close)
 
-    def _guard(self, name: str, action: Callable[[], object]) -> None:
+    def _start(self, name: str, info: RunInfo) -> None:
+        self._open[name] = BACKENDS[name][1](info)
+
+    def _guard(self, name: str, action: Callable[[], None]) -> None:
         try:
             action()
-        except (
-            Exception
-        ) as error:  # a foreign program may raise anything; metrics.jsonl holds every number all the same
+        except Exception as error:  # a foreign program may raise anything; metrics.jsonl holds every number anyway
             warn(f"the logger {name} failed and is left out from here on: {type(error).__name__}: {error}")
             self._open.pop(name, None)
