@@ -121,7 +121,7 @@ def load_with_weights(folder: Path, config: Any, dtype: torch.dtype, trust_remot
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
-            config=copy.deepcopy(config),
+            config=_own_config(config, dtype),
             dtype=dtype,
             attn_implementation=attention.NAME,
             trust_remote_code=trust_remote_code,
@@ -150,9 +150,20 @@ def build_on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> A
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=trust_remote_code
+            _own_config(config, dtype),
+            dtype=dtype,
+            attn_implementation=attention.NAME,
+            trust_remote_code=trust_remote_code,
         )
     return _checked(model)
+
+
+def _own_config(config: Any, dtype: torch.dtype) -> Any:
+    """A copy for one model, which writes into it. Grouped products of experts know no float64: one expert at a time."""
+    own = copy.deepcopy(config)
+    if dtype == torch.float64:
+        own._experts_implementation = "eager"
+    return own
 
 
 def _checked(model: Any) -> Any:

@@ -15,7 +15,8 @@ class SftModel(nn.Module):
     """`forward(micro_batch)` gives the sum of the cross-entropy over its targets.
 
     The head runs inside this forward, at target positions only. A micro-batch without a target still runs it, on no
-    row: every rank then reduces the gradients of the same parameters.
+    row: every rank then reduces the gradients of the same parameters. `reduces_once`: gradients are reduced over ranks
+    at the last micro-batch of a step only.
     """
 
     def __init__(self, causal_lm: Any, sp_rank: int = 0, sp_size: int = 1) -> None:
@@ -23,6 +24,7 @@ class SftModel(nn.Module):
         self.causal_lm = causal_lm
         self.sp_rank = sp_rank
         self.sp_size = sp_size
+        self.reduces_once = False
         attach_loss(causal_lm.get_output_embeddings(), head_spec(causal_lm.config))
 
     def forward(

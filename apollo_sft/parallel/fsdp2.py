@@ -2,35 +2,66 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from apollo_sft.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
 class ShardSpec:
-    """`layer_names`: class names of the blocks that are gathered one at a time."""
+    """`layer_names`: class names of the blocks that are gathered one at a time. `min_num_params` above 0 takes every
+    module of at least that many parameters instead. `offload`: parameters, gradients and optimizer state on the CPU.
+    """
 
     layer_names: frozenset[str]
     compute_dtype: torch.dtype
     reduce_dtype: torch.dtype
     reshard_after_forward: bool
+    min_num_params: int = 0
+    offload: bool = False
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, spec: ShardSpec, head: nn.Module | None) -> None:
-    """Shard every block named in the spec, the untied `head` as a group of its own, and the rest as the root.
+    """Shard every block that the spec chooses, the untied `head` as a group of its own, and the rest as the root.
 
     `head` is None when it shares its weight with the embedding: it then belongs to the root.
-    Raises: ConfigError when the model has no block of the named classes.
+    Raises: ConfigError when the spec chooses no block.
     """
-    policy = MixedPrecisionPolicy(param_dtype=spec.compute_dtype, reduce_dtype=spec.reduce_dtype)
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if spec.offload else OffloadPolicy()
+    group = partial(
+        fully_shard,
+        mesh=mesh,
+        mp_policy=MixedPrecisionPolicy(param_dtype=spec.compute_dtype, reduce_dtype=spec.reduce_dtype),
+        offload_policy=offload,
+    )
+    if head is not None:
+        # Kept after the forward: its gradient is formed there, so a second gathering would serve nothing.
+        group(head, reshard_after_forward=False)
+        register_fsdp_forward_method(head, "loss")
+    for block in _blocks(model, spec, head):
+        group(block, reshard_after_forward=spec.reshard_after_forward)
+    group(model, reshard_after_forward=False)
+
+
+def _blocks(model: nn.Module, spec: ShardSpec, head: nn.Module | None) -> list[nn.Module]:
+    if spec.min_num_params:
+        return _large_modules(model, spec.min_num_params, head)
     blocks = [module for module in model.modules() if type(module).__name__ in spec.layer_names]
     if not blocks:
         raise ConfigError(
@@ -38,35 +69,62 @@ def shard(model: nn.Module, mesh: DeviceMesh, spec: ShardSpec, head: nn.Module |
             found=", ".join(sorted(spec.layer_names)) or "nothing",
             expected=f"one of {', '.join(sorted({type(module).__name__ for module in model.modules()}))}",
         )
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=spec.reshard_after_forward)
-    if head is not None:
-        # Kept after the forward: its gradient is formed there, so a second gathering would serve nothing.
-        fully_shard(head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-        register_fsdp_forward_method(head, "loss")
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    return blocks
 
 
-def fill(model: nn.Module, source: nn.Module | None, device: torch.device) -> None:
+def _large_modules(model: nn.Module, min_num_params: int, head: nn.Module | None) -> list[nn.Module]:
+    """From the leaves up, every module with that many parameters outside of modules chosen before it.
+
+    Source: what FSDP1's size-based policy chooses. Containers are not called, so they cannot gather; a weight that two
+    modules share, and the head, are left to the root.
+    """
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    chosen: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> int:
+        if module is head:
+            return 0
+        own = [p for p in module.parameters(recurse=False) if owners[id(p)] == 1]
+        left = sum(p.numel() for p in own) + sum(visit(child) for child in module.children())
+        takes = left >= min_num_params and module is not model
+        if not takes or isinstance(module, nn.ModuleList | nn.ModuleDict) or _holds_shared(module, owners):
+            return left
+        chosen.append(module)
+        return 0
+
+    visit(model)
+    return chosen
+
+
+def _holds_shared(module: nn.Module, owners: Counter[int]) -> bool:
+    return any(owners[id(parameter)] > 1 for parameter in module.parameters())
+
+
+def fill(model: nn.Module, source: nn.Module | None, device: torch.device, offload: bool = False) -> None:
     """Give a sharded meta model its weights and buffers from rank 0, whose `source` holds them on the CPU.
 
-    Tensors travel one by one, so that no other rank ever holds the whole model.
+    Tensors travel one by one, so that no other rank ever holds the whole model. With `offload` the shards stay on the
+    CPU; buffers always lie on `device`.
     """
-    model.to_empty(device=device)
+    model.to_empty(device=torch.device("cpu") if offload else device)
     weights = {} if source is None else source.state_dict()
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offload)
+    set_model_state_dict(model, weights, options=options)
     full = dict(source.named_buffers()) if source is not None else {}
-    for name, buffer in model.named_buffers():
-        if source is not None:
-            buffer.copy_(full[name])
-        dist.broadcast(buffer, src=0)
+    for module_name, module in model.named_modules():
+        for name, empty in module.named_buffers(recurse=False):
+            buffer = torch.empty_like(empty, device=device)
+            if source is not None:
+                buffer.copy_(full[f"{module_name}.{name}"])
+            dist.broadcast(buffer, src=0)
+            setattr(module, name, buffer)
 
 
-def largest_over_ranks(values: Tensor) -> Tensor:
-    """Element-wise maximum over all ranks, in place; the identity without a process group."""
-    if dist.is_initialized():
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values
+def reduce_gradients(model: nn.Module, wanted: bool) -> None:
+    """Whether the next backward reduces gradients over ranks. Without, they stay whole and add up on every rank."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)
+        model.set_is_last_backward(wanted)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from apollo_sft.parallel.launch import World
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """`shard`: the flat mesh over which parameters are sharded, all ranks; None without a process group.
+    """`shard`: the mesh over which parameters are sharded, None without a process group. Flat: all ranks share one
+    copy. With two axes: each row of ranks shares one, and the copies are replicated over the rows.
 
     `sp_group`: the ranks that share a sequence; None when each has its own.
     """
@@ -26,18 +27,31 @@ class Mesh:
     sp_group: dist.ProcessGroup | None = None
 
 
-def build_mesh(world: World, sp_size: int) -> Mesh:
-    """Ranks of one sequence group are neighbours. Raises: TopologyError when `sp_size` does not divide the ranks."""
-    if world.size % sp_size:
-        raise TopologyError(
-            "ulysses_sequence_parallel_size does not divide the number of processes",
-            found=f"{world.size} processes, sequence parallel size {sp_size}",
-            expected=f"a multiple of {sp_size} processes",
-        )
+def build_mesh(world: World, sp_size: int, fsdp_size: int = -1) -> Mesh:
+    """Ranks of one sequence group, and ranks that share one copy of the weights, are neighbours.
+
+    Raises: TopologyError as `check_mesh`.
+    """
+    check_mesh(world.size, sp_size, fsdp_size)
     dp_size = world.size // sp_size
     dp_rank, sp_rank = divmod(world.rank, sp_size)
     if not dist.is_initialized():
         return Mesh(dp_rank, dp_size, sp_rank, sp_size, None)
     mesh = init_device_mesh(world.device.type, (dp_size, sp_size), mesh_dim_names=("dp", "sp"))
     sp_group = mesh["sp"].get_group() if sp_size > 1 else None
-    return Mesh(dp_rank, dp_size, sp_rank, sp_size, mesh["dp", "sp"]._flatten("shard"), sp_group)
+    shard = mesh["dp", "sp"]._flatten("shard")
+    if fsdp_size not in (-1, world.size):
+        rows = world.size // fsdp_size
+        shard = init_device_mesh(world.device.type, (rows, fsdp_size), mesh_dim_names=("replicate", "shard"))
+    return Mesh(dp_rank, dp_size, sp_rank, sp_size, shard, sp_group)
+
+
+def check_mesh(processes: int, sp_size: int, fsdp_size: int) -> None:
+    """Raises: TopologyError when a size does not divide the number of processes."""
+    for key, size in (("ulysses_sequence_parallel_size", sp_size), ("model.fsdp_config.fsdp_size", fsdp_size)):
+        if size != -1 and processes % size:
+            raise TopologyError(
+                f"{key} does not divide the number of processes",
+                found=f"{processes} processes, {key}={size}",
+                expected=f"a multiple of {size} processes",
+            )

@@ -70,9 +70,21 @@ def assemble(config: SftConfig, folder: Path, hf_config: Any, world: World, mesh
         causal_lm = load.build_on_meta(hf_config, precision.master, trust)
         model = SftModel(causal_lm, mesh.sp_rank, mesh.sp_size)
         _enable_checkpointing(model, config.model)
-        fsdp2.shard(model, mesh.shard, _shard_spec(model, config.model, precision), _own_head(model))
-        fsdp2.fill(model, source, world.device)
+        spec = _shard_spec(model, config.model, precision)
+        fsdp2.shard(model, mesh.shard, spec, _own_head(model))
+        fsdp2.fill(model, source, world.device, spec.offload)
+    model.reduces_once = config.model.fsdp_config.use_no_sync_for_gradient_accumulation
     return model, build_optimizer(model.parameters(), config.optim)
+
+
+def offloads(config: ModelConfig) -> bool:
+    """`cpu_offload` and `offload_params` are one switch."""
+    return config.fsdp_config.cpu_offload or config.fsdp_config.offload_params
+
+
+def needs_group(config: SftConfig, on_cuda: bool) -> bool:
+    """Whether a single process must shard too: what it asks for is done by the sharding itself."""
+    return resolve_precision(config.model, on_cuda).mixed or offloads(config.model)
 
 
 def _exchange(mesh: Mesh) -> Ulysses | None:
@@ -97,6 +109,8 @@ def _shard_spec(model: SftModel, config: ModelConfig, precision: Precision) -> f
         compute_dtype=precision.compute,
         reduce_dtype=precision.reduce,
         reshard_after_forward=config.fsdp_config.reshard_after_forward,
+        min_num_params=config.fsdp_config.wrap_policy.min_num_params,
+        offload=offloads(config),
     )
 
 

@@ -14,13 +14,15 @@ from apollo_sft.data.loader import Loader
 from apollo_sft.data.plan import steps_per_epoch
 from apollo_sft.errors import ConfigError, TopologyError
 from apollo_sft.parallel.launch import World
+from apollo_sft.parallel.mesh import check_mesh
 from apollo_sft.report.log import say, terminal, warn
 from apollo_sft.train.preflight import Prepared
 from apollo_sft.train.schedule import Schedule, warmup_steps
 
 
 def check_world(config: SftConfig, world: World) -> None:
-    """Raises: TopologyError when torchrun started another number of processes than the config says."""
+    """Raises: TopologyError when the number of processes that torchrun started does not fit the config."""
+    check_mesh(world.size, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
     per_node = config.trainer.n_gpus_per_node
     if per_node is not None and per_node * config.trainer.nnodes != world.size:
         raise TopologyError(

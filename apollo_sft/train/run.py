@@ -13,14 +13,14 @@ from apollo_sft.checkpoint.layout import RunFolder, Status
 from apollo_sft.config.compose import to_yaml
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.loader import Loader
-from apollo_sft.data.plan import PlanSpec, steps_per_epoch
+from apollo_sft.data.plan import PlanSpec, attention_cost, steps_per_epoch
 from apollo_sft.errors import ApolloError
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import Mesh, build_mesh
 from apollo_sft.report.log import say, setup_logging
 from apollo_sft.report.sinks import RunInfo, check_backends
-from apollo_sft.train.assemble import assemble, resolve_precision
+from apollo_sft.train.assemble import assemble, needs_group
 from apollo_sft.train.finish import export, summary
 from apollo_sft.train.loop import Run, run_loop
 from apollo_sft.train.opening import announce, check_world, config_text, schedule_of
@@ -37,7 +37,7 @@ def train(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str]
     """
     load_external_lib(config.model.external_lib)
     on_cuda = config.trainer.device != "cpu" and torch.cuda.is_available()
-    world = launch.start(config.trainer.device, needs_group=resolve_precision(config.model, on_cuda).mixed)
+    world = launch.start(config.trainer.device, needs_group(config, on_cuda))
     setup_logging(world.is_main)
     try:
         _in_folder(config, overridden, notes, world)
@@ -77,7 +77,7 @@ def _claim(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str
 def _run(config: SftConfig, world: World, folder: RunFolder | None) -> None:
     """Prepare, assemble, train, export. `folder` is None off rank 0."""
     prepared = launch.once_per_host(world, "prepare", lambda: prepare(config))
-    mesh = build_mesh(world, config.ulysses_sequence_parallel_size)
+    mesh = build_mesh(world, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
     train_loader, val_loader = _loaders(config, prepared, mesh)
     schedule = schedule_of(config, steps_per_epoch(len(prepared.train), train_loader.spec))
     if folder is not None:
@@ -95,23 +95,28 @@ def _run(config: SftConfig, world: World, folder: RunFolder | None) -> None:
     say(summary(reporter, config.trainer.default_local_dir))
 
 
-def _loaders(config: SftConfig, prepared: Prepared, mesh: Mesh) -> tuple[Loader, Loader | None]:
+def plan_spec(config: SftConfig, mesh: Mesh, hf_config: Any) -> PlanSpec:
+    """How the steps of a training are laid out over this mesh."""
     data = config.data
-    spec = PlanSpec(
+    return PlanSpec(
         batch_size=data.train_batch_size,
         micro_batch_size=data.micro_batch_size_per_gpu,
         dp_size=mesh.dp_size,
         seed=config.trainer.seed,
         drop_last=data.drop_last,
+        max_tokens=data.max_token_len_per_gpu and data.max_token_len_per_gpu * mesh.sp_size,
+        balance=data.balance_dp_token,
+        attention_cost=attention_cost(hf_config.get_text_config().hidden_size),
     )
-    every_row_once = replace(
-        spec, batch_size=data.micro_batch_size_per_gpu * mesh.dp_size, shuffle=False, drop_last=False
-    )
-    val = prepared.val
-    return (
-        Loader(prepared.train, spec, mesh.dp_rank, mesh.sp_size),
-        None if val is None else Loader(val, every_row_once, mesh.dp_rank, mesh.sp_size),
-    )
+
+
+def _loaders(config: SftConfig, prepared: Prepared, mesh: Mesh) -> tuple[Loader, Loader | None]:
+    spec = plan_spec(config, mesh, prepared.hf_config)
+    train = Loader(prepared.train, spec, mesh.dp_rank, mesh.sp_size)
+    if prepared.val is None:
+        return train, None
+    every_row_once = replace(spec, batch_size=spec.micro_batch_size * mesh.dp_size, shuffle=False, drop_last=False)
+    return train, Loader(prepared.val, every_row_once, mesh.dp_rank, mesh.sp_size)
 
 
 def _reporter(config: SftConfig, folder: RunFolder | None, schedule: Schedule) -> Reporter:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from apollo_sft.data.loader import StepBatch
 from apollo_sft.errors import TrainingError
 from apollo_sft.model.sft_model import SftModel
+from apollo_sft.parallel.fsdp2 import reduce_gradients
 from apollo_sft.parallel.launch import World
 from apollo_sft.report.memory import peak_bytes
 
@@ -43,7 +44,8 @@ def train_step(
     """
     optimizer.zero_grad(set_to_none=True)
     losses = []
-    for micro_batch in batch.micro_batches:
+    for number, micro_batch in enumerate(batch.micro_batches, start=1):
+        reduce_gradients(model, not model.reduces_once or number == len(batch.micro_batches))
         loss_sum = model.loss_sum(micro_batch, world.device)
         (loss_sum * (world.size / batch.num_targets)).backward()  # type: ignore[no-untyped-call]
         losses.append(loss_sum.detach())

@@ -3,7 +3,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from apollo_sft.data.plan import PlanSpec, plan, steps_per_epoch
+from apollo_sft.data.plan import PlanSpec, attention_cost, plan, steps_per_epoch
 
 
 def spec(**changes: object) -> PlanSpec:
@@ -53,3 +53,39 @@ def test_the_layout_moves_samples_but_never_changes_the_step(dp_size: int, micro
         assert all(len(ids) <= micro_batch_size for rank in laid_out.micro_batches for ids in rank)
         counts = [sum(map(len, rank)) for rank in laid_out.micro_batches]
         assert max(counts) - min(counts) <= 1
+
+
+LENGTHS = np.random.default_rng(0).integers(1, 900, 301).astype(np.int32)
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 4])
+@pytest.mark.parametrize("max_tokens", [1, 300, 1000, 100_000])
+@pytest.mark.parametrize("balance", [False, True])
+def test_token_caps_and_balance_keep_every_sample_of_the_step(dp_size: int, max_tokens: int, balance: bool) -> None:
+    wanted = spec(batch_size=64, dp_size=dp_size, max_tokens=max_tokens, balance=balance, attention_cost=1e-3)
+    for step in range(steps_per_epoch(len(LENGTHS), wanted)):
+        laid_out = plan(LENGTHS, wanted, step)
+        reference = plan(LENGTHS, spec(batch_size=64, dp_size=1), step)
+        assert laid_out.samples.tolist() == reference.samples.tolist()
+        forwards = [ids for rank in laid_out.micro_batches for ids in rank]
+        assert sorted(chain.from_iterable(ids.tolist() for ids in forwards)) == sorted(reference.samples.tolist())
+        assert len({len(rank) for rank in laid_out.micro_batches}) == 1
+        for ids in forwards:
+            assert LENGTHS[ids].sum() <= max_tokens or len(ids) == 1
+
+
+def test_best_fit_fills_forwards() -> None:
+    laid_out = plan(LENGTHS, spec(batch_size=301, dp_size=1, max_tokens=2000), 0)
+    filled = [LENGTHS[ids].sum() for ids in laid_out.micro_batches[0]]
+    assert sum(filled) / (2000 * len(filled)) > 0.97
+
+
+def test_balance_makes_the_costs_of_the_ranks_nearly_equal() -> None:
+    cost = attention_cost(1024)
+    wanted = spec(batch_size=256, dp_size=8, balance=True, attention_cost=cost)
+    for balanced, bound in ((True, 1.02), (False, None)):
+        laid_out = plan(LENGTHS, wanted if balanced else spec(batch_size=256, dp_size=8), 0)
+        shares = [np.concatenate(rank) for rank in laid_out.micro_batches]
+        costs = np.array([(LENGTHS[ids] + cost * LENGTHS[ids].astype(float) ** 2).sum() for ids in shares])
+        imbalance = costs.max() / costs.mean()
+        assert imbalance <= bound if bound else imbalance > 1.05
