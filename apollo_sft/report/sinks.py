@@ -14,7 +14,6 @@ from apollo_sft.errors import ConfigError
 from apollo_sft.report.log import say, warn
 from apollo_sft.report.metrics import Record
 
-
 FLUSH_SECONDS = 10
 """How long tensorboard may hold values back: someone may be watching."""
 

@@ -1,0 +1,155 @@
+import importlib.util
+import json
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apollo_sft.errors import ConfigError
+from apollo_sft.report import sinks
+from apollo_sft.report.log import setup_logging
+from apollo_sft.report.metrics import Record, StepFacts, train_record, val_record
+from apollo_sft.report.sinks import RunInfo, Sinks, check_backends
+
+RECORDS: list[Record] = [
+    {"step": 0} | val_record(2.5, 40),
+    train_record(StepFacts(1, 1.5, 2.0, 1e-5, 60, 100, 0.5, 0.5, 2**20)),
+    train_record(StepFacts(2, 1.25, 1.0, 5e-6, 61, 101, 0.5, 1.0, 2**20)) | val_record(1.75, 40),
+]
+BLOCK = 32768
+"""Bytes of a block in wandb's offline file, which has the layout of a LevelDB log."""
+
+
+@pytest.fixture
+def info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunInfo:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("CONFIG", "CACHE", "DATA"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "wandb-home" / name))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    setup_logging(is_main=True)
+    return RunInfo(folder, "my-project", "my-experiment", {"optim": {"lr": 1e-5}, "data": {"prompt_key": "question"}})
+
+
+def run_all(names: list[str], info: RunInfo) -> None:
+    opened = Sinks(names, info)
+    for record in RECORDS:
+        opened.log(record)
+    opened.close()
+
+
+def test_tensorboard_holds_every_metric_at_its_step(info: RunInfo) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_all(["tensorboard"], info)
+    events = EventAccumulator(str(info.folder / "tensorboard")).Reload()
+    names = {name for record in RECORDS for name in record} - {"step"}
+    assert set(events.Tags()["scalars"]) == names
+    for name in names:
+        found = {event.step: event.value for event in events.Scalars(name)}
+        # tensorboard stores 32 bits
+        assert found == {record["step"]: pytest.approx(record[name], rel=1e-6) for record in RECORDS if name in record}
+
+
+def offline_records(folder: Path) -> Iterator[Any]:
+    """The records of the one offline run under `folder`, in order."""
+    from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
+
+    [path] = folder.glob("wandb/offline-run-*/run-*.wandb")
+    content, position, pending = path.read_bytes(), 7, b""
+    while position < len(content):
+        room = BLOCK - position % BLOCK
+        if room < 7:
+            position += room
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        pending += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield WandbRecord.FromString(pending)
+            pending = b""
+    assert not pending
+
+
+def values(items: Any) -> dict[str, Any]:
+    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def test_wandb_offline_holds_every_metric_the_names_and_the_config(info: RunInfo) -> None:
+    run_all(["wandb"], info)
+    records = list(offline_records(info.folder))
+    [run] = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    assert (run.project, run.display_name) == ("my-project", "my-experiment")
+    assert values(run.config.update).items() >= info.config.items()
+    history = [record.history for record in records if record.WhichOneof("record_type") == "history"]
+    assert [line.step.num for line in history] == [0, 1, 2]
+    for line, record in zip(history, RECORDS, strict=True):
+        found = {name: value for name, value in values(line.item).items() if not name.startswith("_")}
+        assert found == {name: value for name, value in record.items() if name != "step"}
+    [end] = [record.exit for record in records if record.WhichOneof("record_type") == "exit"]
+    assert end.exit_code == 0
+
+
+def test_wandb_is_told_that_a_run_failed(info: RunInfo) -> None:
+    def failing_run() -> None:
+        opened = Sinks(["wandb"], info)
+        try:
+            opened.log(RECORDS[0])
+            raise RuntimeError("out of memory")
+        finally:
+            opened.close()
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        failing_run()
+    [end] = [record.exit for record in offline_records(info.folder) if record.WhichOneof("record_type") == "exit"]
+    assert end.exit_code == 1
+
+
+def test_a_backend_that_is_not_installed_names_key_and_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = {"tensorboard": ("a_package_that_nobody_has", sinks.TensorBoard)}
+    monkeypatch.setattr(sinks, "BACKENDS", sinks.BACKENDS | absent)
+    check_backends(["console", "wandb", "file"])
+    with pytest.raises(ConfigError) as caught:
+        check_backends(["console", "tensorboard"])
+    assert "trainer.logger: tensorboard" in str(caught.value)
+    assert "pip install 'apollo-sft[tensorboard]'" in str(caught.value)
+
+
+def test_a_folder_of_that_name_is_not_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier run may have left a folder `wandb` where the program starts."""
+    (tmp_path / "left_by_a_logger").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(sinks, "BACKENDS", sinks.BACKENDS | {"wandb": ("left_by_a_logger", sinks.Wandb)})
+    assert importlib.util.find_spec("left_by_a_logger") is not None
+    with pytest.raises(ConfigError, match=r"apollo-sft\[wandb\]"):
+        check_backends(["wandb"])
+
+
+def test_a_sink_that_fails_is_reported_once_and_the_others_go_on(
+    info: RunInfo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    opened = Sinks(["wandb", "tensorboard"], info)
+    opened.log({"step": 0, "val/loss": 2.0})
+    import wandb
+
+    assert wandb.run is not None
+    wandb.run.finish()  # what wandb refuses from here on is a real failure of the backend
+    for step in (1, 2, 3):
+        opened.log({"step": step, "val/loss": 2.0})
+    opened.close()
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: the logger")]
+    assert len(warnings) == 1
+    assert "wandb" in warnings[0]
+    events = EventAccumulator(str(info.folder / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("val/loss")] == [0, 1, 2, 3]
+
+
+def test_a_sink_that_cannot_start_is_left_out(info: RunInfo, capsys: pytest.CaptureFixture[str]) -> None:
+    (info.folder / "tensorboard").write_text("a file where the folder should be")
+    run_all(["tensorboard", "console", "file"], info)
+    assert capsys.readouterr().err.count("the logger tensorboard failed") == 1
