@@ -16,8 +16,8 @@ from apollo_sft.report.sinks import RunInfo, Sinks, check_backends
 
 RECORDS: list[Record] = [
     {"step": 0} | val_record(2.5, 40),
-    train_record(StepFacts(1, 1.5, 2.0, 1e-5, 60, 100, 0.5, 0.5, 2**20)),
-    train_record(StepFacts(2, 1.25, 1.0, 5e-6, 61, 101, 0.5, 1.0, 2**20)) | val_record(1.75, 40),
+    train_record(StepFacts(10, 1.5, 2.0, 1e-5, 60, 100, 0.5, 0.5, 2**20)),
+    train_record(StepFacts(20, 1.25, 1.0, 5e-6, 61, 101, 0.5, 1.0, 2**20)) | val_record(1.75, 40),
 ]
 BLOCK = 32768
 """Bytes of a block in wandb's offline file, which has the layout of a LevelDB log."""
@@ -34,17 +34,19 @@ def info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunInfo:
     return RunInfo(folder, "my-project", "my-experiment", {"optim": {"lr": 1e-5}, "data": {"prompt_key": "question"}})
 
 
-def run_all(names: list[str], info: RunInfo) -> None:
+def run_all(names: list[str], info: RunInfo) -> Sinks:
+    """The caller holds what is returned while it reads: what is collected might be closed by that alone."""
     opened = Sinks(names, info)
     for record in RECORDS:
         opened.log(record)
     opened.close()
+    return opened
 
 
 def test_tensorboard_holds_every_metric_at_its_step(info: RunInfo) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run_all(["tensorboard"], info)
+    held = run_all(["tensorboard"], info)
     events = EventAccumulator(str(info.folder / "tensorboard")).Reload()
     names = {name for record in RECORDS for name in record} - {"step"}
     assert set(events.Tags()["scalars"]) == names
@@ -52,6 +54,7 @@ def test_tensorboard_holds_every_metric_at_its_step(info: RunInfo) -> None:
         found = {event.step: event.value for event in events.Scalars(name)}
         # tensorboard stores 32 bits
         assert found == {record["step"]: pytest.approx(record[name], rel=1e-6) for record in RECORDS if name in record}
+    del held
 
 
 def offline_records(folder: Path) -> Iterator[Any]:
@@ -85,7 +88,7 @@ def test_wandb_offline_holds_every_metric_the_names_and_the_config(info: RunInfo
     assert (run.project, run.display_name) == ("my-project", "my-experiment")
     assert values(run.config.update).items() >= info.config.items()
     history = [record.history for record in records if record.WhichOneof("record_type") == "history"]
-    assert [line.step.num for line in history] == [0, 1, 2]
+    assert [line.step.num for line in history] == [0, 10, 20]
     for line, record in zip(history, RECORDS, strict=True):
         found = {name: value for name, value in values(line.item).items() if not name.startswith("_")}
         assert found == {name: value for name, value in record.items() if name != "step"}
