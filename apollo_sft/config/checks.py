@@ -91,7 +91,7 @@ def _exists(path: str) -> bool:
 
 def _batches(config: SftConfig) -> Iterator[ConfigError]:
     data = config.data
-    if data.micro_batch_size_per_gpu > data.train_batch_size:
+    if data.micro_batch_size_per_gpu > data.train_batch_size and not data.use_dynamic_bsz:
         yield ConfigError(
             "data.micro_batch_size_per_gpu is larger than data.train_batch_size",
             found=f"{data.micro_batch_size_per_gpu} samples a forward, {data.train_batch_size} samples a step",
@@ -103,11 +103,11 @@ def _batches(config: SftConfig) -> Iterator[ConfigError]:
             found=data.max_token_len_per_gpu,
             fix="data.max_token_len_per_gpu=null",
         )
-    for key, value in (("train_max_samples", data.train_max_samples), ("val_max_samples", data.val_max_samples)):
-        if value == 0:
-            yield ConfigError(f"data.{key} is 0: there would be no row", expected="-1 for all rows, or 1 and more")
-    if config.trainer.test_freq == 0:
-        yield ConfigError("trainer.test_freq is 0", expected="-1 for the ends of epochs, or a number of steps")
+    if data.use_dynamic_bsz and data.max_token_len_per_gpu is None:
+        yield ConfigError(
+            "data.use_dynamic_bsz=true needs data.max_token_len_per_gpu",
+            expected="the most tokens of one forward, for example 8192",
+        )
 
 
 def _files(config: SftConfig, given: set[str]) -> Iterator[ConfigError]:

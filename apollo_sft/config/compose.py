@@ -143,7 +143,7 @@ def _check_key(setting: Setting) -> None:
     key = setting.key
     if key not in keys and key not in sections and not key.startswith(OPEN_DICTS):
         raise _unknown_key(key)
-    if setting.prefix == "+" and not isinstance(_lookup(_defaults(), key), list | dict):
+    if setting.prefix == "+" and key in keys and setting.value[:1] not in ("[", "{"):
         raise ConfigError(f"+{key}: the key exists already", fix=f"write {key}={setting.value} without the +")
 
 

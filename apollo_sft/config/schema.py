@@ -33,6 +33,12 @@ def _save_frequency(value: int | str) -> int | str:
     return value
 
 
+def _all_or_some(value: int) -> int:
+    if value != -1 and value < 1:
+        raise ValueError("-1, or 1 and more")
+    return value
+
+
 def _lower(value: Any) -> Any:
     """verl writes AdamW."""
     return value.lower() if isinstance(value, str) else value
@@ -43,9 +49,8 @@ Strings = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple)]
 PathText = Annotated[Text, BeforeValidator(_expand)]
 Paths = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple), BeforeValidator(_expand)]
 Count = Annotated[int, Field(ge=1)]
-CountOrAll = Annotated[int, Field(ge=-1)]
+CountOrAll = Annotated[int, AfterValidator(_all_or_some)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Frequency = Annotated[int, Field(ge=-1)]
 
 
 class Section(BaseModel):
@@ -100,7 +105,7 @@ class FsdpConfig(Section):
     offload_params: bool
     dtype: Literal["auto", "fp32", "bf16", "fp64"]
     model_dtype: Literal["fp32", "fp64", "bf16"]
-    fsdp_size: Annotated[int, Field(ge=-1)]
+    fsdp_size: CountOrAll
     reshard_after_forward: bool
     use_no_sync_for_gradient_accumulation: bool
 
@@ -114,7 +119,7 @@ class ModelConfig(Section):
     trust_remote_code: bool
     attn_implementation: Literal["auto", "sdpa", "varlen", "flash"]
     lora_rank: Annotated[int, Field(ge=0)]
-    lora_alpha: Annotated[float, Field(gt=0)]
+    lora_alpha: Count
     target_modules: Text | Strings
     lora_adapter_path: PathText | None
     use_liger: bool
@@ -152,7 +157,7 @@ class TrainerConfig(Section):
     log_freq: Count
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     save_freq: Annotated[int | str, AfterValidator(_save_frequency)]
-    test_freq: Frequency
+    test_freq: CountOrAll
     val_before_train: bool
     resume_mode: Literal["auto", "disable", "resume_path"]
     resume_from_path: PathText | None

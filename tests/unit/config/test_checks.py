@@ -1,0 +1,153 @@
+from pathlib import Path
+
+import pytest
+
+from apollo_sft.config.checks import check_paths
+from apollo_sft.config.compose import compose
+from apollo_sft.config.pending import PENDING
+from apollo_sft.errors import ConfigError
+
+NO_VALIDATION = "data.val_files=null"
+
+
+def refused(*arguments: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        compose(arguments)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["data.train_files=a.parquet"], ["data.val_files is still the default", "data.val_files=null"]),
+        (["data.train_files=[]", NO_VALIDATION], ["data.train_files names no file"]),
+        (["data.micro_batch_size_per_gpu=512"], ["larger than data.train_batch_size", "256 or less"]),
+        (["data.max_token_len_per_gpu=8"], ["data.use_dynamic_bsz=true"]),
+        (["data.use_dynamic_bsz=true"], ["needs data.max_token_len_per_gpu"]),
+        (["optim.lr_warmup_steps=10", "optim.warmup_steps_ratio=0.1"], ["give one of them"]),
+        (["optim.lr_warmup_steps=10", "optim.lr_warmup_steps_ratio=0.1"], ["give one of them"]),
+        (
+            ["model.fsdp_config.model_dtype=fp64", "model.fsdp_config.dtype=bf16"],
+            ["dtype=bf16, model_dtype=fp64", "auto or fp64"],
+        ),
+        (["model.fsdp_config.model_dtype=bf16", "model.fsdp_config.dtype=fp32"], ["dtype=auto or bf16"]),
+        (["model.fsdp_config.dtype=fp64"], ["dtype=fp64, model_dtype=fp32"]),
+        (["data.multiturn.messages_key=chat"], ["data.multiturn.enable is false", "data.multiturn.enable=true"]),
+        (["data.multiturn.enable=true", "data.prompt_key=q"], ["data.prompt_key", "data.multiturn.enable=true"]),
+        (["data.custom_cls.name=Mine"], ["without data.custom_cls.path"]),
+        (["trainer.device=cpu", "model.attn_implementation=flash"], ["attn_implementation=flash needs CUDA"]),
+        (["trainer.logger=[console,mlflow]"], ["mlflow is not built yet"]),
+        (["trainer.logger=[consol]"], ["did you mean console?"]),
+        (["trainer.logger=[console,console]"], ["names one twice"]),
+        (["data.micro_batch_size=512", "trainer.logger=[consol]"], ["larger than", "did you mean console?"]),
+    ],
+)
+def test_impossible_combinations(arguments: list[str], parts: list[str]) -> None:
+    message = refused(*arguments)
+    assert all(part in message for part in parts), message
+
+
+def test_a_cap_by_tokens_frees_the_number_of_samples_in_a_forward() -> None:
+    arguments = ["data.use_dynamic_bsz=true", "data.max_token_len_per_gpu=8192", "data.train_batch_size=2"]
+    assert compose(arguments).config.data.max_token_len_per_gpu == 8192
+
+
+@pytest.mark.parametrize(
+    ("argument", "part"),
+    [
+        ("model.fsdp_config.model_dtype=bf16", "warning: model.fsdp_config.model_dtype=bf16"),
+        ("use_remove_padding=true", "there never is padding"),
+        ("optim.stable_ratio=0.5", "optim.stable_ratio has no effect without optim.lr_scheduler=wsd"),
+        ("model.lora_alpha=32", "model.lora_alpha has no effect with model.lora_rank=0"),
+    ],
+)
+def test_what_is_accepted_but_should_be_known_is_noted(argument: str, part: str) -> None:
+    (note,) = compose([argument]).notes
+    assert part in note
+    assert compose([]).notes == []
+
+
+@pytest.mark.parametrize("key", [key for key, _, _ in PENDING])
+def test_pending_keys_say_so(key: str) -> None:
+    used = {
+        "model.strategy": "model.strategy=fsdp",
+        "model.lora_rank": "model.lora_rank=8",
+        "model.lora_adapter_path": "model.lora_adapter_path=x",
+        "model.use_liger": "model.use_liger=true",
+        "data.custom_cls.path": "data.custom_cls.path=x.py",
+        "data.bad_rows=skip": "data.bad_rows=skip",
+        "trainer.resume_mode=resume_path": "trainer.resume_from_path=x",
+        "trainer.save_freq": "trainer.save_freq=30min",
+        "trainer.max_ckpt_to_keep": "trainer.max_ckpt_to_keep=3",
+        "trainer.checkpoint.save_contents": "trainer.checkpoint.save_contents=[model]",
+        "trainer.generate_samples": "trainer.generate_samples=2",
+        "trainer.default_hdfs_dir": "trainer.default_hdfs_dir=hdfs://x/y",
+        "trainer.export": "trainer.export=adapter",
+        "trainer.nnodes": "trainer.nnodes=2",
+    }
+    message = refused(used[key])
+    assert f"{key} is not built yet" in message
+    assert "to do:" in message
+
+
+def paths_refused(*arguments: str) -> str:
+    composed = compose(arguments)
+    with pytest.raises(ConfigError) as caught:
+        check_paths(composed.config, set(composed.overridden))
+    return str(caught.value)
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with a training file and a model folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "train.parquet").touch()
+    (tmp_path / "model").mkdir()
+    return tmp_path
+
+
+TRAIN = "data.train_files=~/train.parquet"
+MODEL = "model.partial_pretrain=~/model"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [TRAIN, NO_VALIDATION, MODEL],
+        ["data.train_files=~/*.parquet", NO_VALIDATION, MODEL],
+        ["data.train_files=~", "data.val_files=[~/train.parquet]", MODEL],
+        ["data.train_files=hf://owner/set/x.parquet", NO_VALIDATION, "model.partial_pretrain=Qwen/Qwen2.5-0.5B"],
+        [TRAIN, NO_VALIDATION, MODEL, "data.chat_template=chatml"],
+        [TRAIN, NO_VALIDATION, MODEL, "data.chat_template=a/b/{{ messages }}"],
+    ],
+)
+def test_paths_that_exist_or_are_not_local_pass(arguments: list[str], files: Path) -> None:
+    composed = compose(arguments)
+    check_paths(composed.config, set(composed.overridden))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["data.train_files (its default): no such file", "data/gsm8k/train.parquet", "to do:"]),
+        ([TRAIN, "data.val_files=~/no.parquet"], ["data.val_files: no such file", "data.val_files=null"]),
+        (["data.train_files=[~/train.parquet,~/no.parquet]", NO_VALIDATION], ["no such file", "no.parquet"]),
+        (["data.train_files=~/no/*.parquet", NO_VALIDATION], ["no such file", "no/*.parquet"]),
+        ([TRAIN, NO_VALIDATION], ["model.partial_pretrain (its default): no such folder", "a hub id"]),
+        ([TRAIN, NO_VALIDATION, "model.partial_pretrain=./no"], ["model.partial_pretrain: no such folder"]),
+        ([TRAIN, NO_VALIDATION, MODEL, "data.chat_template=~/no.jinja"], ["data.chat_template: no such file"]),
+        ([TRAIN, NO_VALIDATION, MODEL, "model.external_lib=no_such_lib"], ["model.external_lib", "no_such_lib"]),
+    ],
+)
+def test_missing_paths_are_named_by_key(arguments: list[str], parts: list[str], files: Path) -> None:
+    message = paths_refused(*arguments)
+    assert all(part in message for part in parts), message
+
+
+def test_a_default_validation_file_that_is_missing_can_be_switched_off(files: Path) -> None:
+    default = files / "data" / "gsm8k"
+    default.mkdir(parents=True)
+    (default / "train.parquet").touch()
+    message = paths_refused(MODEL)
+    assert "data.val_files (its default): no such file" in message
+    assert "data.val_files=null" in message
