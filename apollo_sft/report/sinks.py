@@ -14,9 +14,6 @@ from apollo_sft.errors import ConfigError
 from apollo_sft.report.log import say, warn
 from apollo_sft.report.metrics import Record
 
-FLUSH_SECONDS = 10
-"""How long tensorboard may hold values back: someone may be watching."""
-
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
@@ -40,7 +37,7 @@ class TensorBoard:
     def __init__(self, info: RunInfo) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(info.folder / "tensorboard"), flush_secs=FLUSH_SECONDS)
+        self._writer = SummaryWriter(str(info.folder / "tensorboard"))
 
     def log(self, record: Record) -> None:
         for name, value in record.items():
