@@ -23,7 +23,7 @@ MARKER = "apollo-sft run"
 """What run.json says in `kind`: a folder with it is ours."""
 RUN_JSON = "run.json"
 OWN_NAMES = frozenset(
-    {RUN_JSON, "metrics.jsonl", "config.yaml", "data_audit.json", "checkpoints", "tensorboard", "wandb"}
+    {RUN_JSON, "metrics.jsonl", "config.yaml", "data_audit.json", "adapter", "checkpoints", "tensorboard", "wandb"}
 )
 LOCK = publish.PREFIX + "lock"
 ARCHIVING_PREFIX = publish.PREFIX + "previous-"

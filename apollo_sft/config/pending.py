@@ -9,8 +9,6 @@ from apollo_sft.errors import ConfigError
 
 PENDING: list[tuple[str, Callable[[SftConfig], bool], str]] = [
     ("model.strategy", lambda c: c.model.strategy == "fsdp", "model.strategy=fsdp2"),
-    ("model.lora_rank", lambda c: c.model.lora_rank > 0, "model.lora_rank=0 trains all weights"),
-    ("model.lora_adapter_path", lambda c: c.model.lora_adapter_path is not None, "leave it null"),
     ("model.use_liger", lambda c: c.model.use_liger, "leave it false"),
     ("data.custom_cls.path", lambda c: c.data.custom_cls.path is not None, "write the rows as parquet"),
     ("data.bad_rows=skip", lambda c: c.data.bad_rows == "skip", "data.bad_rows=error, and mend the rows it names"),
@@ -36,7 +34,6 @@ PENDING: list[tuple[str, Callable[[SftConfig], bool], str]] = [
     ),
     ("trainer.generate_samples", lambda c: c.trainer.generate_samples > 0, "leave it 0"),
     ("trainer.default_hdfs_dir", lambda c: c.trainer.default_hdfs_dir is not None, "copy the finished folder yourself"),
-    ("trainer.export", lambda c: c.trainer.export != "merged", "trainer.export=merged"),
     ("trainer.nnodes", lambda c: c.trainer.nnodes > 1, "run on one host"),
 ]
 """(key, whether the config uses it, what to do instead)."""

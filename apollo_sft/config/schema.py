@@ -121,6 +121,8 @@ class ModelConfig(Section):
     lora_rank: Annotated[int, Field(ge=0)]
     lora_alpha: Count
     target_modules: Text | Strings
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
+    use_rslora: bool
     lora_adapter_path: PathText | None
     use_liger: bool
 

@@ -1,4 +1,4 @@
-"""Parallelism is applied from outside, in one order: attention, build, checkpointing, shard, fill, optimizer."""
+"""Parallelism is applied from outside, in one order: attention, build, adapters, checkpointing, shard, optimizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from apollo_sft.config.schema import ModelConfig, SftConfig
 from apollo_sft.errors import ConfigError
-from apollo_sft.model import attention, load
+from apollo_sft.model import attention, load, lora
 from apollo_sft.model.proof import prove
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel import fsdp2
@@ -57,17 +57,23 @@ def assemble(config: SftConfig, folder: Path, hf_config: Any, world: World, mesh
     say(why)
     attention.register(attention.sdpa_kernel)  # the proof runs on the CPU
     trust = config.model.trust_remote_code
+    adapter = lora.lora_config(config.model, config.model.partial_pretrain)
+    stored = precision.master if adapter is None else precision.compute
     source = None
     if world.is_main:
-        source = SftModel(load.load_with_weights(folder, hf_config, precision.master, trust))
+        source = SftModel(load.load_with_weights(folder, hf_config, stored, trust))
         prove(source, config.trainer.seed)
+        if adapter is not None:
+            say(str(lora.inject(source.causal_lm, adapter, precision.master, config.model.lora_adapter_path)))
     attention.register(kernel, _exchange(mesh))
     if mesh.shard is None:
         assert source is not None, "one process reads its own weights"
         model = source.to(world.device)
         _enable_checkpointing(model, config.model)
     else:
-        causal_lm = load.build_on_meta(hf_config, precision.master, trust)
+        causal_lm = load.build_on_meta(hf_config, stored, trust)
+        if adapter is not None:
+            lora.inject(causal_lm, adapter, precision.master)
         model = SftModel(causal_lm, mesh.sp_rank, mesh.sp_size)
         _enable_checkpointing(model, config.model)
         spec = _shard_spec(model, config.model, precision)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from apollo_sft.checkpoint.adapter import save_adapter
 from apollo_sft.checkpoint.export import ExportOptions, save_model
 from apollo_sft.checkpoint.layout import RunFolder
 from apollo_sft.config.schema import SftConfig
+from apollo_sft.model.lora import adapter_tensors, lora_config, merge
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World
 from apollo_sft.report.console import clock
@@ -28,6 +30,12 @@ def export(config: SftConfig, prepared: Prepared, model: SftModel, folder: RunFo
     )
     root = folder.root if folder is not None else prepared.base.folder
     say("writing the model")
+    adapter = lora_config(config.model, prepared.base.source)
+    if adapter is not None:
+        save_adapter(adapter_tensors(model.causal_lm), adapter, root, world.is_main)
+        if config.trainer.export == "adapter":
+            return
+        merge(model.causal_lm)
     result = save_model(model.causal_lm, prepared.base, root, options, world.is_main)
     if result.dropped:
         warn(
@@ -35,8 +43,9 @@ def export(config: SftConfig, prepared: Prepared, model: SftModel, folder: RunFo
         )
 
 
-def summary(reporter: Reporter, folder: str) -> str:
+def summary(reporter: Reporter, config: SftConfig) -> str:
     """What was reached, where the model lies, how to open it."""
+    folder = config.trainer.default_local_dir
     lines = [f"Done: {reporter.steps:,} steps, {reporter.tokens:,} tokens in {clock(reporter.seconds)}."]
     if reporter.validations:
         best = min(reporter.validations, key=lambda record: record["val/loss"])
@@ -44,6 +53,8 @@ def summary(reporter: Reporter, folder: str) -> str:
         lines.append(
             f"Validation loss: last {last['val/loss']:.4f}, best {best['val/loss']:.4f} at step {int(best['step'])}."
         )
+    if config.trainer.export == "adapter":
+        return "\n".join([*lines, f"The adapter lies in {folder}/adapter."])
     lines += [
         f"The model lies in {folder}:",
         "  from transformers import AutoModelForCausalLM, AutoTokenizer",

@@ -92,7 +92,7 @@ def _run(config: SftConfig, world: World, folder: RunFolder | None) -> None:
     finally:
         reporter.close()
     export(config, prepared, model, folder, world)
-    say(summary(reporter, config.trainer.default_local_dir))
+    say(summary(reporter, config))
 
 
 def plan_spec(config: SftConfig, mesh: Mesh, hf_config: Any) -> PlanSpec:

@@ -12,7 +12,7 @@ import torch
 from apollo_sft.config.compose import compose
 from apollo_sft.data.loader import Loader
 from apollo_sft.data.store_files import SampleStore
-from apollo_sft.model import attention, load
+from apollo_sft.model import attention, load, lora
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
@@ -34,7 +34,7 @@ def oracle(model: Any, store: SampleStore) -> tuple[float, dict[str, torch.Tenso
         total = total + torch.nn.functional.cross_entropy(logits, labels[0], ignore_index=IGNORE_INDEX, reduction="sum")
         targets += int((labels != IGNORE_INDEX).sum())
     (total / targets).backward()
-    return float(total / targets), {name: p.grad for name, p in model.named_parameters()}
+    return float(total / targets), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
 def cell(base: Path, store: SampleStore, overrides: list[str], world: World) -> tuple[float, float, dict[str, Any]]:
@@ -52,6 +52,9 @@ def cell(base: Path, store: SampleStore, overrides: list[str], world: World) -> 
     gradients = {}
     for name, parameter in model.causal_lm.named_parameters():
         grad = parameter.grad
+        if not parameter.requires_grad:
+            assert grad is None
+            continue
         gradients[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
     return result.loss, result.grad_norm, gradients
 
@@ -70,6 +73,12 @@ def main(out: Path, folder: Path, cells: dict[str, list[list[str]]]) -> None:
         attention.register(attention.sdpa_kernel)
         config = load.read_config(folder / name, False)
         whole = load.load_with_weights(folder / name, config, torch.float64, False)
+        adapter = folder / name / "adapter"
+        if adapter.exists():
+            continued = f"model.lora_adapter_path={adapter}"
+            layouts = [[*layout, continued] for layout in layouts]
+            model_config = compose(["data.train_files=none", "data.val_files=null", continued]).config.model
+            lora.inject(whole, lora.lora_config(model_config, name), torch.float64, str(adapter))
         loss, expected = oracle(whole, store)
         norm = float(torch.stack([g.norm() for g in expected.values()]).norm())
         for overrides in layouts:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.models import save_tiny_model, tiny_config
+from tests.support.models import save_tiny_adapter, save_tiny_model, tiny_config
 from tests.support.ranks import run_ranks
 from tests.support.samples import random_samples, write_store
 
@@ -18,6 +18,7 @@ MODELS = {
     "nine-heads": ("Llama", {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72}),
     "window": ("Mistral", {"sliding_window": 5, "num_key_value_heads": 1}),
     "sinks": ("GptOss", {"num_local_experts": 4, "head_dim": 8, "sliding_window": 5}),
+    "lora": ("Qwen2", {}),
 }
 CHECKPOINTING = "model.enable_gradient_checkpointing=true"
 NO_SYNC = "model.fsdp_config.use_no_sync_for_gradient_accumulation=true"
@@ -43,6 +44,7 @@ COVERING = {
         "tied": [[micro(3)], [OFFLOAD, NO_SYNC, micro(2)]],
         "window": [[micro(4)]],
         "sinks": [[micro(4)]],
+        "lora": [[micro(3), CHECKPOINTING], TOKENS],
     },
     2: {
         "untied": [[micro(1)], [micro(8), NO_SYNC, CHECKPOINTING], [sp(2), micro(2)], [LARGE], [BALANCE, *TOKENS]],
@@ -50,11 +52,13 @@ COVERING = {
         "nine-heads": [[sp(2), *TOKENS]],
         "window": [[sp(2), micro(4)]],
         "sinks": [[sp(2), micro(4)]],
+        "lora": [[micro(2)], [sp(2), OFFLOAD], [LARGE, CHECKPOINTING, NO_SYNC]],
     },
     4: {
         "untied": [[sp(4), micro(3)], [sp(2), HYBRID, micro(2), CHECKPOINTING], [HYBRID, OFFLOAD, NO_SYNC]],
         "tied": [[micro(1), BALANCE], [sp(2), *TOKENS, BALANCE, NO_SYNC]],
         "nine-heads": [[sp(4), micro(2)]],
+        "lora": [[sp(2), HYBRID, NO_SYNC], [BALANCE, *TOKENS]],
     },
 }
 """Processes -> model -> cells; each choice at least once, with others beside it."""
@@ -77,6 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
     for name, (family, changes) in MODELS.items():
         save_tiny_model(folder / name, tiny_config(family, **changes))
+    save_tiny_adapter(folder / "lora")
     write_store(folder / "store", random_samples(16))
     return folder
 

@@ -41,3 +41,18 @@ def tiny_model(config: Any, dtype: torch.dtype = torch.float64, attention: str =
 def save_tiny_model(folder: Path, config: Any, dtype: torch.dtype = torch.float32) -> Path:
     tiny_model(config, dtype).save_pretrained(folder)
     return folder
+
+
+def save_tiny_adapter(base: Path) -> Path:
+    """An adapter of rank 3 on every linear module, with random A and B, in `base/adapter`."""
+    from peft import LoraConfig, get_peft_model
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    adapted = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM"))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    adapted.save_pretrained(base / "adapter")
+    return base / "adapter"

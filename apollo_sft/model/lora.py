@@ -1,0 +1,161 @@
+"""LoRA by PEFT, applied from outside: inject, and at the end merge, shard by shard.
+
+Source: LoRA, arXiv:2106.09685.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apollo_sft.config.schema import ModelConfig
+from apollo_sft.errors import ConfigError, ModelError
+
+ADAPTER = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """What was adapted: names of modules, and parameters that are trained, out of all."""
+
+    modules: tuple[str, ...]
+    num_trainable: int
+    num_parameters: int
+
+    def __str__(self) -> str:
+        kinds = sorted({name.rpartition(".")[2] for name in self.modules})
+        share = self.num_trainable / self.num_parameters
+        return (
+            f"LoRA: {len(self.modules)} modules adapted ({', '.join(kinds)}), "
+            f"{self.num_trainable:,} of {self.num_parameters:,} parameters trained ({share:.2%})"
+        )
+
+
+def lora_config(model: ModelConfig, source: str) -> Any | None:
+    """PEFT's config of what `model` asks for, or of the adapter that is continued; None without LoRA.
+
+    Raises: ConfigError when `lora_adapter_path` is no LoRA adapter, or other keys contradict it.
+    """
+    if model.lora_adapter_path is not None:
+        return _saved_config(model, model.lora_adapter_path)
+    if model.lora_rank == 0:
+        return None
+    from peft import LoraConfig
+
+    targets = model.target_modules
+    return LoraConfig(
+        r=model.lora_rank,
+        lora_alpha=model.lora_alpha,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        lora_dropout=model.lora_dropout,
+        use_rslora=model.use_rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=source,
+    )
+
+
+def _saved_config(model: ModelConfig, path: str) -> Any:
+    from peft import LoraConfig, PeftConfig
+
+    try:
+        saved = PeftConfig.from_pretrained(path)
+    except (ValueError, OSError, TypeError) as error:
+        raise ConfigError(
+            "model.lora_adapter_path is no adapter folder",
+            found=f"{path}: {str(error).splitlines()[0]}",
+            expected="a folder with adapter_config.json and adapter_model.safetensors",
+        ) from error
+    if not isinstance(saved, LoraConfig) or saved.use_dora or saved.modules_to_save:
+        raise ConfigError(
+            "model.lora_adapter_path is not a plain LoRA adapter",
+            found=f"{path}: {saved.peft_type}",
+            expected="LoRA without DoRA and without modules_to_save",
+        )
+    if model.lora_rank not in (0, saved.r):
+        raise ConfigError(
+            "model.lora_rank is not that of the adapter that is continued",
+            found=f"{model.lora_rank}, and {saved.r} in {path}",
+            fix=f"model.lora_rank={saved.r}, or leave it out",
+        )
+    saved.inference_mode = False
+    return saved
+
+
+def inject(causal_lm: Any, config: Any, master: torch.dtype, adapter_path: str | None = None) -> Adapted:
+    """Freeze the model and add adapters in `master` dtype, in place; on meta they are without memory too.
+
+    `adapter_path`: fill them from this folder (on a rank that holds weights).
+    Raises: ConfigError when `model.target_modules` matches no module; ModelError for an adapter that does not fit.
+    """
+    from peft import inject_adapter_in_model
+
+    on_meta = next(causal_lm.parameters()).is_meta
+    causal_lm.requires_grad_(False)
+    try:
+        inject_adapter_in_model(config, causal_lm, ADAPTER, low_cpu_mem_usage=on_meta)
+    except ValueError as error:
+        raise ConfigError(
+            "model.target_modules cannot be adapted",
+            found=str(error).splitlines()[0],
+            expected="all-linear, names of linear modules, or a regular expression of full names",
+        ) from error
+    for parameter in causal_lm.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(master)
+    if adapter_path is not None and not on_meta:
+        _fill_from(causal_lm, adapter_path)
+    modules = tuple(name for name, _ in _adapted(causal_lm))
+    trained = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
+    return Adapted(modules, trained, sum(p.numel() for p in causal_lm.parameters()))
+
+
+def _fill_from(causal_lm: Any, path: str) -> None:
+    from safetensors.torch import load_file
+
+    file = Path(path) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ModelError(f"{path} holds no adapter_model.safetensors", expected="safetensors; pickles are not read")
+    saved = load_file(file)
+    wanted = {file_name(name): p for name, p in causal_lm.named_parameters() if p.requires_grad}
+    if saved.keys() != wanted.keys():
+        odd = sorted(saved.keys() ^ wanted.keys())
+        raise ModelError(f"{file} does not fit this model", found=f"{len(odd)} names differ: {', '.join(odd[:3])}")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(saved[name])
+
+
+def file_name(name: str) -> str:
+    """The name of an adapter's parameter in PEFT's own files."""
+    return f"base_model.model.{name}".replace(f".{ADAPTER}.", ".")
+
+
+def adapter_tensors(causal_lm: Any) -> dict[str, Tensor]:
+    """The adapter's parameters, sharded or not, under the names of PEFT's own files."""
+    return {file_name(name): p.detach() for name, p in causal_lm.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def merge(causal_lm: Any) -> None:
+    """Add every adapter to its weight and take it out: the model is then a plain one again. In place, collective.
+
+    The product is formed in the adapter's dtype on shards and cast once, to the dtype that the weight has.
+    """
+    for name, layer in _adapted(causal_lm):
+        base = layer.base_layer
+        weight = base.weight
+        merged = weight.to(torch.promote_types(weight.dtype, torch.float32)) + layer.get_delta_weight(ADAPTER)
+        base.weight = nn.Parameter(merged.to(weight.dtype), requires_grad=False)
+        parent, _, attribute = name.rpartition(".")
+        setattr(causal_lm.get_submodule(parent), attribute, base)
+
+
+def _adapted(causal_lm: Any) -> list[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, module) for name, module in causal_lm.named_modules() if isinstance(module, LoraLayer)]
