@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
-from apollo_sft.errors import ConfigError
+from apollo_sft.errors import ApolloError, ConfigError
 from apollo_sft.prepare.demo_model import write_base_model
 from apollo_sft.prepare.word_problems import LARGEST, write_word_problems
 from apollo_sft.train.generate import exact_match, generate_answers, load_for_generation
@@ -65,15 +66,19 @@ class HeldOut:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the demo. 0: the model learned; 1: it did not; else the exit code of the training command.
-
-    Raises: ConfigError when the folder holds something that the demo did not write.
-    """
+    """Returns the exit code: 0 the model learned, 1 it did not, else that of the training command."""
     demo = _parse(argv)
-    console = Console(highlight=False)
-    transformers_logging.disable_progress_bar()
-    _claim(demo)
+    try:
+        _claim(demo)
+        return run(demo, Console(highlight=False))
+    except ApolloError as error:
+        print(f"apollo-sft demo: {error}", file=sys.stderr)
+        return error.exit_code
 
+
+def run(demo: Demo, console: Console) -> int:
+    """All of it, told on the console. The exit code is that of `main`."""
+    transformers_logging.disable_progress_bar()
     console.rule("[bold]1  Data and a model from nothing")
     _prepare(demo)
     held_out = _read_held_out(demo)
@@ -85,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
     command = training_command(demo, "single_turn")
     _say_command(console, command)
     started = time.monotonic()
-    code = subprocess.run(command, check=False).returncode
+    code = _train(command)
     if code != 0:
         console.print(f"\n[bold red]The training command ended with exit code {code}; its own message is above.")
         return code
@@ -139,6 +144,23 @@ def training_command(demo: Demo, layout: str) -> list[str]:
     ]
 
 
+def _train(command: Sequence[str]) -> int:
+    """Run the command and return its exit code.
+
+    Ctrl-C reaches it from the terminal itself, so here it is only waited for; a SIGTERM is passed on.
+    """
+    with subprocess.Popen(command) as process:
+        previous = {
+            signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+        }
+        try:
+            return process.wait()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
 def _parse(argv: Sequence[str]) -> Demo:
     parser = argparse.ArgumentParser(
         prog="apollo-sft demo",
@@ -164,7 +186,7 @@ def _program() -> list[str]:
 
 
 def _claim(demo: Demo) -> None:
-    """Take a new or empty folder, or one that an earlier demo left."""
+    """Take a new or empty folder, or one that an earlier demo left. Raises: ConfigError for any other."""
     marker = demo.folder / MARKER
     if demo.folder.exists() and not marker.exists() and any(demo.folder.iterdir()):
         raise ConfigError(

@@ -2,23 +2,23 @@ from __future__ import annotations
 
 import io
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from apollo_sft.cli import demo
-from apollo_sft.errors import ConfigError
 
 
 def _demo(folder: Path) -> demo.Demo:
     return demo.Demo(folder, seed=1, num_steps=1100, num_processes=2)
 
 
-def test_a_folder_with_files_of_others_is_refused_and_left_alone(tmp_path: Path):
+def test_a_folder_with_files_of_others_is_refused_and_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="not the demo's"):
-        demo.main(["--folder", str(tmp_path)])
+    assert demo.main(["--folder", str(tmp_path)]) == 2
+    assert "not the demo's" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -37,6 +37,10 @@ def test_the_command_is_printed_unwrapped_and_pastes_back(tmp_path: Path):
     demo._say_command(Console(file=output, width=40), command)
     pasted = output.getvalue().replace("\\\n", " ")
     assert shlex.split(pasted) == command
+
+
+def test_the_exit_code_of_the_training_is_passed_on():
+    assert demo._train([sys.executable, "-c", "raise SystemExit(7)"]) == 7
 
 
 def test_three_examples_of_one_and_two_steps():
