@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
-from apollo_sft.errors import ApolloError, ConfigError
+from apollo_sft.errors import ConfigError
 from apollo_sft.prepare.demo_model import write_base_model
 from apollo_sft.prepare.word_problems import LARGEST, write_word_problems
 from apollo_sft.train.generate import exact_match, generate_answers, load_for_generation
@@ -66,19 +66,15 @@ class HeldOut:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit code: 0 the model learned, 1 it did not, else that of the training command."""
+    """Returns the exit code: 0 the model learned, 1 it did not, else that of the training command.
+
+    Raises: ConfigError when the folder holds something that the demo did not write.
+    """
     demo = _parse(argv)
-    try:
-        _claim(demo)
-        return run(demo, Console(highlight=False))
-    except ApolloError as error:
-        print(f"apollo-sft demo: {error}", file=sys.stderr)
-        return error.exit_code
-
-
-def run(demo: Demo, console: Console) -> int:
-    """All of it, told on the console. The exit code is that of `main`."""
+    console = Console(highlight=False)
     transformers_logging.disable_progress_bar()
+    _claim(demo)
+
     console.rule("[bold]1  Data and a model from nothing")
     _prepare(demo)
     held_out = _read_held_out(demo)
@@ -140,6 +136,7 @@ def training_command(demo: Demo, layout: str) -> list[str]:
         "trainer.project_name=apollo-demo",
         f"trainer.experiment_name={layout}",
         f"trainer.seed={demo.seed}",
+        "trainer.log_freq=50",
         "trainer.resume_mode=disable",
     ]
 

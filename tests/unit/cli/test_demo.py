@@ -9,16 +9,17 @@ import pytest
 from rich.console import Console
 
 from apollo_sft.cli import demo
+from apollo_sft.errors import ConfigError
 
 
 def _demo(folder: Path) -> demo.Demo:
     return demo.Demo(folder, seed=1, num_steps=1100, num_processes=2)
 
 
-def test_a_folder_with_files_of_others_is_refused_and_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_folder_with_files_of_others_is_refused_and_left_alone(tmp_path: Path):
     (tmp_path / "thesis.txt").write_text("mine")
-    assert demo.main(["--folder", str(tmp_path)]) == 2
-    assert "not the demo's" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="not the demo's"):
+        demo.main(["--folder", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
