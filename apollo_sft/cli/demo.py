@@ -102,12 +102,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def training_command(demo: Demo, layout: str) -> list[str]:
-    """The command that trains on one layout of the demo's data, as a user would type it.
-
-    A conversation holds two problems on average, so half the steps see as many.
-    """
+    """The command that trains on one layout of the demo's data, as a user would type it."""
     single = layout == "single_turn"
-    num_steps = demo.num_steps if single else -(-demo.num_steps // 2)
     columns = (
         [
             "data.prompt_key=extra_info",
@@ -133,9 +129,9 @@ def training_command(demo: Demo, layout: str) -> list[str]:
         "optim.betas=[0.9,0.98]",
         "optim.weight_decay=0.01",
         "optim.lr_scheduler=cosine",
-        f"optim.lr_warmup_steps={min(40, num_steps)}",
+        f"optim.lr_warmup_steps={min(40, demo.num_steps)}",
         "optim.clip_grad=1.0",
-        f"trainer.total_training_steps={num_steps}",
+        f"trainer.total_training_steps={demo.num_steps}",
         f"trainer.default_local_dir={output}",
         "trainer.project_name=apollo-demo",
         f"trainer.experiment_name={layout}",
