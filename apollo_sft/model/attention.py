@@ -7,14 +7,15 @@ Every kernel has one signature: query (tokens, heads, head dim), key and value (
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from apollo_sft.errors import ConfigError
+from apollo_sft.errors import ConfigError, ModelError
 
 NAME = "apollo_packed"
 """The name under which the attention function is registered with transformers."""
@@ -185,16 +186,18 @@ def register(kernel: Kernel, exchange: HeadExchange | None = None) -> None:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        document_starts: Tensor,
-        longest_document: int,
+        document_starts: Tensor | None = None,
+        longest_document: int = 0,
         scaling: float | None = None,
         dropout: float = 0.0,
         sliding_window: int | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
-        **unused: Any,
+        **more: Any,
     ) -> tuple[Tensor, None]:
-        del attention_mask, unused
+        if document_starts is None:
+            raise ModelError(f"{type(module).__name__} is not handed the document starts by the layers above it")
+        _check_call(module, {"attention_mask": attention_mask, **more})
         if exchange is not None:
             s_aux = None if s_aux is None else exchange.my_heads(s_aux)
             num_heads = query.shape[1]
@@ -204,7 +207,7 @@ def register(kernel: Kernel, exchange: HeadExchange | None = None) -> None:
         output = kernel(q, k, v, Documents(document_starts, longest_document), options)
         if exchange is not None:
             output = exchange.to_tokens(output.transpose(0, 1)[None], num_heads)[0].transpose(0, 1)
-        return output[None], None
+        return output[None].contiguous(), None  # some architectures take a view of it
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, _no_mask)
@@ -212,3 +215,53 @@ def register(kernel: Kernel, exchange: HeadExchange | None = None) -> None:
 
 def _no_mask(*_: Any, **__: Any) -> None:
     return None
+
+
+def _check_call(module: nn.Module, more: dict[str, Any]) -> None:
+    """Raises: ModelError when the caller wants scores that the kernels do not form."""
+    found = [name for name in ("attention_mask", "position_bias") if more.get(name) is not None]
+    is_causal = more.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        found.append("is_causal=False")
+    if found:
+        raise ModelError(
+            f"{type(module).__name__} cannot be trained exactly here: it wants more than causal attention in a window",
+            found=", ".join(found),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Sliding windows in tokens: those of the masks that a model asked for, those it told the attention function."""
+
+    masked: set[int] = field(default_factory=set)
+    attended: set[int] = field(default_factory=set)
+
+
+@contextmanager
+def watch_windows() -> Iterator[Windows]:
+    """Note the windows of the forwards inside. A model that limits its view by the mask alone shows here."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    windows = Windows()
+    attend, mask = ALL_ATTENTION_FUNCTIONS[NAME], ALL_MASK_ATTENTION_FUNCTIONS[NAME]
+
+    def watched_attention(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("sliding_window") is not None:
+            windows.attended.add(kwargs["sliding_window"])
+        return attend(*args, **kwargs)
+
+    def watched_mask(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("local_size") is not None:
+            windows.masked.add(kwargs["local_size"])
+        return mask(*args, **kwargs)
+
+    AttentionInterface.register(NAME, watched_attention)
+    AttentionMaskInterface.register(NAME, watched_mask)
+    try:
+        yield windows
+    finally:
+        AttentionInterface.register(NAME, attend)
+        AttentionMaskInterface.register(NAME, mask)

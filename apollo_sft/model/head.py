@@ -23,6 +23,7 @@ class HeadSpec:
 
 def head_spec(config: Any) -> HeadSpec:
     """What the model's config says about its logits (Granite divides, Cohere multiplies, Gemma 2 soft-caps them)."""
+    config = config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     return HeadSpec(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
 

@@ -87,17 +87,64 @@ def check_architecture(config: Any, trust_remote_code: bool) -> None:
             found=f"model_type {config.model_type}",
             expected="a model of AutoModelForCausalLM",
         )
+    _check_layers(name, config.get_text_config())
     if not getattr(model_class, "_supports_attention_backend", False):
         raise ModelError(
             f"{name} cannot be trained exactly here: its attention bypasses transformers' AttentionInterface",
+            found="recurrent layers, or attention that is written out in the model",
             expected="a model class with _supports_attention_backend",
         )
+    _check_router_loss(name, config.get_text_config())
+
+
+def _check_layers(name: str, config: Any) -> None:
     foreign = sorted(set(getattr(config, "layer_types", None) or []) - EXACT_LAYERS)
     if foreign:
         raise ModelError(
-            f"{name} cannot be trained exactly here: some layers carry state across packed documents",
+            f"{name} cannot be trained exactly here: some layers mix packed documents in a way of their own",
             found=f"layer types {foreign}",
             expected=f"only {sorted(EXACT_LAYERS)}",
+        )
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):  # "vision" is causal in text
+        raise ModelError(
+            f"{name} cannot be trained here: its attention is not causal", found="use_bidirectional_attention=true"
+        )
+
+
+def _check_router_loss(name: str, config: Any) -> None:
+    """transformers adds the load-balancing loss of experts only when a config asks for it; here it is never added."""
+    if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", None) != 0:
+        raise ModelError(
+            f"{name} asks for the auxiliary loss of its router, which is not part of the loss here",
+            found="output_router_logits=true in config.json",
+            fix="set output_router_logits to false in config.json to train on the targets alone",
+        )
+
+
+def longest_exact_document(config: Any) -> int | None:
+    """Tokens beyond which a document changes the rotary embedding of all that are packed with it; None is no limit.
+
+    Source: arXiv:2402.13753 (LongRoPE); transformers picks one set of factors for a whole forward,
+    by its longest document.
+    """
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    each = parameters.values() if all(isinstance(value, dict) for value in parameters.values()) else [parameters]
+    limits = [p["original_max_position_embeddings"] for p in each if p.get("rope_type") == "longrope"]
+    return min(limits, default=None)
+
+
+def check_longest(config: Any, tokens: int) -> None:
+    """Refuse documents of up to `tokens` tokens where the rotary embedding depends on what is packed together.
+
+    Raises: ModelError.
+    """
+    limit = longest_exact_document(config)
+    if limit is not None and tokens > limit:
+        raise ModelError(
+            f"{type(config).__name__}: its rotary embedding (longrope) changes with the longest document of a pack",
+            found=f"documents of up to {tokens} tokens",
+            expected=f"at most {limit} (original_max_position_embeddings)",
+            fix=f"data.max_length={limit}",
         )
 
 
@@ -170,4 +217,6 @@ def _checked(model: Any) -> Any:
     used = model.config._attn_implementation
     if used != attention.NAME:
         raise ModelError(f"{type(model).__name__} did not take the packed attention function", found=used)
+    if model.base_model is model or model.get_output_embeddings() is None:
+        raise ModelError(f"{type(model).__name__} is not built as a backbone with a head on top")
     return model.train()

@@ -20,24 +20,39 @@ def prove(model: SftModel, seed: int) -> None:
     """Compare two packed documents with the same documents alone under the architecture's own eager forward.
 
     Runs on the unsharded model, on the device where it lies, with a handful of tokens.
+    Documents that short fill no sliding window: those are compared by their sizes.
     Raises: ModelError when they differ: a layer leaks across documents, or the head is not computed as we do.
     """
     causal_lm = model.causal_lm
     documents = _documents(causal_lm.config.get_text_config().vocab_size, causal_lm.device, seed)
     causal_lm.eval()
     try:
-        packed = float(_packed_loss(model, documents))
+        with attention.watch_windows() as windows:
+            packed = float(_packed_loss(model, documents))
         causal_lm.set_attn_implementation("eager")
         alone = float(sum(_own_loss(causal_lm, ids) for ids in documents))
     finally:
         causal_lm.set_attn_implementation(attention.NAME)
         causal_lm.train()
+    _check_windows(causal_lm, windows)
     if not abs(packed - alone) <= TOLERANCE[causal_lm.dtype] * max(1.0, abs(alone)):
         raise ModelError(
             f"{type(causal_lm).__name__} cannot be trained exactly here: packed documents do not give the loss that "
             "each gives alone",
             found=f"{packed:.6f} packed, {alone:.6f} alone (sum over {sum(len(d) - 1 for d in documents)} tokens)",
             expected="the same; a layer carries state across documents, or the logits are formed in a way of their own",
+        )
+
+
+def _check_windows(causal_lm: Any, windows: attention.Windows) -> None:
+    kinds = getattr(causal_lm.config.get_text_config(), "layer_types", None)
+    # The masks of all kinds may be asked for, though the layers are of one kind.
+    expected = windows.masked if kinds is None or "sliding_attention" in kinds else set()
+    if windows.attended != expected:
+        raise ModelError(
+            f"{type(causal_lm).__name__} cannot be trained exactly here: its sliding window is not told to attention",
+            found=f"windows of {sorted(windows.attended)} tokens in attention",
+            expected=f"{sorted(expected)}, as in its masks",
         )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from apollo_sft.model.head import attach_loss, head_spec
+from apollo_sft.model.load import check_longest
 from apollo_sft.types import IGNORE_INDEX, MicroBatch
 
 
@@ -35,6 +36,7 @@ class SftModel(nn.Module):
         `document_starts`: int32, (documents + 1,), and `longest_document` are those of the whole row.
         Returns the loss sum, a float64 scalar.
         """
+        check_longest(self.causal_lm.config, longest_document)
         hidden = self.causal_lm.base_model(
             input_ids=input_ids,
             position_ids=position_ids,

@@ -68,7 +68,11 @@ def test_remote_code_is_not_run_unless_asked_for(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [("Mamba", "bypasses transformers' AttentionInterface"), ("T5", "not a causal language model")],
+    [
+        ("Mamba", "linear_attention"),
+        ("Bloom", "bypasses transformers' AttentionInterface"),
+        ("T5", "not a causal language model"),
+    ],
 )
 def test_architectures_that_cannot_be_exact_are_refused_by_name(family: str, reason: str) -> None:
     import transformers
@@ -98,3 +102,33 @@ def test_pickled_weights_are_not_read(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="pickled weights are not read"):
         load.load_with_weights(folder, load.read_config(folder, False), torch.float32, False)
+
+
+def test_a_router_loss_that_is_asked_for_is_refused_and_one_without_weight_is_not() -> None:
+    asks = tiny_config("Mixtral", num_local_experts=4, output_router_logits=True)
+    with pytest.raises(ModelError, match=r"auxiliary loss of its router(.|\n)*output_router_logits"):
+        load.check_architecture(asks, False)
+    asks.router_aux_loss_coef = 0.0
+    load.check_architecture(asks, False)
+
+
+def test_attention_that_is_not_causal_is_refused() -> None:
+    with pytest.raises(ModelError, match="use_bidirectional_attention"):
+        load.check_architecture(tiny_config("Gemma3Text", head_dim=8, use_bidirectional_attention=True), False)
+
+
+def test_the_layers_of_a_multimodal_model_are_those_of_its_text_part() -> None:
+    import transformers
+
+    hybrid = tiny_config("Gemma3Text", head_dim=8, layer_types=["full_attention", "chunked_attention"])
+    with pytest.raises(ModelError, match="chunked_attention"):
+        load.check_architecture(transformers.Gemma3Config(text_config=hybrid.to_dict()), False)
+
+
+def test_documents_beyond_the_original_length_are_refused_under_longrope() -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "type": "longrope"}
+    config = tiny_config("Phi3", original_max_position_embeddings=32, rope_scaling=factors)
+    load.check_longest(config, 32)
+    with pytest.raises(ModelError, match=r"data\.max_length=32"):
+        load.check_longest(config, 33)
+    load.check_longest(tiny_config(), 10**9)

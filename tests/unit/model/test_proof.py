@@ -54,3 +54,23 @@ def test_a_head_that_forms_its_logits_in_its_own_way_is_refused() -> None:
     causal_lm.lm_head.register_forward_hook(lambda module, args, logits: logits * 1.5)
     with pytest.raises(ModelError, match="logits are formed in a way of their own"):
         prove(SftModel(causal_lm), seed=1)
+
+
+def test_a_window_that_attention_is_not_told_of_is_refused() -> None:
+    causal_lm = tiny_model(tiny_config("Gemma3Text", head_dim=8), torch.float32, attention.NAME)
+    prove(SftModel(causal_lm), seed=1)
+    causal_lm.model.layers[0].self_attn.sliding_window = causal_lm.model.layers[1].self_attn.sliding_window = None
+    with pytest.raises(ModelError, match="its sliding window is not told to attention"):
+        prove(SftModel(causal_lm), seed=1)
+
+
+def test_attention_that_is_not_causal_is_refused_when_it_is_called() -> None:
+    causal_lm = tiny_model(tiny_config(), torch.float32, attention.NAME)
+    causal_lm.model.layers[1].self_attn.is_causal = False
+    with pytest.raises(ModelError, match="is_causal=False"):
+        prove(SftModel(causal_lm), seed=1)
+
+
+def test_layers_that_hand_nothing_down_are_refused() -> None:
+    with pytest.raises(ModelError, match="NemotronAttention is not handed the document starts"):
+        prove(SftModel(tiny_model(tiny_config("Nemotron"), torch.float32, attention.NAME)), seed=1)
