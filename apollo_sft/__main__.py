@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
+import time
+import traceback
 
 from apollo_sft.config.checks import check_paths
 from apollo_sft.config.compose import YAML_PATH, Composed, compose, to_yaml
-from apollo_sft.errors import ApolloError, CheckpointError, ConfigError
+from apollo_sft.errors import ApolloError, CheckpointError, ConfigError, TrainingError
 
 USAGE = """Train: python -m apollo_sft key=value …
        torchrun --standalone --nnodes=1 --nproc_per_node=N -m apollo_sft key=value …
@@ -19,10 +22,28 @@ USAGE = """Train: python -m apollo_sft key=value …
 Every key, its default and its meaning:
 """
 INTERRUPTED = 130
+LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "failed to recv, got 0 bytes",
+    "remote process exited",
+    "communicator was aborted",
+)
+"""What gloo, NCCL and the rendezvous store say when another rank is gone."""
+PATIENCE_SECONDS = 3
+"""How long a silent rank lives on after a failure: torchrun ends all ranks with the first that exits, and the rank that
+speaks must have spoken by then. It costs nothing: when that rank exits, torchrun ends the silent ones."""
+
+STORE_SECONDS = 1
+"""How long rank 0 lives on after a failure when the rendezvous store is its own: the others read its verdict there."""
 
 
 def main(arguments: list[str]) -> int:
-    """Run one rank. Returns the exit code: 0 done, 1 failed, 2 refused."""
+    """Run one rank. Returns the exit code: 0 done, 1 failed, 2 refused.
+
+    Raises: SystemExit with that code on a rank that leaves it to another one to say why.
+    """
     if "--help" in arguments or "-h" in arguments:
         _say(USAGE + "\n" + YAML_PATH.read_text(encoding="utf-8"))
         return 0
@@ -34,12 +55,17 @@ def main(arguments: list[str]) -> int:
 
         train(composed.config, composed.overridden, composed.notes)
     except ApolloError as error:
-        _report(error)
-        return error.exit_code
+        if _report(error):
+            return error.exit_code
+        raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
-        if _rank() == 0:
+        if _is_main():
             print("apollo-sft: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if _report_unexpected(error):
+            return 1
+        raise SystemExit(1) from None
     return 0
 
 
@@ -60,7 +86,7 @@ def check(arguments: list[str]) -> Composed | None:
 
 
 def _say(text: str) -> None:
-    if _rank() != 0:
+    if not _is_main():
         return
     try:
         print(text, flush=True)
@@ -68,28 +94,67 @@ def _say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _report(error: ApolloError) -> None:
-    """One message a host: what is wrong with config, data or model stops its ranks alike.
+def _report(error: ApolloError) -> bool:
+    """Whether this rank spoke: rank 0 does; so does one process of every other host, whose files may differ.
 
-    A file that cannot be written may be one rank's own trouble, so that rank says it too.
+    A run that had to stop stops on all ranks alike. A file that cannot be written may be one rank's trouble.
     """
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    first_of_host = _variable("LOCAL_RANK", "SLURM_LOCALID") == "0" and not isinstance(error, TrainingError)
+    if _is_main():
         print(f"apollo-sft: {error}", file=sys.stderr)
-    elif isinstance(error, CheckpointError):
-        print(f"apollo-sft: rank {_rank()}: {error}", file=sys.stderr)
+    elif first_of_host or isinstance(error, CheckpointError):
+        print(f"apollo-sft: {_who()}: {error}", file=sys.stderr)
+    else:
+        return False
+    return True
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+def _report_unexpected(error: Exception) -> bool:
+    """The traceback and, last, who failed of what; in one write, so that ranks that speak at once do not mix.
+
+    False, and one line, from a rank that only lost another one.
+    """
+    who = f"{_who()}: " if _variable("WORLD_SIZE", "SLURM_NTASKS", "1") != "1" else ""
+    text = str(error).strip()
+    if isinstance(error, RuntimeError) and any(part in text for part in LOST_PEER):
+        reason = next(part for part in LOST_PEER if part in text)
+        sys.stderr.write(f"apollo-sft: {who}lost another rank, which failed first ({reason})\n")
+        return False
+    cause = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    sys.stderr.write("".join(traceback.format_exception(error)) + f"apollo-sft: {who}{cause}\n")
+    return True
+
+
+def _who() -> str:
+    return f"rank {_variable('RANK', 'SLURM_PROCID')} on {socket.gethostname()}"
+
+
+def _is_main() -> bool:
+    return _variable("RANK", "SLURM_PROCID") == "0"
+
+
+def _variable(name: str, in_slurm: str, otherwise: str = "0") -> str:
+    """As text: that it is a number is checked later, where it can be refused."""
+    return os.environ.get(name) or os.environ.get(in_slurm) or otherwise
 
 
 def run() -> None:
-    code = main(sys.argv[1:])
+    """Never returns. With several processes the interpreter is left at once: threads of the process group may abort it
+    while it shuts down."""
+    silent = False
+    try:
+        code = main(sys.argv[1:])
+    except SystemExit as silenced:
+        code, silent = int(silenced.code or 0), True
     sys.stdout.flush()
     sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        os._exit(code)  # threads of the process group may abort the interpreter while it shuts down
-    sys.exit(code)
+    if _variable("WORLD_SIZE", "SLURM_NTASKS", "1") == "1":
+        sys.exit(code)
+    if silent:
+        time.sleep(PATIENCE_SECONDS)
+    elif code and _is_main() and "TORCHELASTIC_RUN_ID" not in os.environ:
+        time.sleep(STORE_SECONDS)
+    os._exit(code)
 
 
 if __name__ == "__main__":

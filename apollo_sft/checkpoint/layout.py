@@ -7,9 +7,12 @@ import json
 import os
 import platform
 import re
+import secrets
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +29,8 @@ OWN_NAMES = frozenset(
     {RUN_JSON, "metrics.jsonl", "config.yaml", "data_audit.json", "adapter", "checkpoints", "tensorboard", "wandb"}
 )
 LOCK = publish.PREFIX + "lock"
+PROBE = publish.PREFIX + "probe"
+"""Written and removed at the start of a run; one that a kill left behind is removed at the next start."""
 ARCHIVING_PREFIX = publish.PREFIX + "previous-"
 TIMED_FOLDER = re.compile(r"(previous|model)-\d{8}-\d{6}(-\d+)?")
 PACKAGES = ("torch", "transformers", "apollo-sft")
@@ -97,9 +102,32 @@ class RunFolder:
         """Write config.yaml, the resolved configuration."""
         publish.write_durably(self.config_yaml, text)
 
+    @contextmanager
+    def probe(self) -> Iterator[str]:
+        """A file in the folder while this lasts. Gives its text, by which `sees_probe` knows it."""
+        text = secrets.token_hex(8)
+        try:
+            publish.write_durably(self.root / PROBE, text)
+            yield text
+        finally:
+            (self.root / PROBE).unlink(missing_ok=True)
+
     def release(self) -> None:
         """Let another run claim the folder. The end of the process does the same."""
         self._lock.release()
+
+
+def sees_probe(path: str | Path, text: str, patience_seconds: float = 10) -> bool:
+    """Whether the folder at `path` is the one in which a run shows this text now. Network folders may be late."""
+    file = Path(path).expanduser().absolute() / PROBE
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        with suppress(OSError):
+            if file.read_text(encoding="utf-8") == text:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
@@ -162,7 +190,7 @@ def _is_kept(path: Path) -> bool:
 
 
 def _make_writable(root: Path) -> None:
-    probe = root / f"{publish.PREFIX}probe"
+    probe = root / PROBE
     try:
         root.mkdir(parents=True, exist_ok=True)
         publish.write_durably(probe, "")

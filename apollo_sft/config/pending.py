@@ -34,7 +34,6 @@ PENDING: list[tuple[str, Callable[[SftConfig], bool], str]] = [
     ),
     ("trainer.generate_samples", lambda c: c.trainer.generate_samples > 0, "leave it 0"),
     ("trainer.default_hdfs_dir", lambda c: c.trainer.default_hdfs_dir is not None, "copy the finished folder yourself"),
-    ("trainer.nnodes", lambda c: c.trainer.nnodes > 1, "run on one host"),
 ]
 """(key, whether the config uses it, what to do instead)."""
 

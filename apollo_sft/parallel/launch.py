@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,20 +13,25 @@ import torch
 import torch.distributed as dist
 
 from apollo_sft.errors import ApolloError, TopologyError
+from apollo_sft.parallel.place import Place, read_place
 
 T = TypeVar("T")
 WAIT = timedelta(days=7)
 """How long ranks wait for the one that prepares: its length is the data's, and torchrun ends all when it fails."""
+READY, FAILED = "ready", "1"
+"""Verdicts at the rendezvous store: go on, or the exit code of a failure."""
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """`rank` and `size` count all processes of the run, `local_rank` those of this host."""
+    """`rank` and `size` count all processes of the run, `local_rank` those of this host. `host` is its identity."""
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    host: str = ""
+    num_hosts: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -33,37 +39,66 @@ class World:
 
 
 def start(device: str, needs_group: bool) -> World:
-    """Read torchrun's environment, choose the device, start the process group.
+    """Read the environment, choose the device, start the process group, find out how many hosts there are.
 
     One process has no group unless `needs_group` (sharding wants one even for a single rank).
-    Raises: TopologyError when a rank has no device of its own.
+    Raises: TopologyError when the environment is incomplete, or a rank has no device of its own.
     """
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    world = World(rank, size, local_rank, _device(device, local_rank))
-    if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)
-    if size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo")
+    place = read_place(os.environ)
+    os.environ.update(place.variables)
+    chosen = _device(device, place)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if place.size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     elif needs_group:
-        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    return world
+    num_hosts = _meet(place) if place.size > 1 else 1
+    return World(place.rank, place.size, place.local_rank, chosen, place.host, num_hosts)
 
 
-def _device(wanted: str, local_rank: int) -> torch.device:
+def _device(wanted: str, place: Place) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if place.local_size is None and count == 1:
+        return torch.device("cuda", 0)  # srun and Kubernetes may show each process its own GPU only
+    processes = place.local_size or place.local_rank + 1
     if processes > count:
         raise TopologyError(
             "more processes on this host than GPUs",
-            found=f"{processes} processes, {count} GPUs",
+            found=f"{processes} processes, {count} GPUs on {socket.gethostname()}",
             expected="at most one process per GPU",
-            fix="lower --nproc_per_node, or trainer.device=cpu",
+            fix="start fewer processes on each host, or trainer.device=cpu",
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", place.local_rank)
+
+
+def _meet(place: Place) -> int:
+    """The number of hosts, once every process has said where it is.
+
+    Raises: TopologyError on rank 0 when two processes took the same place: they would share a GPU.
+    """
+    store = _store()
+    if store.add(f"place/{place.host}", 1) == 1:
+        store.add("place/hosts", 1)
+    if store.add(f"place/{place.host}/{place.local_rank}", 1) > 1:
+        store.set("place/all", f"{socket.gethostname()}: two processes with LOCAL_RANK={place.local_rank}")
+    elif store.add("place/arrived", 1) == place.size:
+        store.set("place/all", READY)
+    store.wait(["place/all"], WAIT)
+    verdict = store.get("place/all").decode()
+    if verdict == READY:
+        return int(store.add("place/hosts", 0))
+    if place.rank:
+        raise SystemExit(TopologyError.exit_code)
+    raise TopologyError(
+        "two processes say that they are the same one of a host",
+        found=verdict,
+        expected="LOCAL_RANK counts the processes of each host from 0",
+        fix="set LOCAL_RANK for every process, or start by torchrun",
+    )
 
 
 def on_main(world: World, name: str, work: Callable[[], T]) -> T | None:
@@ -78,24 +113,63 @@ def on_main(world: World, name: str, work: Callable[[], T]) -> T | None:
 
 
 def once_per_host(world: World, name: str, work: Callable[[], T]) -> T:
-    """Run `work` on one process of each host, then on the others, which find what the first one left on disk."""
-    key = f"host-{os.environ.get('GROUP_RANK', '0')}/{name}"
+    """Run `work` on one process of each host, then on the others, which find what the first one left on disk.
+
+    Nobody goes on before every host is done, so that no collective has to wait for a slow or failed one.
+    """
+    key = f"host/{world.host}/{name}"
     if world.local_rank == 0:
-        return _lead(world, key, work)
-    _follow(key)
-    return work()
+        result = _lead(world, key, work, all_hosts=f"hosts/{name}")
+    else:
+        _follow(key)
+        result = work()
+    if world.size > 1:
+        _follow(f"hosts/{name}")
+    return result
 
 
-def _lead(world: World, key: str, work: Callable[[], T]) -> T:
-    """Work, and leave a verdict for those who wait at the rendezvous store."""
+def ask_others(name: str, text: str) -> list[str]:
+    """On rank 0: hand `text` to all other ranks, which call `answer`; return their complaints. For two ranks or more.
+
+    `name` is used once in a run.
+    """
+    store = _store()
+    store.set(f"complaints/{name}", "")
+    store.set(f"asked/{name}", text)
+    store.wait([f"answered/{name}"], WAIT)
+    complaints = store.get(f"complaints/{name}").decode().splitlines()
+    store.set(f"verdict/{name}", READY if not complaints else str(TopologyError.exit_code))
+    return [str(line) for line in complaints]
+
+
+def answer(world: World, name: str, question: Callable[[str], str | None]) -> None:
+    """Off rank 0: answer `ask_others` with None or one line of complaint; end in silence when anybody complained."""
+    store = _store()
+    store.wait([f"asked/{name}"], WAIT)
+    complaint = question(store.get(f"asked/{name}").decode())
+    if complaint is not None:
+        store.append(f"complaints/{name}", complaint + "\n")
+    if store.add(f"answers/{name}", 1) == world.size - 1:
+        store.set(f"answered/{name}", READY)
+    _follow(f"verdict/{name}")
+
+
+def _lead(world: World, key: str, work: Callable[[], T], all_hosts: str | None = None) -> T:
+    """Work, and leave a verdict at the rendezvous store for those who wait; at `all_hosts` once all hosts are done."""
+    if world.size == 1:
+        return work()
+    store = _store()
+    code = FAILED
     try:
         result = work()
+        code = READY
     except ApolloError as error:
-        if world.size > 1:
-            _store().set(key, str(error.exit_code))
+        code = str(error.exit_code)
         raise
-    if world.size > 1:
-        _store().set(key, "ready")
+    finally:
+        store.set(key, code)
+        if all_hosts and (code != READY or store.add(f"{all_hosts}/done", 1) == world.num_hosts):
+            store.set(all_hosts, code)
     return result
 
 
@@ -103,7 +177,7 @@ def _follow(key: str) -> None:
     """Wait at the store, not in a collective: no timeout ends a long preparation."""
     _store().wait([key], WAIT)
     verdict = _store().get(key).decode()
-    if verdict != "ready":
+    if verdict != READY:
         raise SystemExit(int(verdict))
 
 

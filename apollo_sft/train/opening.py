@@ -3,34 +3,77 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from apollo_sft.checkpoint.layout import RunFolder, sees_probe
 from apollo_sft.config.compose import to_yaml
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.audit import describe, to_json
 from apollo_sft.data.loader import Loader
 from apollo_sft.data.plan import steps_per_epoch
 from apollo_sft.errors import ConfigError, TopologyError
-from apollo_sft.parallel.launch import World
+from apollo_sft.parallel.launch import World, answer, ask_others
 from apollo_sft.parallel.mesh import check_mesh
 from apollo_sft.report.log import say, terminal, warn
 from apollo_sft.train.preflight import Prepared
 from apollo_sft.train.schedule import Schedule, warmup_steps
 
 
-def check_world(config: SftConfig, world: World) -> None:
-    """Raises: TopologyError when the number of processes that torchrun started does not fit the config."""
+def check_world(config: SftConfig, world: World, overridden: Mapping[str, Any]) -> None:
+    """The hosts and processes that were started are those that the config speaks of. `overridden`: keys that were set.
+
+    `trainer.nnodes` is checked only when it was set: its default says nothing about what the user started.
+    Raises: TopologyError.
+    """
     check_mesh(world.size, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
-    per_node = config.trainer.n_gpus_per_node
-    if per_node is not None and per_node * config.trainer.nnodes != world.size:
+    nnodes, per_node = config.trainer.nnodes, config.trainer.n_gpus_per_node
+    if nnodes != world.num_hosts and "trainer.nnodes" in overridden:
+        raise TopologyError(
+            "trainer.nnodes is not the number of hosts that were started",
+            found=f"trainer.nnodes={nnodes}, {_hosts(world)}",
+            fix=f"start the same command on each of {nnodes} hosts (torchrun --nnodes={nnodes}), "
+            f"or trainer.nnodes={world.num_hosts}",
+        )
+    if per_node is not None and per_node * world.num_hosts != world.size:
         raise TopologyError(
             "trainer.n_gpus_per_node does not fit the processes that were started",
-            found=f"{world.size} processes",
-            expected=f"{config.trainer.nnodes} hosts × {per_node}",
+            found=_hosts(world),
+            expected=f"{per_node} on each host",
             fix=f"torchrun --nproc_per_node={per_node}, or leave trainer.n_gpus_per_node out",
         )
+
+
+def _hosts(world: World) -> str:
+    return f"{world.size} processes on {world.num_hosts} {'host' if world.num_hosts == 1 else 'hosts'}"
+
+
+def check_shared(path: str, world: World, folder: RunFolder | None) -> None:
+    """Every rank must see the run folder that rank 0 has claimed. Every rank calls it; `folder` is None off rank 0.
+
+    Raises: ConfigError on rank 0, naming each host that does not; the others end in silence.
+    """
+    if world.size == 1:
+        return
+    if folder is None:
+        answer(world, "probe", lambda text: None if sees_probe(path, text) else _blind(path, world))
+        return
+    with folder.probe() as text:
+        complaints = ask_others("probe", text)
+    if complaints:
+        more = [f"and {len(complaints) - 4} more ranks"] if len(complaints) > 4 else []
+        raise ConfigError(
+            f"trainer.default_local_dir={path} is not the same folder on every host",
+            found=f"rank 0 on {socket.gethostname()} wrote a file there; " + "; ".join([*complaints[:4], *more]),
+            expected="a folder that all hosts share (NFS, Lustre, …)",
+            fix="set trainer.default_local_dir to a shared folder on every host; data.store_dir may be local",
+        )
+
+
+def _blind(path: str, world: World) -> str:
+    return f"rank {world.rank} on {socket.gethostname()} does not see it in {Path(path).absolute()}"
 
 
 def schedule_of(config: SftConfig, steps_in_epoch: int) -> Schedule:

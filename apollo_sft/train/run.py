@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,12 +19,13 @@ from apollo_sft.errors import ApolloError
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import Mesh, build_mesh
+from apollo_sft.parallel.place import read_place
 from apollo_sft.report.log import say, setup_logging
 from apollo_sft.report.sinks import RunInfo, check_backends
 from apollo_sft.train.assemble import assemble, needs_group
 from apollo_sft.train.finish import export, summary
 from apollo_sft.train.loop import Run, run_loop
-from apollo_sft.train.opening import announce, check_world, config_text, schedule_of
+from apollo_sft.train.opening import announce, check_shared, check_world, config_text, schedule_of
 from apollo_sft.train.preflight import Prepared, load_external_lib, prepare, seed_everything
 from apollo_sft.train.reporter import Reporter
 from apollo_sft.train.schedule import Schedule
@@ -35,15 +37,23 @@ def train(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str]
 
     Raises: ApolloError with one message for the user.
     """
+    place = read_place(os.environ)
+    os.environ.update(place.variables)
     load_external_lib(config.model.external_lib)
     on_cuda = config.trainer.device != "cpu" and torch.cuda.is_available()
+    setup_logging(place.rank == 0)
+    if place.starter != "torchrun" and place.size > 1:
+        say(f"waiting at {place.variables['MASTER_ADDR']} for the {place.size} processes of {place.starter}")
     world = launch.start(config.trainer.device, needs_group(config, on_cuda))
-    setup_logging(world.is_main)
     try:
         _in_folder(config, overridden, notes, world)
-    finally:
-        gc.collect()  # frees what holds sub-groups before the group itself is destroyed
+    except BaseException:
+        if world.size > 1:
+            raise  # the group stays: the others must not lose their connections before this rank has said why
         launch.stop()
+        raise
+    gc.collect()  # frees what holds sub-groups before the group itself is destroyed
+    launch.stop()
 
 
 def _in_folder(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str], world: World) -> None:
@@ -51,6 +61,7 @@ def _in_folder(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence
     folder = launch.on_main(world, "claim", lambda: _claim(config, overridden, notes, world))
     status: Status = "failed"
     try:
+        check_shared(config.trainer.default_local_dir, world, folder)
         _run(config, world, folder)
         status = "finished"
     except ApolloError as error:
@@ -64,9 +75,11 @@ def _in_folder(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence
 
 def _claim(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str], world: World) -> RunFolder:
     check_backends(config.trainer.logger)
-    check_world(config, world)
+    check_world(config, world, overridden)
     folder = RunFolder.claim(config.trainer.default_local_dir, config.trainer.resume_mode)
-    folder.write_run("running", overridden=dict(overridden), processes=world.size, device=world.device.type)
+    folder.write_run(
+        "running", overridden=dict(overridden), processes=world.size, hosts=world.num_hosts, device=world.device.type
+    )
     folder.write_config(to_yaml(config))
     say(config_text(config, overridden))
     for note in [*notes, *folder.notes]:

@@ -1,7 +1,9 @@
 """`python -m apollo_sft`, `apollo-sft` and `apollo-sft train`: what they answer before anything is trained."""
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ from apollo_sft.cli import train
 from apollo_sft.config.compose import known_keys
 from apollo_sft.errors import ApolloError, CheckpointError, ConfigError, TrainingError
 
+HOST = socket.gethostname()
 MISSPELT = "data.max_lenght=8"
 MODULE = ["-m", "apollo_sft"]
 COMMAND = ["-m", "apollo_sft.cli.main", "train"]
@@ -28,7 +31,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("program", [MODULE, COMMAND], ids=["module", "command"])
 @pytest.mark.parametrize(
     "mistake",
-    [MISSPELT, "data.max_length=long", "trainer.logger=[consol]", "data.val_files=null"],
+    [MISSPELT, "data.max_length=long", "trainer.logger=[consoles]", "data.val_files=null"],
     ids=["key", "type", "combination", "path"],
 )
 def test_a_mistake_is_one_message_code_2_and_no_torch(program: list[str], mistake: str) -> None:
@@ -85,7 +88,7 @@ def test_ranks_other_than_0_print_nothing(
         ("1", ConfigError("bad"), ""),
         ("1", TrainingError("bad"), ""),
         ("0", CheckpointError("bad"), "apollo-sft: bad\n"),
-        ("1", CheckpointError("disk full"), "apollo-sft: rank 1: disk full\n"),
+        ("1", CheckpointError("disk full"), f"apollo-sft: rank 1 on {HOST}: disk full\n"),
     ],
 )
 def test_which_rank_says_what(
@@ -97,8 +100,49 @@ def test_which_rank_says_what(
 ) -> None:
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", rank)
-    entry._report(error)
-    assert capsys.readouterr().err == expected
+    assert entry._report(error) == bool(expected)
+    assert re.fullmatch(expected, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ConfigError("bad"), f"apollo-sft: rank 2 on {HOST}: bad\n"),
+        (TrainingError("not finite on all ranks"), ""),
+    ],
+)
+def test_another_host_speaks_of_what_may_be_its_own(
+    error: ApolloError, expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "2")
+    monkeypatch.setenv("SLURM_LOCALID", "0")
+    assert entry._report(error) == bool(expected)
+    assert re.fullmatch(expected, capsys.readouterr().err)
+
+
+def test_an_unexpected_error_names_rank_and_host_last(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert entry._report_unexpected(ValueError("boom"))
+    assert capsys.readouterr().err == "ValueError: boom\napollo-sft: ValueError: boom\n"
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert entry._report_unexpected(KeyError("boom"))
+    assert capsys.readouterr().err == f"KeyError: 'boom'\napollo-sft: rank 1 on {HOST}: KeyError: 'boom'\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.1]:1234",
+        "ncclRemoteError: A call failed possibly due to a network error or a remote process exited prematurely",
+    ],
+)
+def test_a_rank_that_lost_another_is_one_line(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not entry._report_unexpected(RuntimeError(text))
+    said = capsys.readouterr().err
+    assert said.startswith("apollo-sft: lost another rank, which failed first (")
+    assert said.count("\n") == 1
 
 
 def test_help_into_a_closed_pipe_is_quiet() -> None:
