@@ -13,10 +13,10 @@ from apollo_sft.errors import ConfigError
 
 LOGGERS = ("console", "tensorboard", "wandb", "file")
 LATER_LOGGERS = ("mlflow", "swanlab", "trackio")
+LORA_KEYS = ("model.lora_alpha", "model.target_modules", "model.lora_dropout", "model.use_rslora")
 UNUSED: tuple[tuple[str, Callable[[SftConfig], bool], str], ...] = (
     ("optim.stable_ratio", lambda c: c.optim.lr_scheduler != "wsd", "without optim.lr_scheduler=wsd"),
-    ("model.lora_alpha", lambda c: c.model.lora_rank == 0, "with model.lora_rank=0"),
-    ("model.target_modules", lambda c: c.model.lora_rank == 0, "with model.lora_rank=0"),
+    *((key, lambda c: c.model.lora_rank == 0, "with model.lora_rank=0") for key in LORA_KEYS),
     ("data.prompt_dict_keys", lambda c: c.data.multiturn.enable, "with data.multiturn.enable=true"),
     ("data.response_dict_keys", lambda c: c.data.multiturn.enable, "with data.multiturn.enable=true"),
     ("data.multiturn.tools_key", lambda c: not c.data.multiturn.enable, "without data.multiturn.enable=true"),
@@ -165,6 +165,12 @@ def _contradictions(config: SftConfig, given: set[str]) -> Iterator[ConfigError]
         )
     if config.data.custom_cls.name is not None and config.data.custom_cls.path is None:
         yield ConfigError("data.custom_cls.name is set without data.custom_cls.path", fix="set both, or neither")
+    lora = config.model.lora_rank > 0 or config.model.lora_adapter_path is not None
+    if config.trainer.export == "adapter" and not lora:
+        yield ConfigError(
+            "trainer.export=adapter needs LoRA: there would be nothing to save",
+            fix="trainer.export=merged, or model.lora_rank",
+        )
     attention = config.model.attn_implementation
     if config.trainer.device == "cpu" and attention in ("flash", "varlen"):
         yield ConfigError(

@@ -19,8 +19,6 @@ CONFIG_ONLY = {
     "data.custom_cls.name": "refused without custom_cls.path, which is not built yet",
     "optim.name": "there is one choice",
     "use_remove_padding": "changes nothing, and says so",
-    "model.lora_alpha": "said to have no effect while lora_rank is 0",
-    "model.target_modules": "said to have no effect while lora_rank is 0",
 }
 
 

@@ -36,15 +36,21 @@ def refused(*arguments: str) -> str:
         (["data.multiturn.enable=true", "data.prompt_key=q"], ["data.prompt_key", "data.multiturn.enable=true"]),
         (["data.custom_cls.name=Mine"], ["without data.custom_cls.path"]),
         (["trainer.device=cpu", "model.attn_implementation=flash"], ["attn_implementation=flash needs CUDA"]),
+        (["trainer.export=adapter"], ["trainer.export=adapter needs LoRA"]),
         (["trainer.logger=[console,mlflow]"], ["mlflow is not built yet"]),
-        (["trainer.logger=[consol]"], ["did you mean console?"]),
+        (["trainer.logger=[consoles]"], ["did you mean console?"]),
         (["trainer.logger=[console,console]"], ["names one twice"]),
-        (["data.micro_batch_size=512", "trainer.logger=[consol]"], ["larger than", "did you mean console?"]),
+        (["data.micro_batch_size=512", "trainer.logger=[consoles]"], ["larger than", "did you mean console?"]),
     ],
 )
 def test_impossible_combinations(arguments: list[str], parts: list[str]) -> None:
     message = refused(*arguments)
     assert all(part in message for part in parts), message
+
+
+def test_lora_keys_go_together() -> None:
+    arguments = ["model.lora_rank=8", "model.lora_alpha=32", "model.lora_dropout=0.1", "trainer.export=adapter"]
+    assert compose(arguments).notes == []
 
 
 def test_a_cap_by_tokens_frees_the_number_of_samples_in_a_forward() -> None:
@@ -58,6 +64,7 @@ def test_a_cap_by_tokens_frees_the_number_of_samples_in_a_forward() -> None:
         ("model.fsdp_config.model_dtype=bf16", "warning: model.fsdp_config.model_dtype=bf16"),
         ("use_remove_padding=true", "there never is padding"),
         ("optim.stable_ratio=0.5", "optim.stable_ratio has no effect without optim.lr_scheduler=wsd"),
+        ("model.use_rslora=true", "model.use_rslora has no effect with model.lora_rank=0"),
         ("model.lora_alpha=32", "model.lora_alpha has no effect with model.lora_rank=0"),
     ],
 )

@@ -43,11 +43,7 @@ def test_yaml_and_schema_hold_the_same_keys() -> None:
 
 def test_every_key_has_a_comment_of_its_own() -> None:
     lines = [line.strip() for line in YAML_PATH.read_text(encoding="utf-8").splitlines()]
-    bare = [
-        line
-        for above, line in pairwise(lines)
-        if re.match(r"\w+: ", line) and not above.startswith("#")
-    ]
+    bare = [line for above, line in pairwise(lines) if re.match(r"\w+: ", line) and not above.startswith("#")]
     assert bare == []
 
 
