@@ -10,10 +10,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.distributed as dist
 
+from apollo_sft.config.compose import compose
 from apollo_sft.data.pack import pack
-from apollo_sft.model import attention
+from apollo_sft.model import attention, load
 from apollo_sft.model.sft_model import SftModel
-from apollo_sft.parallel.ulysses import Ulysses
+from apollo_sft.parallel import launch
+from apollo_sft.parallel.launch import World
+from apollo_sft.parallel.mesh import build_mesh
+from apollo_sft.train.assemble import assemble
 from tests.support.architectures import (
     Gradients,
     StaysDouble,
@@ -25,29 +29,39 @@ from tests.support.architectures import (
 )
 
 
-def add_ranks(part: tuple[float, Gradients]) -> tuple[float, Gradients]:
+def assembled(place: Path, world: World) -> SftModel:
+    """The model as a run has it: built without memory, sharded, filled from rank 0, its row cut over all ranks."""
+    keys = [f"model.partial_pretrain={place}", "data.train_files=none", "data.val_files=null"]
+    keys += ["model.fsdp_config.model_dtype=fp64", f"ulysses_sequence_parallel_size={world.size}"]
+    config = compose(keys).config
+    mesh = build_mesh(world, world.size, config.model.fsdp_config.fsdp_size)
+    model, _ = assemble(config, place, load.read_config(place, False), world, mesh)
+    return model.eval()
+
+
+def gather(part: tuple[float, Gradients], size: int) -> tuple[float, Gradients]:
+    """The sum over ranks. Sharding averages gradients."""
     loss = torch.tensor(part[0], dtype=torch.float64)
-    for tensor in (loss, *part[1].values()):
-        dist.all_reduce(tensor)
-    return float(loss), part[1]
+    dist.all_reduce(loss)
+    return float(loss), {name: gradient.full_tensor() * size for name, gradient in part[1].items()}
 
 
 def main(out: Path, folder: Path, names: list[str]) -> None:
-    dist.init_process_group("gloo")
-    rank, size = dist.get_rank(), dist.get_world_size()
-    micro_batch = pack(documents(), multiple=size)
+    world = launch.start("cpu", needs_group=True)
+    micro_batch = pack(documents(), multiple=world.size)
     figures = {}
     for name in names:
         attention.register(attention.sdpa_kernel)
-        causal_lm = load_case(save_case(folder, name))
+        place = save_case(folder, name)
         with StaysDouble():
-            whole = run_packed(SftModel(causal_lm), micro_batch)
-            attention.register(attention.sdpa_kernel, Ulysses(dist.group.WORLD, rank, size))
-            sliced = add_ranks(run_packed(SftModel(causal_lm, rank, size), micro_batch))
+            whole = run_packed(SftModel(load_case(place)), micro_batch)
+        model = assembled(place, world)
+        with StaysDouble():
+            sliced = gather(run_packed(model, micro_batch), world.size)
         figures[name] = worst_difference(sliced, whole)
-    if rank == 0:
+    if world.is_main:
         out.write_text(json.dumps(figures))
-    dist.barrier()
+    launch.stop()
     os._exit(0)
 
 

@@ -56,8 +56,8 @@ architecture is either exact here, or refused at the start with the reason. Ther
 
 The table is written by `APOLLO_WRITE_DOCS=1 pytest tests/parity/test_architectures.py`; tiny models with random
 weights, in float64. A figure is the largest relative difference of the loss or of any parameter's gradient: *packed* is
-a pack against each document alone, *sp = 2* a pack on two ranks against one, *plain* a pack against transformers' eager
-forward of each document. All must be below 1e-12. transformers computes norms, softmax and routers in float32 whatever
+a pack against each document alone, *sp = 2* a pack cut over two ranks, with FSDP2, against one process, *plain* a pack
+against transformers' eager forward of each document. All must be below 1e-12. transformers computes norms, softmax and routers in float32 whatever
 the weights; here they are kept in float64, so that rounding hides nothing.
 
 """

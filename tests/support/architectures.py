@@ -56,13 +56,12 @@ MUST_PASS: dict[str, tuple[str, dict[str, Any]]] = {
     "Phi-3, longrope": (
         "Phi3",
         {
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 10000.0,
+            "rope_scaling": {
+                "type": "longrope",
                 "short_factor": [1.0, 1.5, 2.0, 2.5],
                 "long_factor": [1.0, 3.0, 9.0, 27.0],
-                "original_max_position_embeddings": 32,
-            }
+            },
+            "original_max_position_embeddings": 32,
         },
     ),
     "SmolLM3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
