@@ -12,6 +12,7 @@ from apollo_sft.errors import ApolloError
 INTERRUPTED = 130
 COMMANDS = {
     "train": "fine-tune a model on parquet files",
+    "verify": "show that every layout of a training gives the same gradient",
     "demo": "train a small model from nothing, in about two minutes, and show what it learned",
 }
 
@@ -29,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f", did you mean {close[0]}?" if close else f"; there are {', '.join(COMMANDS)}"
+        hint = f"; did you mean apollo-sft train {name} …?" if "=" in name else hint
         print(f"apollo-sft: unknown command {name}{hint}", file=sys.stderr)
         return 2
     try:

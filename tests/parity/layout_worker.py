@@ -13,28 +13,13 @@ from apollo_sft.config.compose import compose
 from apollo_sft.data.loader import Loader
 from apollo_sft.data.store_files import SampleStore
 from apollo_sft.model import attention, load, lora
+from apollo_sft.model.oracle import oracle
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
 from apollo_sft.train.assemble import assemble
 from apollo_sft.train.run import plan_spec
 from apollo_sft.train.step import train_step
-from apollo_sft.types import IGNORE_INDEX
-
-
-def oracle(model: Any, store: SampleStore) -> tuple[float, dict[str, torch.Tensor]]:
-    """Ten lines: one document at a time, cross-entropy of full logits, the sum over the number of targets."""
-    total, targets = torch.zeros((), dtype=torch.float64), 0
-    for i in range(len(store)):
-        ids, labels = (torch.from_numpy(part.astype("int64"))[None] for part in (store[i].input_ids, store[i].labels))
-        starts = torch.tensor([0, ids.shape[1]], dtype=torch.int32)
-        where = torch.arange(ids.shape[1])[None]
-        documents = {"document_starts": starts, "longest_document": ids.shape[1]}
-        logits = model(input_ids=ids, position_ids=where, use_cache=False, **documents).logits[0]
-        total = total + torch.nn.functional.cross_entropy(logits, labels[0], ignore_index=IGNORE_INDEX, reduction="sum")
-        targets += int((labels != IGNORE_INDEX).sum())
-    (total / targets).backward()
-    return float(total / targets), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
 def cell(base: Path, store: SampleStore, overrides: list[str], world: World) -> tuple[float, float, dict[str, Any]]:
@@ -79,7 +64,7 @@ def main(out: Path, folder: Path, cells: dict[str, list[list[str]]]) -> None:
             layouts = [[*layout, continued] for layout in layouts]
             model_config = compose(["data.train_files=none", "data.val_files=null", continued]).config.model
             lora.inject(whole, lora.lora_config(model_config, name), torch.float64, str(adapter))
-        loss, expected = oracle(whole, store)
+        loss, expected = oracle(whole, [store[i] for i in range(len(store))])
         norm = float(torch.stack([g.norm() for g in expected.values()]).norm())
         for overrides in layouts:
             found_loss, found_norm, gradients = cell(folder / name, store, overrides, world)

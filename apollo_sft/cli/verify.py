@@ -1,0 +1,230 @@
+"""`apollo-sft verify`: does every layout of this run give the same gradient? Shown as a table, on CPU processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import BinaryIO
+
+from rich.console import Console
+from rich.text import Text
+
+from apollo_sft import __main__ as entry
+from apollo_sft.errors import ConfigError
+from apollo_sft.train.layouts import STEPS, Figures, Layout
+
+BOUND = 1e-12
+"""Largest relative difference from the oracle that rounding explains. Measured: 1e-14; a wrong layout is off by far more
+than a millionth."""
+RANKS = 4
+ORACLE, TITLE = -1, -2
+"""Rows of the table that are no layouts."""
+HELP = """apollo-sft verify [--ranks N] [--real-weights] key=value …
+
+Takes the keys of a training and shows that its gradient does not depend on how the work is laid out: two steps of your
+own rows on a small copy of your model, in float64, under every layout that N processes on this machine can form. Each
+is compared with an oracle: plain transformers, one document at a time. Nothing is trained or left behind.
+
+  --ranks N        most processes [4, or ulysses_sequence_parallel_size]
+  --real-weights   the model itself instead of a small copy (48 bytes a parameter)
+  --help           this text
+
+Exit codes: 0 all layouts agree, 1 one does not, 2 refused."""
+LONG = {"loss": 10, "grad norm": 11, "deviation": 10}
+"""Columns of the table and their widths."""
+
+
+@dataclass(slots=True)
+class Table:
+    """What is shown, and what came back so far. `reasons`: of the layouts that do not agree, why."""
+
+    console: Console
+    folder: Path
+    layouts: list[Layout]
+    seen: set[int] = field(default_factory=set)
+    exact: int = 0
+    worst: float = 0.0
+    reasons: list[tuple[str, str]] = field(default_factory=list)
+
+    def name(self, index: int) -> str:
+        return "oracle" if index == ORACLE else self.layouts[index].name
+
+    def label(self, index: int) -> str:
+        """The name with the number of processes, for lines that stand alone."""
+        return self.name(index) if index == ORACLE else f"{_processes(self.layouts[index])}, {self.name(index)}"
+
+    def row(self, index: int, cells: list[str], verdict: tuple[str, str]) -> None:
+        width = 2 + max(len(layout.name) for layout in self.layouts)
+        padded = [f"{cell:>{size}}" for cell, size in zip(cells, LONG.values(), strict=True)]
+        name = self.name(index) if index != TITLE else "layout"
+        style = {TITLE: "bold", ORACLE: "dim"}.get(index, "")
+        self.console.print(Text.assemble(f"  {name:<{width}}", *padded, "  ", verdict, style=style))
+
+    def show(self, figures: Figures) -> None:
+        """One row, and its verdict."""
+        index, label = figures.index, self.label(figures.index)
+        self.seen.add(index)
+        if figures.error:
+            self.reasons.append((label, figures.error.strip()))
+            self.row(index, ["-", "-", "-"], ("FAILED", "bold red"))
+            return
+        numbers = [f"{figures.loss:.6f}", f"{figures.grad_norm:.6f}"]
+        if index == ORACLE:
+            self.row(index, [*numbers, ""], ("", ""))
+            return
+        agrees = figures.deviation <= BOUND
+        if agrees:
+            self.exact += 1
+            self.worst = max(self.worst, figures.deviation)
+        else:
+            self.reasons.append((label, f"differs by {figures.deviation:.1e} in {figures.where}"))
+        verdict = ("exact", "green") if agrees else ("WRONG", "bold red")
+        self.row(index, [*numbers, f"{figures.deviation:.1e}"], verdict)
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code: 0 every layout agrees with the oracle, 1 one does not.
+
+    Raises: ApolloError for what a training would refuse as well.
+    """
+    if "--help" in arguments or "-h" in arguments:
+        print(HELP)
+        return 0
+    ranks, real_weights, overrides = _parse(arguments)
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as `python -m` does: model.external_lib may lie in the working directory
+    composed = entry.check(overrides)
+    if composed is None:
+        return 0
+    console = Console(highlight=False, soft_wrap=True)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="apollo-verify-") as name, _term_interrupts():
+        folder = Path(name)
+        with console.status("reading your rows, making the model"):
+            from apollo_sft.train.rehearsal import rehearse  # torch, after everything that can be refused without it
+
+            ranks = ranks or max(RANKS, composed.config.ulysses_sequence_parallel_size)
+            rehearsal = rehearse(composed.config, ranks, real_weights, folder)
+        _say_what(console, rehearsal.description)
+        table = Table(console, folder, rehearsal.job.layouts)
+        table.row(TITLE, list(LONG), ("verdict", ""))
+        for processes in sorted({layout.processes for layout in table.layouts}):
+            if ORACLE in table.seen or processes == 1:
+                _run(table, processes)
+    return _conclude(table, time.monotonic() - began)
+
+
+def _parse(arguments: list[str]) -> tuple[int | None, bool, list[str]]:
+    """Our own options anywhere in the line, and the rest of it. Raises: ConfigError."""
+    rest: list[str] = []
+    value: str | None = None
+    waiting = iter(arguments)
+    for argument in waiting:
+        if argument == "--ranks":
+            value = next(waiting, "")
+        elif argument.startswith("--ranks="):
+            value = argument.partition("=")[2]
+        elif argument != "--real-weights":
+            rest.append(argument)
+    if value is not None and not (value.isdecimal() and 1 <= int(value) <= 64):
+        raise ConfigError("--ranks takes a number of processes", found=repr(value), expected="1 to 64")
+    return None if value is None else int(value), "--real-weights" in arguments, rest
+
+
+@contextmanager
+def _term_interrupts() -> Iterator[None]:
+    """SIGTERM ends the processes as Ctrl-C does, and the folder goes too."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _say_what(console: Console, description: list[tuple[str, str]]) -> None:
+    rows = [
+        *description,
+        ("oracle", "plain transformers, eager attention, one document at a time, all logits"),
+        ("deviation", f"largest relative difference in loss, gradients, and weights after {STEPS} steps"),
+    ]
+    for name, meaning in rows:
+        console.print(Text.assemble((f"{name:<11}", "bold"), meaning))
+    console.print()
+
+
+def _run(table: Table, processes: int) -> None:
+    """Start the processes once, and show their layouts as they come."""
+    awaited = [i for i, layout in enumerate(table.layouts) if layout.processes == processes]
+    table.console.print(Text(_processes(table.layouts[awaited[0]]), style="bold cyan"))
+    if processes == 1:
+        awaited.insert(0, ORACLE)
+    results, output = table.folder / "results.jsonl", table.folder / f"output-{processes}.txt"
+    results.write_text("", encoding="utf-8")
+    with output.open("wb") as stream, table.console.status("") as status, _worker(table.folder, processes, stream) as w:
+        ended, shown = False, 0
+        while not ended:
+            ended = w.poll() is not None  # before the results are read: what it wrote last is not missed
+            lines = results.read_text(encoding="utf-8").split("\n")[:-1]
+            for line in lines[shown:]:
+                table.show(Figures(**json.loads(line)))
+            shown = len(lines)
+            status.update(next((table.name(i) for i in awaited if i not in table.seen), "done"))
+            time.sleep(0.1)
+    missing = [index for index in awaited if index not in table.seen]
+    if missing and not (table.folder / f"failed-{processes}").exists():
+        last_words = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-8:]
+        table.show(Figures(missing.pop(0), error="\n".join(last_words) or "its process ended without a word"))
+    for index in missing:
+        table.row(index, ["-", "-", "-"], ("not run", "yellow"))
+
+
+@contextmanager
+def _worker(folder: Path, processes: int, stream: BinaryIO) -> Iterator[subprocess.Popen[bytes]]:
+    """The processes, which do not outlive this block."""
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+    command += ["apollo_sft.train.verify", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with subprocess.Popen(command, env=environment, stdout=stream, stderr=stream) as worker:
+        try:
+            yield worker
+        finally:
+            worker.terminate()
+
+
+def _processes(layout: Layout) -> str:
+    return "1 process" if layout.processes == 1 else f"{layout.processes} processes"
+
+
+def _conclude(table: Table, seconds: float) -> int:
+    """The closing sentence. Returns the exit code."""
+    total = len(table.layouts)
+    table.console.print()
+    if table.exact == total:
+        table.console.print(
+            f"All {total} layouts give the gradient of the oracle. The largest deviation is {table.worst:.1e}; "
+            f"up to {BOUND:.0e} counts as rounding. ({seconds:.0f} s)",
+            style="green",
+        )
+        return 0
+    for label, reason in table.reasons:
+        table.console.print(Text.assemble((label, "bold"), "\n", textwrap.indent(reason, "  ")))
+    end = f"\n{total - table.exact} of {total} layouts were not shown to give the gradient of the oracle. ({seconds:.0f} s)"
+    table.console.print(end, style="bold red")
+    return 1

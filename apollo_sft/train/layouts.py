@@ -1,0 +1,158 @@
+"""The layouts that `verify` runs: every choice at least once on 1, 2, 4 … processes, and the user's own on each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from apollo_sft.config.compose import validate
+from apollo_sft.config.schema import SftConfig
+
+STEPS = 2
+"""The second one starts from weights that AdamW has changed."""
+
+SP = "ulysses_sequence_parallel_size"
+MICRO = "data.micro_batch_size_per_gpu"
+HYBRID = "model.fsdp_config.fsdp_size"
+NEUTRAL: dict[str, Any] = {
+    SP: 1,
+    MICRO: 1,
+    HYBRID: -1,
+    "data.use_dynamic_bsz": False,
+    "data.max_token_len_per_gpu": None,
+    "data.balance_dp_token": False,
+    "model.enable_gradient_checkpointing": False,
+    "model.fsdp_config.cpu_offload": False,
+    "model.fsdp_config.offload_params": False,
+    "model.fsdp_config.use_no_sync_for_gradient_accumulation": False,
+    "model.fsdp_config.reshard_after_forward": True,
+    "model.fsdp_config.wrap_policy.min_num_params": 0,
+}
+BALANCED = {"data.balance_dp_token": True}
+CHECKPOINTING = {"model.enable_gradient_checkpointing": True}
+OFFLOAD = {"model.fsdp_config.cpu_offload": True}
+NO_SYNC = {"model.fsdp_config.use_no_sync_for_gradient_accumulation": True}
+KEEP = {"model.fsdp_config.reshard_after_forward": False}
+WORDS = (
+    ("checkpointing", CHECKPOINTING),
+    ("offload", OFFLOAD),
+    ("no_sync", NO_SYNC),
+    ("no reshard", KEEP),
+    ("balanced", BALANCED),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """`values`: what is changed in the user's config, key to value."""
+
+    name: str
+    processes: int
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Of one layout; `index` counts the job's layouts, and is -1 for the oracle itself.
+
+    `loss` and `grad_norm` are those of the first step. `deviation` is the largest relative difference from the oracle,
+    `where` the quantity that has it. `error`: why there are no figures.
+    """
+
+    index: int
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    deviation: float = 0.0
+    where: str = ""
+    error: str = ""
+
+
+def with_values(config: SftConfig, values: Mapping[str, Any]) -> SftConfig:
+    """The config with other values, checked again. Keys are dotted. Raises: ConfigError."""
+    raw = config.model_dump()
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        section = raw
+        for part in sections:
+            section = section[part]
+        section[name] = value
+    return validate(raw)
+
+
+def worlds(ranks: int) -> list[int]:
+    """Numbers of processes: 1, 2, 4 … up to `ranks`, and `ranks` itself."""
+    powers = [2**i for i in range(ranks.bit_length())]
+    return sorted({*(size for size in powers if size <= ranks), ranks})
+
+
+def layouts(config: SftConfig, ranks: int, cap_tokens: int) -> list[Layout]:
+    """All of them, in the order of processes; the user's own first. `cap_tokens`: of the token-capped ones."""
+    capped = {"data.use_dynamic_bsz": True, "data.max_token_len_per_gpu": cap_tokens}
+    micro = {MICRO: config.data.micro_batch_size_per_gpu}
+    found = []
+    for processes in worlds(ranks):
+        if fits(config, processes):
+            found.append(Layout(f"yours: {_describe(own_values(config), processes)}", processes, {}))
+        cells = list(_one(micro, capped)) if processes == 1 else list(_several(processes, micro, capped))
+        for values in (NEUTRAL | cell for cell in cells):
+            layout = Layout(_describe(values, processes), processes, values)
+            if layout not in found and (processes, values) != (processes, own_values(config)):
+                found.append(layout)
+    return found
+
+
+def own_values(config: SftConfig) -> dict[str, Any]:
+    """The user's own layout, in the same keys."""
+    raw: Any = config.model_dump()
+    values = {}
+    for key in NEUTRAL:
+        value = raw
+        for part in key.split("."):
+            value = value[part]
+        values[key] = value
+    return values
+
+
+def fits(config: SftConfig, processes: int) -> bool:
+    """Whether the user's own layout can be made of that many processes."""
+    sharded = config.model.fsdp_config.fsdp_size
+    return processes % config.ulysses_sequence_parallel_size == 0 and (sharded == -1 or processes % sharded == 0)
+
+
+def _one(micro: dict[str, Any], capped: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield {}
+    yield micro
+    yield capped
+    yield micro | CHECKPOINTING
+    yield OFFLOAD | NO_SYNC  # last: it wants a process group, even alone
+
+
+def _several(processes: int, micro: dict[str, Any], capped: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield {}
+    yield micro
+    for size in range(2, processes + 1):
+        if processes % size == 0:
+            yield {SP: size} | micro
+    yield {SP: processes} | capped | CHECKPOINTING
+    yield capped | BALANCED
+    yield NO_SYNC
+    yield micro | OFFLOAD
+    yield micro | CHECKPOINTING | KEEP
+    if processes > 2 and processes % 2 == 0:
+        yield {HYBRID: processes // 2} | micro
+        yield {HYBRID: 2, SP: 2} | NO_SYNC
+        yield {HYBRID: 2} | OFFLOAD | capped
+
+
+def _describe(values: Mapping[str, Any], processes: int) -> str:
+    """In a few words: `dp 2 x sp 2, HSDP 2, micro 4, offload`."""
+    sp = values[SP]
+    axes = [] if processes == 1 else [f"dp {processes // sp}"] if sp == 1 else [f"sp {sp}"]
+    if 1 < sp < processes:
+        axes = [f"dp {processes // sp} x sp {sp}"]
+    if values[HYBRID] not in (-1, processes):
+        axes.append(f"HSDP {values[HYBRID]}")
+    batching = f"{values['data.max_token_len_per_gpu']} tokens" if values["data.use_dynamic_bsz"] else None
+    extras = [word for word, choice in WORDS if all(values[key] == value for key, value in choice.items())]
+    return ", ".join([*axes, batching or f"micro {values[MICRO]}", *extras])

@@ -1,0 +1,182 @@
+"""One process of `apollo-sft verify`: its layouts against the oracle, two steps each, all in float64.
+
+Started as `python -m apollo_sft.train.verify FOLDER`, alone or by torchrun. The process that is alone writes the oracle
+first; rank 0 of each start appends a line of JSON to FOLDER/results.jsonl for every layout that is done.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from apollo_sft.config.compose import validate
+from apollo_sft.config.schema import SftConfig
+from apollo_sft.data.loader import Loader
+from apollo_sft.data.plan import plan
+from apollo_sft.data.store_files import SampleStore
+from apollo_sft.errors import ApolloError
+from apollo_sft.model import attention, load, lora
+from apollo_sft.model.oracle import StaysDouble, differences, oracle
+from apollo_sft.model.sft_model import SftModel
+from apollo_sft.model.shrink import silent
+from apollo_sft.parallel import launch
+from apollo_sft.parallel.launch import World
+from apollo_sft.parallel.mesh import Mesh, build_mesh
+from apollo_sft.report.log import setup_logging
+from apollo_sft.train.assemble import assemble, needs_group
+from apollo_sft.train.layouts import STEPS, Figures, Layout, with_values
+from apollo_sft.train.optim import build_optimizer
+from apollo_sft.train.preflight import load_external_lib, seed_everything
+from apollo_sft.train.run import plan_spec
+from apollo_sft.train.step import train_step
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is run. `base`: the model folder; `config`: the user's, ready for float64 on the CPU."""
+
+    config: SftConfig
+    base: Path
+    layouts: list[Layout]
+
+    def write(self, folder: Path) -> None:
+        layouts = [asdict(layout) for layout in self.layouts]
+        raw = {"config": self.config.model_dump(mode="json"), "base": str(self.base), "layouts": layouts}
+        (folder / "job.json").write_text(json.dumps(raw), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Job:
+        raw = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+        return cls(validate(raw["config"]), Path(raw["base"]), [Layout(**layout) for layout in raw["layouts"]])
+
+
+def write_oracle(job: Job, store: SampleStore, folder: Path) -> Figures:
+    """Two steps in plain transformers, eager attention. Leaves losses, norms, gradients and weights in `folder`."""
+    hf_config = silent(load.read_config(job.base, job.config.model.trust_remote_code))
+    attention.register(attention.sdpa_kernel)
+    model = load.load_with_weights(job.base, hf_config, torch.float64, job.config.model.trust_remote_code)
+    adapter = lora.lora_config(job.config.model, str(job.base))
+    if adapter is not None:
+        lora.inject(model, adapter, torch.float64, job.config.model.lora_adapter_path)
+    model.set_attn_implementation("eager")
+    optimizer = build_optimizer(model.parameters(), job.config.optim)
+    spec = plan_spec(job.config, Mesh(0, 1, 0, 1, None), hf_config)
+    losses, norms = [], []
+    for step in range(STEPS):
+        samples = [store[int(i)] for i in plan(store.lengths, spec, step).samples]
+        with StaysDouble():
+            loss, gradients = oracle(model, samples)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        limit = job.config.optim.clip_grad or float("inf")
+        losses.append(loss)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, limit)))
+        save_file({name: grad.contiguous() for name, grad in gradients.items()}, folder / f"gradients-{step}.st")
+        optimizer.step()
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    save_file(weights, folder / "weights.st")
+    (folder / "oracle.json").write_text(json.dumps({"losses": losses, "norms": norms}), encoding="utf-8")
+    return Figures(-1, losses[0], norms[0])
+
+
+def measure(job: Job, index: int, store: SampleStore, folder: Path, world: World) -> Figures:
+    """Two steps under one layout, compared on rank 0. Every rank calls it."""
+    config = with_values(job.config, job.layouts[index].values)
+    expected = json.loads((folder / "oracle.json").read_text(encoding="utf-8"))
+    mesh = build_mesh(world, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
+    hf_config = silent(load.read_config(job.base, config.model.trust_remote_code))
+    seed_everything(config.trainer.seed, world.rank)
+    model, optimizer = assemble(config, job.base, hf_config, world, mesh)
+    loader = Loader(store, plan_spec(config, mesh, hf_config), mesh.dp_rank, mesh.sp_size)
+    results, off = [], []
+    for step in range(STEPS):
+        with StaysDouble():
+            result = train_step(model, optimizer, loader.batch(step), world, config.optim.clip_grad)
+        results.append(result)
+        for name, found, wanted in (
+            ("loss", result.loss, expected["losses"][step]),
+            ("gradient norm", result.grad_norm, expected["norms"][step]),
+        ):
+            off.append((abs(found - wanted) / abs(wanted), f"{name} of step {step + 1}"))
+        off += _compared(_whole(model, gradients=True), folder / f"gradients-{step}.st", f"step {step + 1}, gradient")
+    off += _compared(_whole(model, gradients=False), folder / "weights.st", f"after step {STEPS}, weight")
+    deviation, where = max(off, key=lambda pair: (pair[0] != pair[0], pair[0]))  # not a number is the worst of all
+    return Figures(index, results[0].loss, results[0].grad_norm, deviation, where)
+
+
+def _whole(model: SftModel, gradients: bool) -> Iterator[tuple[str, Tensor]]:
+    """Every trained parameter, or its gradient, gathered from its shards. A collective: to be read to its end."""
+    for name, parameter in model.causal_lm.named_parameters():
+        if parameter.requires_grad:
+            tensor = parameter.detach()
+            if gradients:
+                tensor = torch.zeros_like(tensor) if parameter.grad is None else parameter.grad
+            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _compared(found: Iterator[tuple[str, Tensor]], file: Path, what: str) -> list[tuple[float, str]]:
+    with safe_open(file, "pt") as opened:  # type: ignore[no-untyped-call]
+        expected = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+    return [(difference, f"{what} of {name}") for name, difference in differences(found, expected)]
+
+
+def main(folder: Path) -> None:
+    """Run all layouts of this number of processes."""
+    setup_logging(is_main=False)
+    job, store = Job.read(folder), SampleStore(folder / "store")
+    load_external_lib(job.config.model.external_lib)
+    world = launch.start("cpu", needs_group=False)
+    if world.size == 1:
+        _report(write_oracle(job, store, folder), folder)
+    for index, layout in enumerate(job.layouts):
+        if layout.processes != world.size:
+            continue
+        if world.size == 1:
+            launch.stop()
+            world = launch.start("cpu", needs_group(with_values(job.config, layout.values), on_cuda=False))
+        figures = _measure_or_fail(job, index, store, folder, world)
+        if world.is_main:
+            _report(figures, folder)
+        gc.collect()
+    launch.stop()
+
+
+def _measure_or_fail(job: Job, index: int, store: SampleStore, folder: Path, world: World) -> Figures:
+    """A rank that fails leaves the others waiting, so it ends all of them; a process that is alone goes on."""
+    try:
+        return measure(job, index, store, folder, world)
+    except Exception as error:
+        text = str(error) if isinstance(error, ApolloError) else traceback.format_exc(limit=-2)
+        failed = Figures(index, error=text)
+        if world.size == 1:
+            return failed
+        with suppress(FileExistsError), (folder / f"failed-{world.size}").open("x"):  # the first one speaks
+            _report(failed, folder)
+        time.sleep(1)  # until it has spoken: torchrun ends all ranks with the first that leaves
+        os._exit(1)
+
+
+def _report(figures: Figures, folder: Path) -> None:
+    with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(figures)) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # threads of the process group may abort the interpreter while it shuts down
