@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from apollo_sft.checkpoint.layout import RunFolder, sees_probe
-from apollo_sft.config.compose import to_yaml
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.audit import describe, to_json
 from apollo_sft.data.loader import Loader
@@ -20,6 +21,10 @@ from apollo_sft.parallel.mesh import check_mesh
 from apollo_sft.report.log import say, terminal, warn
 from apollo_sft.train.preflight import Prepared
 from apollo_sft.train.schedule import Schedule, warmup_steps
+
+LINE_WIDTH = 80
+TITLE_WIDTH = 9
+LONGEST_VALUE = 400
 
 
 def check_world(config: SftConfig, world: World, overridden: Mapping[str, Any]) -> None:
@@ -100,9 +105,20 @@ def schedule_of(config: SftConfig, steps_in_epoch: int) -> Schedule:
 
 
 def config_text(config: SftConfig, overridden: Mapping[str, Any]) -> str:
-    """The resolved configuration, and what of it was set on the command line."""
-    given = "".join(f"\n  {key} = {value}" for key, value in overridden.items()) or " nothing"
-    return f"Configuration:\n{_indent(to_yaml(config).rstrip())}\nSet on the command line:{given}"
+    """The resolved configuration: what was set on the command line a line each, the defaults close together."""
+    given: list[str] = []
+    defaults: dict[str, list[str]] = {}
+    for key, value in _leaves(config.model_dump(mode="json")):
+        if any(f"{key}.".startswith(f"{name}.") for name in overridden):
+            given.append(f"{key}={_shown(value)}")
+        else:
+            section, _, name = key.partition(".") if "." in key else ("top level", "", key)
+            defaults.setdefault(section, []).append(f"{name}={_shown(value)}")
+    lines = ["Set on the command line:", *(f"  {item}" for item in given or ["nothing"])]
+    lines.append(f"Left at the defaults (all is in {config.trainer.default_local_dir}/config.yaml):")
+    for section, items in defaults.items():
+        lines += _columns(section, items)
+    return "\n".join(lines)
 
 
 def announce(config: SftConfig, prepared: Prepared, schedule: Schedule, loader: Loader, audit: Path) -> None:
@@ -127,5 +143,28 @@ def announce(config: SftConfig, prepared: Prepared, schedule: Schedule, loader: 
         )
 
 
-def _indent(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.splitlines())
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _shown(value: Any) -> str:
+    """YAML in one line; of a long text (a template) only the start."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    text = text.removesuffix("\n").removesuffix("\n...")
+    if "\n" in text:
+        text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]} … ({len(text):,} characters)"
+
+
+def _columns(title: str, items: Sequence[str]) -> list[str]:
+    """`title` and all items, as many in a line as fit."""
+    lines = [f"  {title:<{TITLE_WIDTH}}"]
+    for item in items:
+        if len(lines[-1]) + 2 + len(item) > LINE_WIDTH and lines[-1].strip() != title:
+            lines.append(" " * (2 + TITLE_WIDTH))
+        lines[-1] += f"  {item}"
+    return lines
