@@ -41,12 +41,13 @@ INTRODUCTION = """\
 # Architectures
 
 Documents are packed into one row without padding, and a row can be cut over several ranks. Both are exact only if the
-layers of a model mix positions through the attention function that they are handed, and nothing else. So every
-architecture is either exact here, or refused at the start with the reason. There is nothing in between.
+layers of a model mix positions through the attention function that they are handed, and nothing else. So an
+architecture is either exact here, or refused at the start with the reason.
 
 * Before any weight is read the config is looked at: layers that carry state, attention that is not causal.
 * Any other causal language model of transformers may run too. When the weights are loaded, two packed documents must
-  give the loss that transformers' own eager forward gives for each alone. Otherwise the run is refused.
+  give the loss that transformers' own eager forward gives for each alone, and sliding windows must reach the attention
+  function. Otherwise the run is refused. Those documents are short: what changes only with length is not seen.
 * Sliding windows, soft-capped scores, sinks, scaled logits and tied heads are computed as transformers computes them.
 * The auxiliary load-balancing loss of experts is not part of the loss. transformers adds it only when `config.json`
   says `output_router_logits: true`; such a model is refused until that is `false`.
@@ -57,8 +58,8 @@ architecture is either exact here, or refused at the start with the reason. Ther
 The table is written by `APOLLO_WRITE_DOCS=1 pytest tests/parity/test_architectures.py`; tiny models with random
 weights, in float64. A figure is the largest relative difference of the loss or of any parameter's gradient: *packed* is
 a pack against each document alone, *sp = 2* a pack cut over two ranks, with FSDP2, against one process, *plain* a pack
-against transformers' eager forward of each document. All must be below 1e-12. transformers computes norms, softmax and routers in float32 whatever
-the weights; here they are kept in float64, so that rounding hides nothing.
+against transformers' eager forward of each document. All must be below 1e-12. transformers computes norms, softmax and
+routers in float32 whatever the weights; here they are kept in float64, so that rounding hides nothing.
 
 """
 COLUMNS = ["Architecture", "transformers class", "Verdict", "packed", "sp = 2", "plain", "Reason"]
