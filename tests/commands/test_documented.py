@@ -127,7 +127,8 @@ CLUSTER = "needs several hosts: tests/ranks/test_two_agents.py starts two agents
 ELSEWHERE = {
     "torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=node001:29400 --rdzv_id=my-run "
     "-m apollo_sft model.partial_pretrain=/shared/models/Qwen2.5-7B-Instruct "
-    "data.train_files=/shared/data/train.parquet data.val_files=/shared/data/val.parquet trainer.default_local_dir=/shared/runs/my-run": CLUSTER,
+    "data.train_files=/shared/data/train.parquet data.val_files=/shared/data/val.parquet "
+    "trainer.default_local_dir=/shared/runs/my-run": CLUSTER,
     "git clone … && cd apollo-sft": FRESH,
     "make demo": FRESH,
     "make test": MAKE,
