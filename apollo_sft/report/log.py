@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Callable
 from functools import cache
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.text import Text
@@ -16,7 +21,43 @@ LOGGER = logging.getLogger("apollo_sft")
 @cache
 def terminal() -> Console:
     """The one console that all parts write through: stderr, so that stdout stays free for results."""
-    return Console(stderr=True, highlight=False)
+    return Console(file=cast(TextIO, _Stderr()), highlight=False)
+
+
+class _Stderr(io.TextIOBase):
+    """stderr as it is at this moment, for as long as it can be written.
+
+    A run does not end because its terminal was closed, its reader has seen enough (`| head`) or its log is full.
+    """
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return _stream().encoding
+
+    def isatty(self) -> bool:
+        return _stream().isatty()
+
+    def fileno(self) -> int:
+        return _stream().fileno()
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda stream: stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(lambda stream: stream.flush())
+
+    def _attempt(self, action: Callable[[TextIO], object]) -> None:
+        try:
+            action(_stream())
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):  # nobody will read again, whoever writes
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+
+
+def _stream() -> TextIO:
+    """stderr itself: rich puts something in its place, which prints above the bar, while that is alive."""
+    return cast(TextIO, getattr(sys.stderr, "rich_proxied_file", sys.stderr))
 
 
 class _TerminalHandler(logging.Handler):
@@ -27,10 +68,7 @@ class _TerminalHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else ""
-        try:
-            terminal().print(Text.from_ansi(self.format(record), style=style), soft_wrap=True)
-        except OSError:  # nobody reads any more: what every handler of `logging` does then
-            self.handleError(record)
+        terminal().print(Text.from_ansi(self.format(record), style=style), soft_wrap=True)
 
 
 def setup_logging(is_main: bool) -> None:

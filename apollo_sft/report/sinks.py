@@ -63,8 +63,11 @@ class Wandb:
         self._run.log(metrics, step=int(record["step"]))
 
     def close(self) -> None:
+        import wandb
+
         failed = sys.exc_info()[0] is not None  # closed on the way out of an error: wandb shows the run as failed
         self._run.finish(exit_code=int(failed))
+        wandb.teardown()  # offline, `finish` comes back before the file is whole
 
 
 BACKENDS: dict[str, tuple[str, Callable[[RunInfo], Sink]]] = {

@@ -1,7 +1,9 @@
+import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from transformers.utils import logging as transformers_logging
@@ -93,6 +95,76 @@ def test_colours_are_taken_out_without_a_terminal(capsys: pytest.CaptureFixture[
     setup_logging(is_main=True)
     say("\x1b[32manswer\x1b[0m")
     assert capsys.readouterr().err == "answer\n"
+
+
+def said_after(first: str) -> str:
+    """What a process does that says `first` lines, waits for a line on stdin, and says more; it ends with `whole`."""
+    return (
+        "import sys\n"
+        "from apollo_sft.report.console import Console\n"
+        "from apollo_sft.report.log import say, setup_logging\n"
+        "setup_logging(is_main=True); console = Console(10, 1, enabled=True)\n"
+        f"for number in range({first}): say(f'line {{number}}')\n"
+        "sys.stdin.readline()\n"
+        "for number in range(1000): say('nobody reads this')\n"
+        "console.close(); sys.stderr.write('nor this'); sys.stderr.flush(); print('whole')"
+    )
+
+
+def test_a_run_goes_on_when_its_reader_has_seen_enough() -> None:
+    """As in `2>&1 | head`."""
+    with subprocess.Popen(
+        [sys.executable, "-c", said_after("2")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin and process.stdout and process.stderr
+        assert [process.stderr.readline() for _ in range(2)] == ["line 0\n", "line 1\n"]
+        process.stderr.close()
+        process.stdin.write("go on\n")
+        process.stdin.close()
+        assert process.stdout.read() == "whole\n"
+    assert process.returncode == 0
+
+
+def test_a_run_goes_on_when_its_terminal_is_closed() -> None:
+    reader, writer = os.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", said_after("0")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=writer,
+        text=True,
+        env=os.environ | {"TERM": "xterm"},
+    ) as process:
+        assert process.stdin and process.stdout
+        os.close(writer)
+        assert os.read(reader, 6) == b"\x1b[?25l"  # the bar is alive
+        os.close(reader)
+        process.stdin.write("go on\n")
+        process.stdin.close()
+        assert process.stdout.read() == "whole\n"
+    assert process.returncode == 0
+
+
+def test_a_run_goes_on_when_its_log_is_full() -> None:
+    code = "from apollo_sft.report.log import say, setup_logging; setup_logging(True); say('x'); print('whole')"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=full, text=True)
+    assert done.stdout == "whole\n"
+
+
+def test_markup_and_emoji_codes_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "data.prompt_dict_keys=[question] [bold]no[/bold] :smile: ⟦answer⟧ https://a.b 'c' 1,234"
+    setup_logging(is_main=True)
+    say(text)
+    assert capsys.readouterr().err == text + "\n"
+    with on_terminal() as screen:
+        setup_logging(is_main=True)
+        say(text)
+    assert screen.text() == text + "\n"
 
 
 def test_importing_does_no_work() -> None:

@@ -1,5 +1,8 @@
 import json
 import math
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,3 +84,46 @@ def test_a_file_with_nothing_but_a_broken_line_becomes_empty(tmp_path: Path) -> 
     path.write_text('{"step"')
     MetricsWriter(path).close()
     assert read_metrics(path) == []
+
+
+def test_lines_are_whole_after_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    code = (
+        "import sys; from pathlib import Path; from apollo_sft.report.metrics import MetricsWriter\n"
+        "writer = MetricsWriter(Path(sys.argv[1]))\n"
+        "for step in range(1, 10**9):\n"
+        "    writer.write({'step': step, 'train/loss': 1 / step})\n"
+        "    print(step, flush=True)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) == 200:
+                process.kill()
+                break
+        last_said = int([line, *process.stdout.read().split("\n")[:-1]][-1])
+    assert process.returncode == -signal.SIGKILL
+    records = read_metrics(path)
+    assert len(records) >= last_said >= 200
+    assert records == [{"step": step, "train/loss": 1 / step} for step in range(1, len(records) + 1)]
+
+
+def test_the_file_is_strict_json(tmp_path: Path) -> None:
+    """Numbers that other languages read: no NaN, no Infinity, integers stay integers."""
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    writer.write(train_record(FACTS) | {"memory/peak_bytes": 2**60 + 1})
+    writer.close()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    [line] = path.read_bytes().decode("ascii").split("\n")[:-1]
+    record = json.loads(line, parse_constant=refuse)
+    assert record["memory/peak_bytes"] == 2**60 + 1
+    assert [name for name, value in record.items() if isinstance(value, int)] == [
+        "step",
+        "train/targets",
+        "train/tokens",
+        "memory/peak_bytes",
+    ]

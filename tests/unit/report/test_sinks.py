@@ -1,7 +1,9 @@
 import importlib.util
 import json
+import resource
 import struct
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,14 +110,26 @@ def test_wandb_is_told_that_a_run_failed(info: RunInfo) -> None:
     assert end.exit_code == 1
 
 
-def test_a_backend_that_is_not_installed_names_key_and_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = {"tensorboard": ("a_package_that_nobody_has", sinks.TensorBoard)}
-    monkeypatch.setattr(sinks, "BACKENDS", sinks.BACKENDS | absent)
-    check_backends(["console", "wandb", "file"])
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_backend_that_is_not_installed_names_key_and_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda package, *rest: None if package == name else find_spec(package, *rest)
+    )
+    check_backends(["console", "file"])
     with pytest.raises(ConfigError) as caught:
-        check_backends(["console", "tensorboard"])
-    assert "trainer.logger: tensorboard" in str(caught.value)
-    assert "pip install 'apollo-sft[tensorboard]'" in str(caught.value)
+        check_backends(["console", "tensorboard", "wandb"])
+    assert f"trainer.logger: {name} needs the package {name}" in str(caught.value)
+    assert f"pip install 'apollo-sft[{name}]'" in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_the_extras_that_are_named_exist() -> None:
+    extras = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for name, (package, _) in sinks.BACKENDS.items():
+        assert any(requirement.startswith(package) for requirement in extras[name])
 
 
 def test_a_folder_of_that_name_is_not_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,4 +166,21 @@ def test_a_sink_that_fails_is_reported_once_and_the_others_go_on(
 def test_a_sink_that_cannot_start_is_left_out(info: RunInfo, capsys: pytest.CaptureFixture[str]) -> None:
     (info.folder / "tensorboard").write_text("a file where the folder should be")
     run_all(["tensorboard", "console", "file"], info)
+    assert capsys.readouterr().err.count("the logger tensorboard failed") == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_fills_up_costs_tensorboard_and_not_the_run(
+    info: RunInfo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = Sinks(["tensorboard"], info)
+    opened.log({"step": 0, "val/loss": 2.0})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        for step in range(1, 200):
+            opened.log({"step": step, "val/loss": 2.0})
+        opened.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert capsys.readouterr().err.count("the logger tensorboard failed") == 1
