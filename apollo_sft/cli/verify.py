@@ -25,8 +25,7 @@ from apollo_sft.errors import ConfigError
 from apollo_sft.train.layouts import STEPS, Figures, Layout
 
 BOUND = 1e-12
-"""Largest relative difference from the oracle that rounding explains. Measured: 1e-14; a wrong layout is off by far more
-than a millionth."""
+"""Largest relative difference from the oracle that rounding explains; a wrong layout is off by far more."""
 RANKS = 4
 ORACLE, TITLE = -1, -2
 """Rows of the table that are no layouts."""
@@ -41,7 +40,7 @@ is compared with an oracle: plain transformers, one document at a time. Nothing 
   --help           this text
 
 Exit codes: 0 all layouts agree, 1 one does not, 2 refused."""
-LONG = {"loss": 10, "grad norm": 11, "deviation": 10}
+NUMBERS = {"loss": 10, "grad norm": 11, "deviation": 10}
 """Columns of the table and their widths."""
 
 
@@ -66,10 +65,12 @@ class Table:
 
     def row(self, index: int, cells: list[str], verdict: tuple[str, str]) -> None:
         width = 2 + max(len(layout.name) for layout in self.layouts)
-        padded = [f"{cell:>{size}}" for cell, size in zip(cells, LONG.values(), strict=True)]
+        padded = [f"{cell:>{size}}" for cell, size in zip(cells, NUMBERS.values(), strict=True)]
         name = self.name(index) if index != TITLE else "layout"
         style = {TITLE: "bold", ORACLE: "dim"}.get(index, "")
-        self.console.print(Text.assemble(f"  {name:<{width}}", *padded, "  ", verdict, style=style))
+        line = Text.assemble(f"  {name:<{width}}", *padded, "  ", verdict, style=style)
+        line.rstrip()
+        self.console.print(line)
 
     def show(self, figures: Figures) -> None:
         """One row, and its verdict."""
@@ -118,7 +119,7 @@ def main(arguments: list[str]) -> int:
             rehearsal = rehearse(composed.config, ranks, real_weights, folder)
         _say_what(console, rehearsal.description)
         table = Table(console, folder, rehearsal.job.layouts)
-        table.row(TITLE, list(LONG), ("verdict", ""))
+        table.row(TITLE, list(NUMBERS), ("verdict", ""))
         for processes in sorted({layout.processes for layout in table.layouts}):
             if ORACLE in table.seen or processes == 1:
                 _run(table, processes)
@@ -147,6 +148,7 @@ def _term_interrupts() -> Iterator[None]:
     """SIGTERM ends the processes as Ctrl-C does, and the folder goes too."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        del number, frame
         raise KeyboardInterrupt
 
     previous = signal.signal(signal.SIGTERM, interrupt)
@@ -225,6 +227,6 @@ def _conclude(table: Table, seconds: float) -> int:
         return 0
     for label, reason in table.reasons:
         table.console.print(Text.assemble((label, "bold"), "\n", textwrap.indent(reason, "  ")))
-    end = f"\n{total - table.exact} of {total} layouts were not shown to give the gradient of the oracle. ({seconds:.0f} s)"
-    table.console.print(end, style="bold red")
+    end = f"{total - table.exact} of {total} layouts do not give the gradient of the oracle, or could not run."
+    table.console.print(f"\n{end} ({seconds:.0f} s)", style="bold red")
     return 1

@@ -53,7 +53,7 @@ def differences(found: Iterator[tuple[str, Tensor]], expected: Mapping[str, Tens
         yield name, float((tensor - expected[name]).norm()) / scale
 
 
-class StaysDouble(TorchDispatchMode):
+class StaysDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside, nothing that is float64 is cast to float32.
 
     transformers computes norms, softmax and routers in float32 whatever the weights. The order in which it then sums

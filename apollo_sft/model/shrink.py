@@ -153,4 +153,4 @@ def write_model(config: Any, folder: Path, seed: int) -> int:
 def _drawn(parameter: Tensor) -> Tensor:
     if parameter.ndim < 2:
         return parameter + 0.2 * torch.randn_like(parameter)
-    return torch.randn_like(parameter) / min(parameter.shape[-2:]) ** 0.5
+    return torch.randn_like(parameter).div(min(parameter.shape[-2:]) ** 0.5)

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -79,7 +78,7 @@ def write_oracle(job: Job, store: SampleStore, folder: Path) -> Figures:
     losses, norms = [], []
     for step in range(STEPS):
         samples = [store[int(i)] for i in plan(store.lengths, spec, step).samples]
-        with StaysDouble():
+        with StaysDouble():  # type: ignore[no-untyped-call]
             loss, gradients = oracle(model, samples)
         trained = [p for p in model.parameters() if p.requires_grad]
         limit = job.config.optim.clip_grad or float("inf")
@@ -104,7 +103,7 @@ def measure(job: Job, index: int, store: SampleStore, folder: Path, world: World
     loader = Loader(store, plan_spec(config, mesh, hf_config), mesh.dp_rank, mesh.sp_size)
     results, off = [], []
     for step in range(STEPS):
-        with StaysDouble():
+        with StaysDouble():  # type: ignore[no-untyped-call]
             result = train_step(model, optimizer, loader.batch(step), world, config.optim.clip_grad)
         results.append(result)
         for name, found, wanted in (
@@ -129,7 +128,7 @@ def _whole(model: SftModel, gradients: bool) -> Iterator[tuple[str, Tensor]]:
 
 
 def _compared(found: Iterator[tuple[str, Tensor]], file: Path, what: str) -> list[tuple[float, str]]:
-    with safe_open(file, "pt") as opened:  # type: ignore[no-untyped-call]
+    with safe_open(file, "pt") as opened:
         expected = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
     return [(difference, f"{what} of {name}") for name, difference in differences(found, expected)]
 
