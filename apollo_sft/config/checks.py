@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import glob
 import importlib.util
+import os.path
+import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.errors import ConfigError
@@ -53,27 +54,38 @@ def check_combinations(config: SftConfig, given: set[str], notes: list[str]) -> 
 def check_paths(config: SftConfig, given: set[str]) -> None:
     """Local files that the config names must exist. `given`: the keys that the user has set.
 
-    Raises: ConfigError naming the key.
+    Raises: ConfigError naming every key whose file is not there.
     """
+    problems = [str(problem) for problem in _missing(config, given)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _missing(config: SftConfig, given: set[str]) -> Iterator[ConfigError]:
     for key, paths, off in (
         ("data.train_files", config.data.train_files, "data.train_files=path/to/train.parquet"),
         ("data.val_files", config.data.val_files, "data.val_files=null, or data.val_files=path/to/val.parquet"),
     ):
         for path in paths:
             if "://" not in path and not _exists(path):
-                raise ConfigError(f"{_named(key, given)}: no such file", found=path, fix=off)
+                fix = f"a list is written {key}=[{path}]" if "," in path else off
+                yield ConfigError(f"{_named(key, given)}: no such file", found=path, fix=fix)
     model = config.model.partial_pretrain
-    if _is_path(model) and not Path(model).is_dir():
+    if _is_path(model) and not os.path.isdir(model):  # noqa: PTH112
         key = _named("model.partial_pretrain", given)
         fix = "model.partial_pretrain=path/to/model, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct"
-        raise ConfigError(f"{key}: no such folder", found=model, fix=fix)
+        yield ConfigError(f"{key}: no such folder", found=model, fix=fix)
     template = config.data.chat_template
-    if template is not None and _is_path(template) and not Path(template).expanduser().is_file():
+    if template is not None and _is_path(template) and not _is_file(template):
         fix = "data.chat_template=null for the tokenizer's own, or chatml, plain, jinja text"
-        raise ConfigError("data.chat_template: no such file", found=template, fix=fix)
+        yield ConfigError("data.chat_template: no such file", found=template, fix=fix)
     external = config.model.external_lib
-    if external is not None and importlib.util.find_spec(external.partition(".")[0]) is None:
-        raise ConfigError("model.external_lib cannot be found", found=external, expected="a module on PYTHONPATH")
+    if external is not None and not _is_module(external.partition(".")[0]):
+        yield ConfigError("model.external_lib cannot be found", found=external, expected="a module on PYTHONPATH")
+
+
+def _is_module(name: str) -> bool:
+    return name.isidentifier() and (name in sys.modules or importlib.util.find_spec(name) is not None)
 
 
 def _is_path(text: str) -> bool:
@@ -86,7 +98,12 @@ def _named(key: str, given: set[str]) -> str:
 
 
 def _exists(path: str) -> bool:
-    return Path(path).exists() or bool(glob.has_magic(path) and glob.glob(path, recursive=True))  # noqa: PTH207
+    """os.path, here and below: a name that is too long or lies in a folder that may not be read is no traceback."""
+    return os.path.exists(path) or bool(glob.has_magic(path) and glob.glob(path, recursive=True))  # noqa: PTH110, PTH207
+
+
+def _is_file(path: str) -> bool:
+    return os.path.isfile(os.path.expanduser(path))  # noqa: PTH111, PTH113
 
 
 def _batches(config: SftConfig) -> Iterator[ConfigError]:
@@ -166,6 +183,11 @@ def _contradictions(config: SftConfig, given: set[str]) -> Iterator[ConfigError]
     if config.data.custom_cls.name is not None and config.data.custom_cls.path is None:
         yield ConfigError("data.custom_cls.name is set without data.custom_cls.path", fix="set both, or neither")
     lora = config.model.lora_rank > 0 or config.model.lora_adapter_path is not None
+    if config.model.lora_rank > 0 and not config.model.target_modules and config.model.lora_adapter_path is None:
+        yield ConfigError(
+            "model.target_modules is empty: LoRA would train nothing",
+            fix="model.target_modules=all-linear, or model.lora_rank=0",
+        )
     if config.trainer.export == "adapter" and not lora:
         yield ConfigError(
             "trainer.export=adapter needs LoRA: there would be nothing to save",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from pydantic import ValidationError
 
 from apollo_sft.config.aliases import REFUSED, REFUSED_SECTIONS, RENAMED, WITHOUT_EFFECT
 from apollo_sft.config.checks import check_combinations
-from apollo_sft.config.overrides import Setting, parse
+from apollo_sft.config.overrides import Setting, leaves, parse
 from apollo_sft.config.pending import refuse_pending
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.errors import ConfigError
@@ -29,6 +30,17 @@ T = TypeVar("T")
 YAML_PATH = Path(__file__).parent / "sft_trainer.yaml"
 OPEN_DICTS = ("data.apply_chat_template_kwargs.",)
 """Keys below these are the user's own."""
+EXPECTED = {
+    "model_type": "a dict; its keys are set one by one: {key}.…=value",
+    "dict_type": "a dict: {{name: value}}",
+    "string_too_short": "a text that is not empty",
+    "string_type": "a text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "tuple_type": "a list: [a,b]",
+}
+"""Our words for what pydantic expects, by its kind of error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +61,17 @@ def compose(arguments: Sequence[str]) -> Composed:
     problems: list[str] = []
     attempts = [_attempt(partial(_read, argument, notes), problems) for argument in arguments]
     settings = [setting for setting in attempts if setting is not None]
-    _attempt(partial(_refuse_contradictions, settings), problems)
+    given = dict(pair for setting in settings for pair in _set_by(setting))
+    problems += _contradictions(settings, notes)
     raw = _attempt(partial(_hydra, settings), problems)
     config = None if raw is None else _attempt(partial(validate, raw), problems)
     if config is not None:
         _attempt(partial(refuse_pending, config), problems)
     if config is not None and not problems:
-        given = {setting.key for setting in settings}
-        _attempt(partial(check_combinations, config, given, notes), problems)
+        _attempt(partial(check_combinations, config, set(given), notes), problems)
     if problems or config is None:
         raise ConfigError("\n".join(problems))
-    return Composed(config, {setting.key: _lookup(raw, setting.key) for setting in settings}, notes)
+    return Composed(config, {key: _lookup(raw, key) for key in given}, notes)
 
 
 def validate(raw: dict[str, Any]) -> SftConfig:
@@ -81,7 +93,7 @@ def to_yaml(config: SftConfig) -> str:
 @cache
 def known_keys() -> tuple[str, ...]:
     """Every key of the yaml, leaves only, in order."""
-    return tuple(_leaves(_defaults(), ""))
+    return tuple(key for key, _ in leaves(_defaults(), ""))
 
 
 @cache
@@ -111,7 +123,7 @@ def _apply_alias(setting: Setting, notes: list[str]) -> Setting | None:
     key = setting.key
     if key in RENAMED:
         notes.append(f"{key} is read as {RENAMED[key]}")
-        return Setting("++" if setting.prefix else "", RENAMED[key], setting.value)
+        return replace(setting, prefix="++" if setting.prefix else "", key=RENAMED[key])
     if key in WITHOUT_EFFECT:
         notes.append(f"{key} has no effect: {WITHOUT_EFFECT[key]}")
         return None
@@ -119,22 +131,33 @@ def _apply_alias(setting: Setting, notes: list[str]) -> Setting | None:
     if instead is not None:
         raise ConfigError(f"{key} is not a key of this trainer", fix=instead)
     if f"{key}.".startswith(OPEN_DICTS):
-        return Setting("++", key, setting.value)
+        return replace(setting, prefix="++")
     return setting
 
 
-def _refuse_contradictions(settings: list[Setting]) -> None:
-    """The same key twice with two values: one of them would be ignored."""
-    values: dict[str, str] = {}
-    for setting in settings:
-        if values.setdefault(setting.key, setting.value) != setting.value:
-            spellings = [old for old, new in RENAMED.items() if new == setting.key]
-            hint = f" ({', '.join(spellings)} means the same)" if spellings else ""
-            raise ConfigError(
-                f"{setting.key} is given twice{hint}",
-                found=f"{values[setting.key]} and {setting.value}",
-                expected="one value",
-            )
+def _set_by(setting: Setting) -> Iterator[tuple[str, tuple[str, Any]]]:
+    """(key, (its spelling, its value)) of all that one argument sets: `optim={lr: 1, betas: [0, 0]}` sets two keys."""
+    if isinstance(setting.content, dict) and setting.key not in known_keys():
+        for key, content in leaves(setting.content, f"{setting.key}."):
+            yield key, (key, content)
+    else:
+        yield setting.key, (setting.spelling, setting.content)
+
+
+def _contradictions(settings: list[Setting], notes: list[str]) -> Iterator[str]:
+    """Two spellings of one key with two values are a problem. A key that is repeated is noted: its last value counts,
+    as in Hydra, so that a script's `"$@"` at the end of its line overrides what stands before it."""
+    seen: dict[str, tuple[str, Any]] = {}
+    for key, (spelling, value) in (pair for setting in settings for pair in _set_by(setting)):
+        before, first = seen.get(key, (spelling, value))
+        seen[key] = (spelling, value)
+        if first == value:
+            continue
+        if before == spelling:
+            notes.append(f"{key} is given twice, {first} and then {value}: the last one counts")
+        else:
+            what = f"{before} and {spelling} mean the same, but differ"
+            yield str(ConfigError(what, found=f"{first} and {value}", expected="one value", fix=f"{key}={value}"))
 
 
 def _check_key(setting: Setting) -> None:
@@ -150,12 +173,11 @@ def _check_key(setting: Setting) -> None:
 def _unknown_key(key: str) -> ConfigError:
     """Names the key of the same last name (perhaps in another section), else the one that is spelt most alike."""
     keys = known_keys()
-    last = key.rpartition(".")[2]
+    last = key.lower().rpartition(".")[2]
     same_name = [known for known in keys if known.rpartition(".")[2] == last]
     cutoff = 0.5 if "." in key else 0.0
-    close = difflib.get_close_matches(key, same_name, n=1, cutoff=cutoff) or difflib.get_close_matches(
-        key, keys, n=1, cutoff=0.7
-    )
+    close = difflib.get_close_matches(key.lower(), same_name, n=1, cutoff=cutoff)
+    close = close or difflib.get_close_matches(key.lower(), keys, n=1, cutoff=0.7)
     fix = f"did you mean {close[0]}?" if close else "apollo-sft train --help lists every key"
     return ConfigError(f"unknown key {key}", fix=fix)
 
@@ -173,24 +195,22 @@ def _hydra(settings: list[Setting]) -> dict[str, Any]:
         if isinstance(cause, ConfigKeyError) and key:
             raise _unknown_key(key) from error
         what = f"{key} has a value that cannot be used" if key else "the configuration cannot be composed"
-        raise ConfigError(what, found=str(cause).splitlines()[0]) from error
+        found = re.sub(r"^\w+ raised while resolving interpolation: ", "", str(cause).splitlines()[0]).strip('"')
+        raise ConfigError(what, found=found) from error
 
 
 def _explain(key: str, problem: Any) -> str:
     found, kind = problem["input"], problem["type"]
+    found = list(found) if isinstance(found, tuple) else found
     if kind == "extra_forbidden":
         return str(_unknown_key(key))
     fix = None
     expected = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    if kind in ("model_type", "dict_type"):
-        expected = f"a dict; single keys are set as {key}.…=value"
+    if kind in EXPECTED:
+        expected = EXPECTED[kind].format(key=key)
     elif kind in ("too_short", "too_long"):
         expected = f"a list of {problem['ctx'].get('min_length', problem['ctx'].get('max_length'))}"
-    elif kind == "string_too_short":
-        expected = "a text that is not empty"
-    elif kind == "tuple_type":
-        expected = "a list: [a,b]"
-    elif kind == "string_type" and isinstance(found, int | float):
+    if kind == "string_type" and isinstance(found, int | float):
         fix = f"quote a number or a word such as true that is meant as text: \"{key}='…'\""
     return str(ConfigError(f"{key} has a value that cannot be used", found=f"{found!r}", expected=expected, fix=fix))
 
@@ -203,15 +223,6 @@ def _key_of(problem: Any) -> str:
             break
         parts.append(str(part))
     return ".".join(parts)
-
-
-def _leaves(tree: dict[str, Any], prefix: str) -> Iterator[str]:
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{key}.")
-        else:
-            yield key
 
 
 def _lookup(tree: Any, key: str) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -11,6 +13,7 @@ from hydra.errors import HydraException
 
 from apollo_sft.errors import ConfigError
 
+KEY = re.compile(r"(?:\+\+|\+|~)?[A-Za-z_][\w-]*(?:\.[\w-]+)*", re.ASCII)
 JINJA = ("{%", "{{", "{#")
 ENVIRONMENT = re.compile(r"\$\{([A-Z_][A-Z0-9_]*)\}")
 ELEMENT = re.compile(r"""\s*('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,]*)\s*(?:,|$)""")
@@ -18,30 +21,55 @@ ELEMENT = re.compile(r"""\s*('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,]*)\s*(?:,|$
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One `key=value`. `prefix` is '', '+' or '++'; `value` is text that Hydra's grammar reads."""
+    """One `key=value`. `prefix` is '', '+' or '++'; `value` is text that Hydra's grammar reads.
+
+    `content` is what the value means. `spelling` is the key as it was written, before aliases.
+    """
 
     prefix: str
     key: str
     value: str
+    content: Any
+    spelling: str
 
     @property
     def text(self) -> str:
         return f"{self.prefix}{self.key}={self.value}"
 
 
+def leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in a tree that is not a dict, in order. An empty dict is a leaf."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
 def parse(argument: str) -> Setting:
     """Raises: ConfigError when it is not one key and one value."""
+    _check_form(argument)
     parsed = _parse_or_quote(ENVIRONMENT.sub(r"${oc.env:\1}", argument))
     key = str(parsed.key_or_group)
-    if not key or parsed.package is not None:
-        raise _unreadable(argument, "no key" if not key else f"@{parsed.package}")
-    if parsed.is_delete():
-        fix = f"leave it out for its default; {key}=null switches an optional key off"
-        raise ConfigError(f"{argument}: a key cannot be deleted", fix=fix)
     if parsed.is_sweep_override():
         raise ConfigError(f"{key} has several values", found=argument, expected="one value; a list is written [a,b]")
     prefix = "++" if parsed.is_force_add() else "+" if parsed.is_add() else ""
-    return Setting(prefix, key, str(parsed.input_line).split("=", 1)[1])
+    return Setting(prefix, key, str(parsed.input_line).split("=", 1)[1], parsed.value(), key)
+
+
+def _check_form(argument: str) -> None:
+    """What Hydra would say in the words of its lexer. Raises: ConfigError."""
+    key, equals, _ = argument.partition("=")
+    if argument.startswith("-"):
+        fix = "apollo-sft train --nproc N …, or torchrun --nproc_per_node=N …" if "nproc" in argument else None
+        raise ConfigError(f"unknown option {argument}", expected="key=value, --help or --cfg job", fix=fix)
+    if argument.startswith("~") and KEY.fullmatch(key):
+        fix = f"leave it out for its default, or set it: {key[1:]}=…"
+        raise ConfigError(f"{argument}: a key cannot be deleted", fix=fix)
+    if not equals or not KEY.fullmatch(key):
+        found = "no =" if not equals else f"the key {key!r}" if key else "no key"
+        raise _unreadable(argument, found, "key=value, such as data.max_length=2048, without spaces around the =")
 
 
 def _parse_or_quote(argument: str) -> Override:
@@ -52,12 +80,15 @@ def _parse_or_quote(argument: str) -> Override:
     except HydraException as error:
         key, _, value = argument.partition("=")
         quoted = _quoted(value)
+        refusal = _unreadable(
+            argument, value, "[a,b], {a: 1} or 'text', closed; text with brackets or commas in quotes"
+        )
         if quoted is None:
-            raise _unreadable(argument, str(error).splitlines()[0]) from error
+            raise refusal from error
         try:
             return parser.parse_override(f"{key}={quoted}")
         except HydraException:
-            raise _unreadable(argument, str(error).splitlines()[0]) from error
+            raise refusal from error
 
 
 def _quoted(value: str) -> str | None:
@@ -84,9 +115,5 @@ def _quote_elements(inner: str) -> str | None:
     return "[" + ",".join(e if e[0] in "'\"" else _quote(e.rstrip()) for e in elements) + "]"
 
 
-def _unreadable(argument: str, found: str) -> ConfigError:
-    return ConfigError(
-        f"the argument {argument!r} cannot be read",
-        found=found,
-        expected="key=value, for example data.max_length=2048; a text with brackets or commas in quotation marks",
-    )
+def _unreadable(argument: str, found: str, expected: str) -> ConfigError:
+    return ConfigError(f"the argument {argument!r} cannot be read", found=found, expected=expected)

@@ -23,11 +23,11 @@ def _expand(value: Any) -> Any:
     return [_expand(item) for item in value] if isinstance(value, list) else value
 
 
-def _save_frequency(value: int | str) -> int | str:
-    if isinstance(value, int):
+def _save_frequency(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
         readable = value == -1 or value >= 1
     else:
-        readable = re.fullmatch(r"epoch|[1-9][0-9]*min", value) is not None
+        readable = isinstance(value, str) and re.fullmatch(r"epoch|[1-9][0-9]*min", value) is not None
     if not readable:
         raise ValueError("-1, a number of steps such as 200, epoch, or minutes such as 30min")
     return value
@@ -42,6 +42,12 @@ def _all_or_some(value: int) -> int:
 def _lower(value: Any) -> Any:
     """verl writes AdamW."""
     return value.lower() if isinstance(value, str) else value
+
+
+def _short_dtype(value: Any) -> Any:
+    """verl writes bfloat16 and bf16."""
+    long_names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+    return long_names.get(value, value) if isinstance(value, str) else value
 
 
 Text = Annotated[str, Field(min_length=1)]
@@ -103,8 +109,8 @@ class FsdpConfig(Section):
     wrap_policy: WrapPolicyConfig
     cpu_offload: bool
     offload_params: bool
-    dtype: Literal["auto", "fp32", "bf16", "fp64"]
-    model_dtype: Literal["fp32", "fp64", "bf16"]
+    dtype: Annotated[Literal["auto", "fp32", "bf16", "fp64"], BeforeValidator(_short_dtype)]
+    model_dtype: Annotated[Literal["fp32", "fp64", "bf16"], BeforeValidator(_short_dtype)]
     fsdp_size: CountOrAll
     reshard_after_forward: bool
     use_no_sync_for_gradient_accumulation: bool
@@ -158,7 +164,7 @@ class TrainerConfig(Section):
     logger: Strings
     log_freq: Count
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    save_freq: Annotated[int | str, AfterValidator(_save_frequency)]
+    save_freq: Annotated[int | str, BeforeValidator(_save_frequency)]
     test_freq: CountOrAll
     val_before_train: bool
     resume_mode: Literal["auto", "disable", "resume_path"]
@@ -166,7 +172,7 @@ class TrainerConfig(Section):
     max_ckpt_to_keep: Count
     checkpoint: CheckpointConfig
     export: Literal["merged", "adapter", "both"]
-    export_dtype: Literal["auto", "fp32", "bf16", "fp16"]
+    export_dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"], BeforeValidator(_short_dtype)]
     generate_samples: Annotated[int, Field(ge=0)]
     nnodes: Count
     n_gpus_per_node: Count | None
