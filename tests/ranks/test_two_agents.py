@@ -134,7 +134,7 @@ def test_two_agents_train_what_one_host_trains(
     assert not (out / PROBE).exists()
     for name in ("a", "b"):  # each host has made its own token store
         assert list((tmp_path / name / "cache").rglob("*.bin")) or list((tmp_path / name / "cache").rglob("*.npy"))
-    spoke = ["Configuration:" in each.stderr for each in finished]
+    spoke = ["Done: " in each.stderr for each in finished]
     assert sorted(spoke) == [False, True], "rank 0 alone speaks"
 
 
