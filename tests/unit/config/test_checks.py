@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ def refused(*arguments: str) -> str:
         (["data.multiturn.enable=true", "data.prompt_key=q"], ["data.prompt_key", "data.multiturn.enable=true"]),
         (["data.custom_cls.name=Mine"], ["without data.custom_cls.path"]),
         (["trainer.device=cpu", "model.attn_implementation=flash"], ["attn_implementation=flash needs CUDA"]),
+        (["model.lora_rank=8", "model.target_modules=[]"], ["model.target_modules is empty"]),
         (["trainer.export=adapter"], ["trainer.export=adapter needs LoRA"]),
         (["trainer.logger=[console,mlflow]"], ["mlflow is not built yet"]),
         (["trainer.logger=[consoles]"], ["did you mean console?"]),
@@ -77,22 +79,19 @@ def test_what_is_accepted_but_should_be_known_is_noted(argument: str, part: str)
 @pytest.mark.parametrize("key", [key for key, _, _ in PENDING])
 def test_pending_keys_say_so(key: str) -> None:
     used = {
-        "model.strategy": "model.strategy=fsdp",
-        "model.lora_rank": "model.lora_rank=8",
-        "model.lora_adapter_path": "model.lora_adapter_path=x",
-        "model.use_liger": "model.use_liger=true",
-        "data.custom_cls.path": "data.custom_cls.path=x.py",
-        "data.bad_rows=skip": "data.bad_rows=skip",
-        "trainer.resume_mode=resume_path": "trainer.resume_from_path=x",
-        "trainer.save_freq": "trainer.save_freq=30min",
-        "trainer.max_ckpt_to_keep": "trainer.max_ckpt_to_keep=3",
-        "trainer.checkpoint.save_contents": "trainer.checkpoint.save_contents=[model]",
-        "trainer.generate_samples": "trainer.generate_samples=2",
-        "trainer.default_hdfs_dir": "trainer.default_hdfs_dir=hdfs://x/y",
-        "trainer.export": "trainer.export=adapter",
-        "trainer.nnodes": "trainer.nnodes=2",
+        "model.strategy": "fsdp",
+        "model.use_liger": "true",
+        "data.custom_cls.path": "x.py",
+        "data.bad_rows": "skip",
+        "trainer.resume_mode": "resume_path",
+        "trainer.save_freq": "30min",
+        "trainer.max_ckpt_to_keep": "3",
+        "trainer.checkpoint.save_contents": "[model]",
+        "trainer.generate_samples": "2",
+        "trainer.default_hdfs_dir": "hdfs://x/y",
     }
-    message = refused(used[key])
+    name = re.split("[ =]", key)[0]
+    message = refused(f"{name}={used[name]}")
     assert f"{key} is not built yet" in message
     assert "to do:" in message
 
@@ -144,11 +143,29 @@ def test_paths_that_exist_or_are_not_local_pass(arguments: list[str], files: Pat
         ([TRAIN, NO_VALIDATION, "model.partial_pretrain=./no"], ["model.partial_pretrain: no such folder"]),
         ([TRAIN, NO_VALIDATION, MODEL, "data.chat_template=~/no.jinja"], ["data.chat_template: no such file"]),
         ([TRAIN, NO_VALIDATION, MODEL, "model.external_lib=no_such_lib"], ["model.external_lib", "no_such_lib"]),
+        ([TRAIN, NO_VALIDATION, MODEL, "model.external_lib=.x"], ["model.external_lib cannot be found"]),
+        (["data.train_files=~/a,~/b", NO_VALIDATION], ["a list is written data.train_files=[", "/a,~/b]"]),
+        (["data.train_files=/" + "n" * 300, NO_VALIDATION, MODEL], ["data.train_files: no such file"]),
+        (
+            [],
+            ["data.train_files (its default)", "data.val_files (its default)", "model.partial_pretrain (its default)"],
+        ),
     ],
 )
 def test_missing_paths_are_named_by_key(arguments: list[str], parts: list[str], files: Path) -> None:
     message = paths_refused(*arguments)
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("compute", ["auto", "fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("master", ["fp32", "bf16", "fp64"])
+def test_which_precisions_go_together(master: str, compute: str) -> None:
+    arguments = [f"model.fsdp_config.model_dtype={master}", f"model.fsdp_config.dtype={compute}"]
+    if (master, compute) in {("fp32", "fp64"), ("bf16", "fp32"), ("bf16", "fp64"), ("fp64", "fp32"), ("fp64", "bf16")}:
+        assert f"dtype={compute}, model_dtype={master}" in refused(*arguments)
+    else:
+        fsdp = compose(arguments).config.model.fsdp_config
+        assert (fsdp.model_dtype, fsdp.dtype) == (master, compute)
 
 
 def test_a_default_validation_file_that_is_missing_can_be_switched_off(files: Path) -> None:

@@ -40,6 +40,12 @@ def value(composed: Composed, key: str) -> Any:
         (["data.max_length=${data.train_batch_size}"], "data.max_length", 256),
         (["trainer.experiment_name='1'"], "trainer.experiment_name", "1"),
         (["optim.optimizer=AdamW"], "optim.name", "adamw"),
+        (['trainer.logger=["console"]'], "trainer.logger", ("console",)),
+        (["model.fsdp_config.dtype=bfloat16"], "model.fsdp_config.dtype", "bf16"),
+        (["data.val_files=[]"], "data.val_files", ()),
+        (["data.chat_template=null"], "data.chat_template", None),
+        (["trainer.experiment_name=my run (v2), lr=3"], "trainer.experiment_name", "my run (v2), lr=3"),
+        (["data.prompt_key=질문 1"], "data.prompt_key", "질문 1"),
         (
             ["data.apply_chat_template_kwargs={enable_thinking: false}"],
             "data.apply_chat_template_kwargs",
@@ -70,6 +76,15 @@ def test_values_as_people_write_them(arguments: list[str], key: str, expected: o
         ("/a/b=c.parquet", ("/a/b=c.parquet",)),
         ("x(1).parquet", ("x(1).parquet",)),
         ("it's.parquet", ("it's.parquet",)),
+        ("'it\\'s.parquet'", ("it's.parquet",)),
+        ('"a b.parquet"', ("a b.parquet",)),
+        ("a\\b.parquet", ("a\\b.parquet",)),
+        ("'a\\b.parquet'", ("a\\b.parquet",)),
+        ("['~/a b.parquet', \"c's.parquet\"]", ("{home}/a b.parquet", "c's.parquet")),
+        ("x{1}.parquet", ("x{{1}}.parquet",)),
+        ("数据/训练.parquet", ("数据/训练.parquet",)),
+        ("s3://b/x.parquet?v=1&w=2", ("s3://b/x.parquet?v=1&w=2",)),
+        ("/a/${data.prompt_key}.parquet", ("/a/question.parquet",)),
         ("back\\", ("back\\",)),
         ("a b.parquet", ("a b.parquet",)),
         ("über/#1.parquet", ("über/#1.parquet",)),
@@ -101,11 +116,11 @@ def test_jinja_text_needs_no_quotes(text: str) -> None:
         (["max_length=3"], ["unknown key max_length", "data.max_length?"]),
         (["lr=3"], ["optim.lr?"]),
         (["data.multiturn={mesages_key: x}"], ["data.multiturn.mesages_key", "data.multiturn.messages_key?"]),
-        (["data.max_length=abc"], ["data.max_length", "'abc'", "integer"]),
+        (["data.max_length=abc"], ["data.max_length", "'abc'", "a whole number"]),
         (["data.max_length=1e3"], ["data.max_length", "1000.0"]),
         (["data.max_length=true"], ["data.max_length", "True"]),
         (["data.max_length=${nope}"], ["data.max_length", "nope"]),
-        (["data.drop_last=yes"], ["data.drop_last", "boolean"]),
+        (["data.drop_last=yes"], ["data.drop_last", "true or false"]),
         (["optim.lr='1e-4'"], ["optim.lr", "number"]),
         (["optim.lr=inf"], ["optim.lr", "finite"]),
         (["optim.lr=0"], ["optim.lr", "greater than 0"]),
@@ -124,8 +139,30 @@ def test_jinja_text_needs_no_quotes(text: str) -> None:
         (["optim.lr=1e-4,1e-5"], ["optim.lr has several values", "[a,b]"]),
         (["data.train_files=[a.parquet,b.parquet"], ["cannot be read", "[a.parquet,b.parquet"]),
         (["data.train_files='a.parquet"], ["cannot be read"]),
-        (["--verbose"], ["'--verbose' cannot be read", "key=value"]),
+        (["--verbose"], ["unknown option --verbose", "key=value"]),
+        (["--nproc=2"], ["unknown option --nproc=2", "apollo-sft train --nproc N"]),
         (["=3"], ["no key"]),
+        (["optim.lr"], ["'optim.lr' cannot be read", "no =", "without spaces"]),
+        (["optim.lr =1"], ["the key 'optim.lr '", "without spaces"]),
+        (["data..max_length=1"], ["the key 'data..max_length'"]),
+        (["DATA.MAX_LENGTH=8"], ["did you mean data.max_length?"]),
+        (["data.train_files=a.parquet,b.parquet", NO_VALIDATION], ["has several values", "[a,b]"]),
+        (["optim.lr=choice(1,2)"], ["optim.lr has several values"]),
+        (["optim.lr=range(1,2)"], ["optim.lr has several values"]),
+        (["~data"], ["~data: a key cannot be deleted"]),
+        (["~trainer.logger=[console]"], ["a key cannot be deleted"]),
+        (["data.train_files=${NO_SUCH_VARIABLE}/x", NO_VALIDATION], ["'NO_SUCH_VARIABLE' not found"]),
+        (["trainer.save_freq=true"], ["trainer.save_freq", "True", "30min"]),
+        (["trainer.total_epochs=2.0"], ["trainer.total_epochs", "a whole number"]),
+        (["use_remove_padding=1"], ["use_remove_padding", "true or false"]),
+        (["model.lora_alpha=0.5"], ["model.lora_alpha", "a whole number"]),
+        (["optim.betas=0.9"], ["optim.betas", "a list"]),
+        (["optim.betas=[0.9,0.95,0.99]"], ["optim.betas", "[0.9, 0.95, 0.99]", "a list of 2"]),
+        (["data.custom_cls=null"], ["data.custom_cls", "data.custom_cls.…=value"]),
+        (["model.partial_pretrain=null"], ["model.partial_pretrain", "a text"]),
+        (["trainer.seed=99999999999999999999"], ["trainer.seed", "less than"]),
+        (["optim.lr=nan"], ["optim.lr", "finite"]),
+        (["model.strategy=ddp"], ["model.strategy", "'fsdp2' or 'fsdp'"]),
         (["optim@x=1"], ["cannot be read"]),
     ],
 )
@@ -145,6 +182,21 @@ def test_a_misspelt_key_hides_no_wrong_value_and_invents_no_contradiction() -> N
     message = refused("data.train_files=a.parquet", "data.val_file=b.parquet")
     assert "unknown key data.val_file" in message
     assert "still the default" not in message
+
+
+def test_a_repeated_key_counts_with_its_last_value_and_is_noted() -> None:
+    """As in Hydra: a script whose line ends with "$@" is overridden by its arguments."""
+    composed = compose(["optim.lr=1e-4", "data.max_length=8", "++optim.lr=2e-4"])
+    assert composed.config.optim.lr == 2e-4
+    assert composed.overridden == {"optim.lr": 2e-4, "data.max_length": 8}
+    assert composed.notes == ["optim.lr is given twice, 0.0001 and then 0.0002: the last one counts"]
+    assert compose(["data.prompt_dict_keys=[question]", "data.prompt_dict_keys=['question']"]).notes == []
+
+
+def test_a_section_as_a_dict_sets_its_keys() -> None:
+    composed = compose(["optim={lr: 1e-4, clip_grad: null}", "data.multiturn={enable: true}"])
+    assert composed.overridden == {"optim.lr": 1e-4, "optim.clip_grad": None, "data.multiturn.enable": True}
+    assert "data.val_files is still the default" in refused("data={train_files: a.parquet}")
 
 
 def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
