@@ -48,5 +48,17 @@ class CheckpointError(ApolloError):
     """A run folder, a checkpoint or an exported model that cannot be used, written or verified."""
 
 
+class AlreadyDone(ApolloError):  # noqa: N818 - it is no error: nothing is left to do
+    """The run is complete under the same configuration."""
+
+    exit_code = 0
+
+
+class Preempted(ApolloError):  # noqa: N818 - the run can go on
+    """A signal asked for the end; the state is saved and the same command goes on from it."""
+
+    exit_code = 75
+
+
 class TrainingError(ApolloError):
     """A run that had to stop: a loss or a gradient that is not finite."""

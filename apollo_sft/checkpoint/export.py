@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor
 
 from apollo_sft.checkpoint import publish, sidecars
+from apollo_sft.checkpoint.agree import agree, attempt
 from apollo_sft.checkpoint.conversion import ExportPlan, Group, plan_export
 from apollo_sft.checkpoint.tensor_files import DTYPES, ShardWriter
 from apollo_sft.checkpoint.verify import verify_model_folder
-from apollo_sft.errors import ApolloError, CheckpointError
 from apollo_sft.types import BaseModel, TensorSpec
 
 MAX_SHARD_BYTES = 5_000_000_000
+ADAPTER_FOLDER = "adapter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +55,12 @@ def save_model(model: Any, base: BaseModel, folder: Path, options: ExportOptions
     Raises: CheckpointError on every rank when the model could not be written or is not what was to be written.
     """
     staging = folder / f"{publish.STAGING_PREFIX}model"
-    failure = _attempt(lambda: publish.staging_folder(folder, "model")) if is_writer else None
-    _agree(failure, model)
+    failure = attempt(lambda: publish.staging_folder(folder, "model")) if is_writer else None
+    agree(failure, model)
     result = export_model(model, base, staging, options, is_writer)
     if is_writer:
-        failure = _attempt(lambda: publish.publish_model(staging, folder, lambda path: _verify(path, result, options)))
-    _agree(failure, model)
+        failure = attempt(lambda: publish.publish_model(staging, folder, lambda path: _verify(path, result, options)))
+    agree(failure, model)
     return result
 
 
@@ -82,11 +84,11 @@ def export_model(model: Any, base: BaseModel, staging: Path, options: ExportOpti
         # every rank takes part in every gathering, even after the writer has failed: the others would wait for ever
         sources = [_whole(state[name], _common_dtype(group, plan)) for name in group.sources]
         if writer is not None and failure is None:
-            failure = _attempt(partial(_add, writer, group, sources))
+            failure = attempt(partial(_add, writer, group, sources))
         del sources  # before the next is gathered, not after
     if writer is not None and failure is None:
-        failure = _attempt(lambda: _finish(writer, type(model).__name__.removeprefix("FSDP"), base, plan, options))
-    _agree(failure, model)
+        failure = attempt(lambda: _finish(writer, type(model).__name__.removeprefix("FSDP"), base, plan, options))
+    agree(failure, model)
     return ExportResult(plan.tensors, writer.digests if writer else {}, tuple(plan.dropped))
 
 
@@ -122,28 +124,24 @@ def _finish(writer: ShardWriter, class_name: str, base: BaseModel, plan: ExportP
         sidecars.copy_code(folder, base)
 
 
-def _attempt(action: Callable[[], object]) -> Exception | None:
-    """What stopped the action, to be raised by `_agree` when all ranks are there to hear of it."""
-    try:
-        action()
-    except Exception as error:
-        return error
-    return None
+def save_adapter(tensors: Mapping[str, Tensor], config: Any, root: Path, model: Any, is_writer: bool) -> None:
+    """Write the adapter into `root/adapter/`, in PEFT's own format. Collective. `config` is PEFT's.
 
-
-def _agree(failure: Exception | None, model: Any) -> None:
-    """Raise on every rank when one has failed: on that rank what it met, on the others a word about it.
-
-    Raises: CheckpointError.
+    Raises: CheckpointError on every rank when it could not be written.
     """
-    failed = failure is not None
-    if dist.is_available() and dist.is_initialized():
-        flag = torch.tensor(int(failed), device=next(model.parameters()).device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        failed = bool(flag.item())
-    if isinstance(failure, ApolloError):
-        raise failure
-    if failure is not None:
-        raise CheckpointError("the model could not be written", found=repr(failure)) from failure
-    if failed:
-        raise CheckpointError("the model was not saved: the rank that writes it failed and says why")
+    whole = {}
+    for name, tensor in tensors.items():
+        full = _whole(tensor, None)
+        if is_writer:
+            whole[name] = full.cpu().contiguous()
+    agree(attempt(lambda: _write_adapter(whole, config, root)) if is_writer else None, model)
+
+
+def _write_adapter(tensors: Mapping[str, Tensor], config: Any, root: Path) -> None:
+    final = root / ADAPTER_FOLDER
+    staging = publish.staging_folder(root, ADAPTER_FOLDER)
+    save_file(dict(tensors), staging / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(staging)
+    if (final / publish.DIRECTORY_MANIFEST).is_file():  # of an earlier try of this run, which died later
+        shutil.rmtree(final)
+    publish.publish_directory(staging, final)

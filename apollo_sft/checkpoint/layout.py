@@ -11,15 +11,15 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from apollo_sft.checkpoint import publish
-from apollo_sft.errors import ConfigError
+from apollo_sft.checkpoint import publish, resume
+from apollo_sft.errors import AlreadyDone, ApolloError, ConfigError
 
 KEY = "trainer.default_local_dir"
 MARKER = "apollo-sft run"
@@ -37,11 +37,11 @@ PACKAGES = ("torch", "transformers", "apollo-sft")
 SECRETS = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_[A-Za-z0-9]{16,}")
 """Credentials in a URL, and tokens of the hub."""
 
-Status = Literal["running", "finished", "failed", "refused"]
+Status = Literal["running", "finished", "failed", "refused", "preempted"]
 
 
 class RunFolder:
-    """A claimed folder. `notes` says in words what claiming it changed."""
+    """A claimed folder. `notes` says in words what claiming it changed. `resume_from`: the checkpoint to go on from."""
 
     def __init__(self, root: Path, lock: FileLock, notes: list[str]) -> None:
         self.root = root
@@ -51,17 +51,20 @@ class RunFolder:
         self.run_json = root / RUN_JSON
         self.audit = root / "data_audit.json"
         self.checkpoints = root / "checkpoints"
+        self.resume_from: Path | None = None
         self._lock = lock
         self._facts: dict[str, Any] = {}
         self._started = _now()
 
     @classmethod
-    def claim(cls, path: str | Path, resume_mode: str) -> RunFolder:
+    def claim(cls, path: str | Path, resume_mode: str, config: Mapping[str, Any]) -> RunFolder:
         """Take the folder for this run, or refuse, before anything in it was changed. Call `write_run` next.
 
         A save that an earlier run was killed in is finished or undone. With `resume_mode` "disable" an earlier run
-        of ours moves to `previous-<time>/`; one that trained nothing is written over.
-        Raises: ConfigError for files that are not ours, an earlier or a live run, or a folder that cannot be written.
+        of ours moves to `previous-<time>/`; one that trained nothing is written over; one of the same `config` is gone
+        on with, from its newest whole checkpoint.
+        Raises: ConfigError for files that are not ours, a run of another config or a live one, or a folder that cannot
+        be written; AlreadyDone when the earlier run is complete.
         """
         root = Path(path).expanduser().absolute()
         _refuse_foreign_files(root)
@@ -72,15 +75,27 @@ class RunFolder:
         earlier = read_run(root)
         if earlier is not None and resume_mode == "disable":
             notes.append(f"moved the earlier run to {_archive(root).name}/")
-        elif earlier is not None and _trained_something(root):
-            lock.release()
-            raise ConfigError(
-                f"{KEY}={path} holds an earlier run",
-                found=f"a run that began {earlier.get('started')}, status {earlier.get('status')}",
-                expected="an empty or new folder; going on with an earlier run is not built yet",
-                fix=f"trainer.resume_mode=disable moves it to previous-<time>/; or choose another {KEY}",
+            earlier = None
+        folder = cls(root, lock, notes)
+        if earlier is not None and _trained_something(root):
+            try:
+                folder._go_on(earlier, config)
+            except ApolloError:
+                lock.release()
+                raise
+        return folder
+
+    def _go_on(self, earlier: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        resume.check_same_run(self.root, config)
+        if earlier.get("status") == "finished" and publish.model_files(self.root):
+            raise AlreadyDone(
+                f"the run in {self.root} is complete; there is nothing left to do",
+                fix="trainer.resume_mode=disable trains again and keeps that run in previous-<time>/",
             )
-        return cls(root, lock, notes)
+        publish.recover(self.checkpoints)
+        self.resume_from = resume.newest_checkpoint(self.checkpoints, self.notes)
+        place = "the first step: it has no checkpoint" if self.resume_from is None else self.resume_from.name
+        self.notes.append(f"going on with the run that began {earlier.get('started')} from {place}")
 
     def write_run(self, status: Status, **facts: Any) -> None:
         """Write run.json: what runs, where, since when, and how it ended. Facts of earlier calls are kept."""

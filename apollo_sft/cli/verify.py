@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,11 +22,10 @@ from rich.console import Console
 from rich.text import Text
 
 from apollo_sft import __main__ as entry
+from apollo_sft.config.schema import SftConfig
 from apollo_sft.errors import ConfigError
-from apollo_sft.train.layouts import STEPS, Figures, Layout
+from apollo_sft.train.layouts import BOUNDS, ORACLE_FILE, STEPS, Figures, Layout, fits, worlds
 
-BOUND = 1e-12
-"""Largest relative difference from the oracle that rounding explains; a wrong layout is off by far more."""
 RANKS = 4
 ORACLE, TITLE = -1, -2
 """Rows of the table that are no layouts."""
@@ -35,7 +35,7 @@ Takes the keys of a training and shows that its gradient does not depend on how 
 own rows on a small copy of your model, in float64, under every layout that N processes on this machine can form. Each
 is compared with an oracle: plain transformers, one document at a time. Nothing is trained or left behind.
 
-  --ranks N        most processes [4, or ulysses_sequence_parallel_size]
+  --ranks N        most processes [4, or what your own layout needs]
   --real-weights   the model itself instead of a small copy (48 bytes a parameter)
   --help           this text
 
@@ -84,13 +84,12 @@ class Table:
         if index == ORACLE:
             self.row(index, [*numbers, ""], ("", ""))
             return
-        agrees = figures.deviation <= BOUND
-        if agrees:
+        if not figures.wrong:
             self.exact += 1
             self.worst = max(self.worst, figures.deviation)
         else:
-            self.reasons.append((label, f"differs by {figures.deviation:.1e} in {figures.where}"))
-        verdict = ("exact", "green") if agrees else ("WRONG", "bold red")
+            self.reasons.append((label, f"differs by {figures.wrong}"))
+        verdict = ("WRONG", "bold red") if figures.wrong else ("exact", "green")
         self.row(index, [*numbers, f"{figures.deviation:.1e}"], verdict)
 
 
@@ -108,6 +107,7 @@ def main(arguments: list[str]) -> int:
     composed = entry.check(overrides)
     if composed is None:
         return 0
+    ranks = _num_ranks(composed.config, ranks)
     console = Console(highlight=False, soft_wrap=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="apollo-verify-") as name, _term_interrupts():
@@ -115,13 +115,12 @@ def main(arguments: list[str]) -> int:
         with console.status("reading your rows, making the model"):
             from apollo_sft.train.rehearsal import rehearse  # torch, after everything that can be refused without it
 
-            ranks = ranks or max(RANKS, composed.config.ulysses_sequence_parallel_size)
             rehearsal = rehearse(composed.config, ranks, real_weights, folder)
         _say_what(console, rehearsal.description)
         table = Table(console, folder, rehearsal.job.layouts)
         table.row(TITLE, list(NUMBERS), ("verdict", ""))
         for processes in sorted({layout.processes for layout in table.layouts}):
-            if ORACLE in table.seen or processes == 1:
+            if processes == 1 or (folder / ORACLE_FILE).exists():
                 _run(table, processes)
     return _conclude(table, time.monotonic() - began)
 
@@ -141,6 +140,20 @@ def _parse(arguments: list[str]) -> tuple[int | None, bool, list[str]]:
     if value is not None and not (value.isdecimal() and 1 <= int(value) <= 64):
         raise ConfigError("--ranks takes a number of processes", found=repr(value), expected="1 to 64")
     return None if value is None else int(value), "--real-weights" in arguments, rest
+
+
+def _num_ranks(config: SftConfig, given: int | None) -> int:
+    """Enough for the user's own layout. Raises: ConfigError when what the user gave is not."""
+    needed = math.lcm(config.ulysses_sequence_parallel_size, max(1, config.model.fsdp_config.fsdp_size))
+    ranks = given or max(RANKS, needed)
+    if not any(fits(config, processes) for processes in worlds(ranks)):
+        raise ConfigError(
+            "--ranks is too small for your own layout",
+            found=f"{ranks} processes, ulysses_sequence_parallel_size={config.ulysses_sequence_parallel_size}, "
+            f"model.fsdp_config.fsdp_size={config.model.fsdp_config.fsdp_size}",
+            expected=f"a multiple of {needed}",
+        )
+    return ranks
 
 
 @contextmanager
@@ -220,8 +233,8 @@ def _conclude(table: Table, seconds: float) -> int:
     table.console.print()
     if table.exact == total:
         table.console.print(
-            f"All {total} layouts give the gradient of the oracle. The largest deviation is {table.worst:.1e}; "
-            f"up to {BOUND:.0e} counts as rounding. ({seconds:.0f} s)",
+            f"All {total} layouts give the gradient of the oracle; the largest deviation is {table.worst:.1e}.\n"
+            f"Rounding may reach {BOUNDS[0]:g} in the first step and {BOUNDS[1]:g} after it. ({seconds:.0f} s)",
             style="green",
         )
         return 0

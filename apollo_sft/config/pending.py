@@ -18,19 +18,14 @@ PENDING: list[tuple[str, Callable[[SftConfig], bool], str]] = [
         "start from an exported model with model.partial_pretrain",
     ),
     (
-        "trainer.save_freq",
-        lambda c: c.trainer.save_freq != -1,
-        "leave it -1; today the model is written once, at the end of the run",
-    ),
-    (
-        "trainer.max_ckpt_to_keep",
-        lambda c: c.trainer.max_ckpt_to_keep != 2,
-        "leave it out; today the model is written once, at the end of the run",
+        "trainer.save_freq in minutes",
+        lambda c: isinstance(c.trainer.save_freq, str) and c.trainer.save_freq != "epoch",
+        "trainer.save_freq=-1 or epoch for the ends of epochs, or a number of steps",
     ),
     (
         "trainer.checkpoint.save_contents",
         lambda c: c.trainer.checkpoint.save_contents != ("model", "optimizer", "extra"),
-        "leave it out; today the model is written once, at the end of the run",
+        "leave it out; the model itself is written once, at the end of the run",
     ),
     ("trainer.generate_samples", lambda c: c.trainer.generate_samples > 0, "leave it 0"),
     ("trainer.default_hdfs_dir", lambda c: c.trainer.default_hdfs_dir is not None, "copy the finished folder yourself"),

@@ -127,6 +127,14 @@ def reduce_gradients(model: nn.Module, wanted: bool) -> None:
         model.set_is_last_backward(wanted)
 
 
+def reshard(model: nn.Module) -> None:
+    """Give up gathered weights. A forward without a backward leaves some, and the modules then show those, in the
+    compute dtype, in the place of the shards that the optimizer knows."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Element-wise sum over all ranks, in place; the identity without a process group."""
     if dist.is_initialized():

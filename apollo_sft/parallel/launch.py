@@ -189,3 +189,12 @@ def stop() -> None:
     """Leave the process group. Objects that hold sub-groups must be gone by now: gloo aborts at exit otherwise."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def from_main(value: T, world: World) -> T:
+    """The value that rank 0 has, on every rank."""
+    if world.size == 1:
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]

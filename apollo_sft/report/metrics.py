@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from apollo_sft.errors import TrainingError
 
 Record = dict[str, float | int]
 
@@ -50,20 +54,34 @@ def val_record(loss: float, targets: int) -> Record:
     return {"val/loss": loss, "val/targets": targets}
 
 
+def peak_bytes(device: Any) -> int:
+    """Peak of what PyTorch's allocator held on a CUDA device; elsewhere the peak resident size of the process."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 class MetricsWriter:
     """Appends to metrics.jsonl, line by line, each in the file before `write` returns.
 
-    A last line that an earlier crash left without its end is cut off when the file is opened.
+    A last line that an earlier crash left without its end is cut off when the file is opened, and so are the steps
+    after `first_step`, the number of steps done: they will be done again.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, first_step: int = 0) -> None:
         _cut_broken_line(path)
+        _cut_after(path, first_step)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         assert all(math.isfinite(value) for value in record.values()), f"not finite: {record}"
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise TrainingError(f"{self._file.name} cannot be written", found=error.strerror) from error
 
     def close(self) -> None:
         self._file.flush()
@@ -83,3 +101,14 @@ def _cut_broken_line(path: Path) -> None:
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
         os.truncate(path, whole)
+
+
+def _cut_after(path: Path, first_step: int) -> None:
+    if not path.exists():
+        return
+    kept = [record for record in read_metrics(path) if int(record["step"]) <= first_step]
+    text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept if first_step)
+    if text.encode() != path.read_bytes():
+        shorter = path.with_name(f".apollo-{path.name}.tmp")
+        shorter.write_text(text, encoding="utf-8")
+        shorter.replace(path)

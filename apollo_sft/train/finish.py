@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from apollo_sft.checkpoint.adapter import save_adapter
-from apollo_sft.checkpoint.export import ExportOptions, save_model
+from apollo_sft.checkpoint.export import ExportOptions, save_adapter, save_model
 from apollo_sft.checkpoint.layout import RunFolder
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.model.lora import adapter_tensors, lora_config, merge
@@ -32,7 +31,7 @@ def export(config: SftConfig, prepared: Prepared, model: SftModel, folder: RunFo
     say("writing the model")
     adapter = lora_config(config.model, prepared.base.source)
     if adapter is not None:
-        save_adapter(adapter_tensors(model.causal_lm), adapter, root, world.is_main)
+        save_adapter(adapter_tensors(model.causal_lm), adapter, root, model, world.is_main)
         if config.trainer.export == "adapter":
             return
         merge(model.causal_lm)

@@ -12,6 +12,13 @@ from apollo_sft.config.schema import SftConfig
 STEPS = 2
 """The second one starts from weights that AdamW has changed."""
 
+BOUNDS = (1e-12, 1e-9)
+"""Largest relative differences that rounding explains: in the first step, and from its update on. AdamW divides by the
+size of each gradient, so rounding in the smallest ones grows. A wrong layout is off by far more than either."""
+
+ORACLE_FILE = "oracle.json"
+"""There once the oracle has said what is right."""
+
 SP = "ulysses_sequence_parallel_size"
 MICRO = "data.micro_batch_size_per_gpu"
 HYBRID = "model.fsdp_config.fsdp_size"
@@ -56,15 +63,15 @@ class Layout:
 class Figures:
     """Of one layout; `index` counts the job's layouts, and is -1 for the oracle itself.
 
-    `loss` and `grad_norm` are those of the first step. `deviation` is the largest relative difference from the oracle,
-    `where` the quantity that has it. `error`: why there are no figures.
+    `loss` and `grad_norm` are those of the first step. `deviation` is the largest relative difference from the oracle.
+    `wrong`: what is beyond its bound, empty when nothing is. `error`: why there are no figures.
     """
 
     index: int
     loss: float = 0.0
     grad_norm: float = 0.0
     deviation: float = 0.0
-    where: str = ""
+    wrong: str = ""
     error: str = ""
 
 

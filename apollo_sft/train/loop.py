@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from dataclasses import dataclass
+from types import FrameType
 
 from torch.optim import Optimizer
 
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.loader import Loader
 from apollo_sft.data.plan import steps_per_epoch
-from apollo_sft.errors import TrainingError
+from apollo_sft.errors import Preempted
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World
 from apollo_sft.report.metrics import Record, StepFacts, train_record, val_record
+from apollo_sft.train.checkpoints import Checkpoints
 from apollo_sft.train.evaluate import evaluate
 from apollo_sft.train.reporter import Reporter
 from apollo_sft.train.schedule import Schedule
 from apollo_sft.train.step import train_step
-from apollo_sft.train.stop import StopFlag
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopFlag:
+    """A polite end: a signal sets a flag, the loop looks at it between steps, a second one ends the process at once.
+
+    Catches `SIGNALS` while it is in use as a context manager; `name` is the signal that came, or None."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def __enter__(self) -> StopFlag:
+        self._previous = {number: signal.signal(number, self._catch) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.name = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +58,7 @@ class Run:
     train: Loader
     val: Loader | None
     config: SftConfig
+    checkpoints: Checkpoints
     reporter: Reporter
 
     @property
@@ -47,16 +74,16 @@ class Run:
         return (step + 1) % every == 0 or step + 1 == self.schedule.total_steps
 
 
-def run_loop(run: Run, stop: StopFlag) -> None:
-    """Train from the first step to the last.
+def run_loop(run: Run, stop: StopFlag, first_step: int) -> None:
+    """Train from `first_step`, the number of steps done before, to the last.
 
-    Raises: TrainingError when a step is not finite, or when a signal asked for the end.
+    Raises: TrainingError when a step is not finite; Preempted when a signal asked for the end and the state is saved.
     """
-    if run.config.trainer.val_before_train and run.val is not None:
+    if run.config.trainer.val_before_train and run.val is not None and first_step == 0:
         run.reporter.record({"step": 0} | validation_record(run))
     clip = run.config.optim.clip_grad
     began = time.perf_counter()
-    for batch in run.train.batches(range(run.schedule.total_steps)):
+    for batch in run.train.batches(range(first_step, run.schedule.total_steps)):
         rate = run.schedule.rate(batch.step)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
@@ -77,11 +104,13 @@ def run_loop(run: Run, stop: StopFlag) -> None:
         if run.validates_after(batch.step):
             record |= validation_record(run)
         run.reporter.record(record)
+        if result.stop or run.checkpoints.due(batch.step + 1, run.schedule.total_steps):
+            run.checkpoints.save(batch.step + 1, run.model, run.optimizer)
         if result.stop:
-            raise TrainingError(
-                f"stopped by {stop.name or 'a signal to another rank'} after step {batch.step + 1}",
-                expected=f"{run.schedule.total_steps} steps",
-                fix="start the run again with trainer.resume_mode=disable",
+            raise Preempted(
+                f"stopped by {stop.name or 'a signal to another rank'} after step {batch.step + 1} of "
+                f"{run.schedule.total_steps}; the state is saved",
+                fix="the same command goes on from there",
             )
         began = time.perf_counter()
 

@@ -16,7 +16,7 @@ from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.store import SampleStore, StoreRequest, prepare_store
 from apollo_sft.data.template import ChatTemplate, resolve_template
 from apollo_sft.errors import ConfigError, DataError, ModelError
-from apollo_sft.model.load import check_architecture, find_model, read_config
+from apollo_sft.model.load import check_architecture, check_longest, find_model, read_config
 from apollo_sft.report.log import say
 from apollo_sft.types import BaseModel
 
@@ -64,6 +64,7 @@ def prepare(config: SftConfig) -> Prepared:
     check_architecture(hf_config, config.model.trust_remote_code)
     tensors = read_base_tensors(folder)
     _check_positions(config, hf_config)
+    check_longest(hf_config, config.data.max_length)
     tokenizer = _load_tokenizer(folder, config.model.trust_remote_code)
     template = resolve_template(tokenizer, config.data)
     train = _store(config, "train", tokenizer, template)

@@ -165,10 +165,10 @@ def _description(
     size = f"{text.num_hidden_layers} layers of {text.hidden_size}, {heads}"
     model = f"{name}, the real weights in float64: {size}"
     tokens, targets = sum(len(s.input_ids) for s in samples), sum(s.num_targets for s in samples)
-    rows = f"{len(samples)} of yours in {STEPS} steps, {tokens:,} tokens, {targets:,} targets"
+    rows = f"{len(samples)} of yours in {STEPS} steps: {tokens:,} tokens, {targets:,} targets"
     if vocabulary is not None:
         model = f"{name}, a small copy in float64: {size}"
-        rows += f"; the {len(vocabulary):,} tokens that occur are the vocabulary"
+        rows += f", {len(vocabulary):,} different ones"
     if (
         cut := sum(length > TOKENS for length in prepared.train.lengths[: len(samples)])
         if vocabulary is not None

@@ -23,13 +23,13 @@ from apollo_sft.parallel.place import read_place
 from apollo_sft.report.log import say, setup_logging
 from apollo_sft.report.sinks import RunInfo, check_backends
 from apollo_sft.train.assemble import assemble, needs_group
+from apollo_sft.train.checkpoints import Checkpoints
 from apollo_sft.train.finish import export, summary
-from apollo_sft.train.loop import Run, run_loop
+from apollo_sft.train.loop import Run, StopFlag, run_loop
 from apollo_sft.train.opening import announce, check_shared, check_world, config_text, schedule_of
 from apollo_sft.train.preflight import Prepared, load_external_lib, prepare, seed_everything
 from apollo_sft.train.reporter import Reporter
 from apollo_sft.train.schedule import Schedule
-from apollo_sft.train.stop import StopFlag
 
 
 def train(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str]) -> None:
@@ -65,7 +65,7 @@ def _in_folder(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence
         _run(config, world, folder)
         status = "finished"
     except ApolloError as error:
-        status = "refused" if error.exit_code == 2 else "failed"
+        status = {2: "refused", 75: "preempted"}.get(error.exit_code, "failed")  # type: ignore[assignment]
         raise
     finally:
         if folder is not None:
@@ -76,7 +76,9 @@ def _in_folder(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence
 def _claim(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str], world: World) -> RunFolder:
     check_backends(config.trainer.logger)
     check_world(config, world, overridden)
-    folder = RunFolder.claim(config.trainer.default_local_dir, config.trainer.resume_mode)
+    folder = RunFolder.claim(
+        config.trainer.default_local_dir, config.trainer.resume_mode, config.model_dump(mode="json")
+    )
     folder.write_run(
         "running", overridden=dict(overridden), processes=world.size, hosts=world.num_hosts, device=world.device.type
     )
@@ -92,16 +94,21 @@ def _run(config: SftConfig, world: World, folder: RunFolder | None) -> None:
     prepared = launch.once_per_host(world, "prepare", lambda: prepare(config))
     mesh = build_mesh(world, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
     train_loader, val_loader = _loaders(config, prepared, mesh)
-    schedule = schedule_of(config, steps_per_epoch(len(prepared.train), train_loader.spec))
+    in_epoch = steps_per_epoch(len(prepared.train), train_loader.spec)
+    schedule = schedule_of(config, in_epoch)
     if folder is not None:
         announce(config, prepared, schedule, train_loader, folder.audit)
     seed_everything(config.trainer.seed, world.rank)
     model, optimizer = assemble(config, prepared.base.folder, prepared.hf_config, world, mesh)
-    reporter = _reporter(config, folder, schedule)
-    run = Run(world, model, optimizer, schedule, train_loader, val_loader, config, reporter)
+    facts = {"processes": world.size, "data": prepared.train.key}
+    checkpoints = Checkpoints(config.trainer, in_epoch, facts, world.is_main)
+    newest = launch.from_main(folder.resume_from if folder is not None else None, world)
+    first_step = checkpoints.go_on(newest, model, optimizer)
+    reporter = _reporter(config, folder, schedule, first_step)
+    run = Run(world, model, optimizer, schedule, train_loader, val_loader, config, checkpoints, reporter)
     try:
         with StopFlag() as stop:
-            run_loop(run, stop)
+            run_loop(run, stop, first_step)
     finally:
         reporter.close()
     export(config, prepared, model, folder, world)
@@ -132,9 +139,9 @@ def _loaders(config: SftConfig, prepared: Prepared, mesh: Mesh) -> tuple[Loader,
     return train, Loader(prepared.val, every_row_once, mesh.dp_rank, mesh.sp_size)
 
 
-def _reporter(config: SftConfig, folder: RunFolder | None, schedule: Schedule) -> Reporter:
+def _reporter(config: SftConfig, folder: RunFolder | None, schedule: Schedule, first_step: int) -> Reporter:
     trainer = config.trainer
     info = None
     if folder is not None:
         info = RunInfo(folder.root, trainer.project_name, trainer.experiment_name, config.model_dump(mode="json"))
-    return Reporter(trainer, info, schedule.total_steps)
+    return Reporter(trainer, info, schedule.total_steps, first_step)

@@ -17,7 +17,7 @@ from apollo_sft.errors import TrainingError
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.fsdp2 import reduce_gradients
 from apollo_sft.parallel.launch import World
-from apollo_sft.report.memory import peak_bytes
+from apollo_sft.report.metrics import peak_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,11 +38,11 @@ from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import Mesh, build_mesh
 from apollo_sft.report.log import setup_logging
 from apollo_sft.train.assemble import assemble, needs_group
-from apollo_sft.train.layouts import STEPS, Figures, Layout, with_values
+from apollo_sft.train.layouts import BOUNDS, ORACLE_FILE, STEPS, Figures, Layout, with_values
 from apollo_sft.train.optim import build_optimizer
 from apollo_sft.train.preflight import load_external_lib, seed_everything
 from apollo_sft.train.run import plan_spec
-from apollo_sft.train.step import train_step
+from apollo_sft.train.step import StepResult, train_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,21 +88,22 @@ def write_oracle(job: Job, store: SampleStore, folder: Path) -> Figures:
         optimizer.step()
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     save_file(weights, folder / "weights.st")
-    (folder / "oracle.json").write_text(json.dumps({"losses": losses, "norms": norms}), encoding="utf-8")
+    (folder / ORACLE_FILE).write_text(json.dumps({"losses": losses, "norms": norms}), encoding="utf-8")
     return Figures(-1, losses[0], norms[0])
 
 
 def measure(job: Job, index: int, store: SampleStore, folder: Path, world: World) -> Figures:
     """Two steps under one layout, compared on rank 0. Every rank calls it."""
     config = with_values(job.config, job.layouts[index].values)
-    expected = json.loads((folder / "oracle.json").read_text(encoding="utf-8"))
+    expected = json.loads((folder / ORACLE_FILE).read_text(encoding="utf-8"))
     mesh = build_mesh(world, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
     hf_config = silent(load.read_config(job.base, config.model.trust_remote_code))
     seed_everything(config.trainer.seed, world.rank)
     model, optimizer = assemble(config, job.base, hf_config, world, mesh)
     loader = Loader(store, plan_spec(config, mesh, hf_config), mesh.dp_rank, mesh.sp_size)
-    results, off = [], []
-    for step in range(STEPS):
+    results: list[StepResult] = []
+    off: list[tuple[float, float, str]] = []  # difference, its bound, what differs
+    for step, bound in enumerate(BOUNDS):
         with StaysDouble():  # type: ignore[no-untyped-call]
             result = train_step(model, optimizer, loader.batch(step), world, config.optim.clip_grad)
         results.append(result)
@@ -110,11 +111,16 @@ def measure(job: Job, index: int, store: SampleStore, folder: Path, world: World
             ("loss", result.loss, expected["losses"][step]),
             ("gradient norm", result.grad_norm, expected["norms"][step]),
         ):
-            off.append((abs(found - wanted) / abs(wanted), f"{name} of step {step + 1}"))
-        off += _compared(_whole(model, gradients=True), folder / f"gradients-{step}.st", f"step {step + 1}, gradient")
-    off += _compared(_whole(model, gradients=False), folder / "weights.st", f"after step {STEPS}, weight")
-    deviation, where = max(off, key=lambda pair: (pair[0] != pair[0], pair[0]))  # not a number is the worst of all
-    return Figures(index, results[0].loss, results[0].grad_norm, deviation, where)
+            off.append((abs(found - wanted) / abs(wanted), bound, f"{name} of step {step + 1}"))
+        gradients = _compared(_whole(model, gradients=True), folder / f"gradients-{step}.st", world.is_main)
+        off += [(difference, bound, f"step {step + 1}, gradient of {name}") for difference, name in gradients]
+    weights = _compared(_whole(model, gradients=False), folder / "weights.st", world.is_main)
+    off += [(difference, BOUNDS[-1], f"{name} after step {STEPS}") for difference, name in weights]
+    beyond = [part for part in off if not part[0] <= part[1]]  # what is not a number is beyond
+    worst = max(beyond, default=None)
+    wrong = "" if worst is None else f"{worst[0]:.1e} in {worst[2]}"
+    largest = max((part[0] for part in beyond or off), key=lambda difference: (difference != difference, difference))
+    return Figures(index, results[0].loss, results[0].grad_norm, largest, wrong)
 
 
 def _whole(model: SftModel, gradients: bool) -> Iterator[tuple[str, Tensor]]:
@@ -127,10 +133,13 @@ def _whole(model: SftModel, gradients: bool) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _compared(found: Iterator[tuple[str, Tensor]], file: Path, what: str) -> list[tuple[float, str]]:
+def _compared(found: Iterator[tuple[str, Tensor]], file: Path, is_main: bool) -> list[tuple[float, str]]:
+    """Differences and names, on rank 0; the other ranks take part in the gathering and keep nothing."""
+    if not is_main:
+        return [(0.0, name) for name, _ in found]
     with safe_open(file, "pt") as opened:
         expected = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-    return [(difference, f"{what} of {name}") for name, difference in differences(found, expected)]
+    return [(difference, name) for name, difference in differences(found, expected)]
 
 
 def main(folder: Path) -> None:

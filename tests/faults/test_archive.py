@@ -15,7 +15,7 @@ from tests.support.file_operations import Crash, FileOperations
 @pytest.fixture
 def prepared(tmp_path: Path) -> Path:
     root = tmp_path / "prepared"
-    folder = RunFolder.claim(root, "auto")
+    folder = RunFolder.claim(root, "auto", {})
     folder.write_run("running")
     folder.metrics.write_text('{"step": 1}\n')
     folder.checkpoints.mkdir()
@@ -46,7 +46,7 @@ def test_the_earlier_run_is_whole_in_one_place(
         operations = FileOperations(crash_at)
         with operations.active(monkeypatch):
             try:
-                RunFolder.claim(root, "disable").release()
+                RunFolder.claim(root, "disable", {}).release()
                 crashed = False
             except Crash:
                 crashed = True
@@ -58,7 +58,7 @@ def test_the_earlier_run_is_whole_in_one_place(
         if not decided:
             assert run_files(root) == expected
             continue
-        RunFolder.claim(root, next_mode).release()
+        RunFolder.claim(root, next_mode, {}).release()
         (previous,) = root.glob("previous-*")
         assert run_files(previous) == expected
         assert read_run(root) is None

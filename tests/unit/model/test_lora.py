@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from apollo_sft.checkpoint.adapter import save_adapter
+from apollo_sft.checkpoint.export import save_adapter
 from apollo_sft.config.compose import compose
 from apollo_sft.config.schema import ModelConfig
 from apollo_sft.errors import ConfigError, ModelError
@@ -75,7 +75,7 @@ def test_merged_says_what_base_and_adapter_say(tmp_path: Path, rslora: str) -> N
             if parameter.requires_grad:
                 parameter.normal_(0, 0.2)
     live = logits(model)
-    save_adapter(lora.adapter_tensors(model), config, tmp_path, is_writer=True)
+    save_adapter(lora.adapter_tensors(model), config, tmp_path, model, is_writer=True)
     lora.merge(model)
     assert not [name for name, _ in model.named_modules() if "lora" in name]
     torch.testing.assert_close(logits(model), live, rtol=1e-5, atol=1e-5)

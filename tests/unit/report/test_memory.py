@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from apollo_sft.report.memory import peak_bytes
+from apollo_sft.report.metrics import peak_bytes
 
 
 def test_on_cpu_it_is_the_peak_that_the_kernel_counts() -> None:

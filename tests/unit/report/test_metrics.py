@@ -73,7 +73,7 @@ def test_a_line_broken_by_a_crash_is_cut_off_and_the_rest_kept(tmp_path: Path, t
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n' + tail)
     assert [record["step"] for record in read_metrics(path)] == [1, 2]
-    writer = MetricsWriter(path)
+    writer = MetricsWriter(path, first_step=2)
     writer.write({"step": 3})
     writer.close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
@@ -84,6 +84,14 @@ def test_a_file_with_nothing_but_a_broken_line_becomes_empty(tmp_path: Path) -> 
     path.write_text('{"step"')
     MetricsWriter(path).close()
     assert read_metrics(path) == []
+
+
+@pytest.mark.parametrize(("done", "kept"), [(0, []), (2, [0, 1, 2]), (3, [0, 1, 2, 3]), (9, [0, 1, 2, 3])])
+def test_steps_that_will_be_done_again_are_cut_off(tmp_path: Path, done: int, kept: list[int]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(4)))
+    MetricsWriter(path, first_step=done).close()
+    assert [record["step"] for record in read_metrics(path)] == kept
 
 
 def test_lines_are_whole_after_a_kill(tmp_path: Path) -> None:
