@@ -232,9 +232,10 @@ def _conclude(table: Table, seconds: float) -> int:
     total = len(table.layouts)
     table.console.print()
     if table.exact == total:
+        first, later = (f"{bound:.0e}".replace("e-0", "e-") for bound in BOUNDS)
         table.console.print(
             f"All {total} layouts give the gradient of the oracle; the largest deviation is {table.worst:.1e}.\n"
-            f"Rounding may reach {BOUNDS[0]:g} in the first step and {BOUNDS[1]:g} after it. ({seconds:.0f} s)",
+            f"Rounding may reach {first} in the first step and {later} after it. ({seconds:.0f} s)",
             style="green",
         )
         return 0
