@@ -87,13 +87,21 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
-        raise ModelError(
-            f"no tokenizer can be loaded from {folder}",
-            found=str(error).splitlines()[0],
-            expected="tokenizer.json and tokenizer_config.json",
-        ) from error
+        raise _no_tokenizer(folder, str(error).splitlines()[0]) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes some from no file at all
+        raise _no_tokenizer(folder, f"a {type(tokenizer).__name__} without a vocabulary")
+    return tokenizer
+
+
+def _no_tokenizer(folder: Path, found: str) -> ModelError:
+    return ModelError(
+        f"no tokenizer can be loaded from {folder}",
+        found=found,
+        expected="tokenizer.json and tokenizer_config.json",
+        fix="put the tokenizer's files beside the model's",
+    )
 
 
 def _check_positions(config: SftConfig, hf_config: Any) -> None:
