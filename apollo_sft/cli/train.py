@@ -6,17 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import FrameType
 
 from apollo_sft import __main__ as entry
+from apollo_sft.checkpoint.layout import read_run
 from apollo_sft.config.schema import TrainerConfig
-from apollo_sft.errors import ConfigError
+from apollo_sft.errors import ConfigError, Preempted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code of the training: 0 done, 1 failed, 2 refused.
+    """Returns the exit code of the training: 0 done, 1 failed, 2 refused, 75 stopped by a signal with the state saved.
 
     Raises: ConfigError, before torch is imported.
     """
@@ -31,7 +33,9 @@ def main(arguments: list[str]) -> int:
     processes = _num_processes(composed.config.trainer, nproc)
     if processes == 1:
         return entry.main(overrides)
-    return _torchrun(processes, overrides)
+    code = _torchrun(processes, overrides)
+    stopped = (read_run(Path(composed.config.trainer.default_local_dir)) or {}).get("status") == "preempted"
+    return Preempted.exit_code if code == 1 and stopped else code
 
 
 def _take_nproc(arguments: list[str]) -> tuple[int | None, list[str]]:
@@ -68,8 +72,8 @@ def _num_processes(trainer: TrainerConfig, nproc: int | None) -> int:
 
 
 def _torchrun(processes: int, overrides: list[str]) -> int:
-    """Run torchrun, pass signals on to it, return its exit code (1 for every failure of a rank)."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1"]
+    """Run torchrun, pass signals on to it, return the exit code of the rank that failed first."""
+    command = [sys.executable, "-m", "apollo_sft.cli.launcher", "--standalone", "--nnodes=1"]
     command += [f"--nproc_per_node={processes}", "-m", "apollo_sft", *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(processes)))}
     launcher = subprocess.Popen(command, env=environment, start_new_session=True)

@@ -49,4 +49,6 @@ def test_the_wheel_runs_far_from_the_checkout(tmp_path: Path) -> None:
     where = run(python, "-c", "import apollo_sft.errors as e; print(e.__file__)", cwd=home, **packages)
     assert Path(where.strip()).is_relative_to(home / "venv"), "the installed package, not the checkout's"
     assert "train_batch_size: 256" in run(python, "-m", "apollo_sft", "--help", cwd=home, **packages)
+    demo = run(home / "venv" / "bin" / "apollo-sft", "demo", cwd=home, **packages)
+    assert "exact match after: " in demo
     assert "apollo-sft 0." in run(home / "venv" / "bin" / "apollo-sft", "--version", cwd=home, **packages)
