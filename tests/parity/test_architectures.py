@@ -14,12 +14,12 @@ import pytest
 from apollo_sft.data.pack import pack
 from apollo_sft.errors import ModelError
 from apollo_sft.model import attention, load
+from apollo_sft.model.oracle import StaysDouble
 from apollo_sft.model.proof import prove
 from apollo_sft.model.sft_model import SftModel
 from tests.support.architectures import (
     CASES,
     MUST_PASS,
-    StaysDouble,
     case_config,
     documents,
     load_case,

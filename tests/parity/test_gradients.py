@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from apollo_sft.model import attention, load
+from apollo_sft.model.oracle import StaysDouble
 from apollo_sft.parallel.launch import World
 from apollo_sft.types import IGNORE_INDEX, Sample
 from tests.parity.gradient_worker import run_cells
-from tests.support.architectures import StaysDouble
 from tests.support.models import save_tiny_model, tiny_config
 from tests.support.oracle import oracle_gradients, total_norm, worst_difference
 from tests.support.ranks import run_ranks

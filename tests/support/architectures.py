@@ -8,7 +8,6 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from apollo_sft.data.pack import pack
 from apollo_sft.model import attention, load
@@ -172,21 +171,6 @@ def documents() -> list[Sample]:
         labels[: tokens if row == 3 else tokens // 3] = IGNORE_INDEX
         samples.append(Sample(ids, labels, RowRef("rows", row), (1,)))
     return samples
-
-
-class StaysDouble(TorchDispatchMode):
-    """Inside, nothing that is float64 is cast to float32.
-
-    transformers computes norms, softmax and routers in float32 whatever the weights. The order in which it then sums
-    over tokens shows at 1e-7; in float64 throughout, what is the same function agrees to 1e-12.
-    """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        casts = func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64
-        if casts and kwargs.get("dtype") == torch.float32:
-            kwargs = kwargs | {"dtype": torch.float64}
-        return func(*args, **kwargs)
 
 
 Gradients = dict[str, Tensor]
