@@ -110,3 +110,5 @@ def _quiet_libraries(is_main: bool) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    # What DCP says of a run of one process, which needs no process group.
+    warnings.filterwarnings("ignore", message=r".*assuming the intent is to (save|load) in a single process")

@@ -106,7 +106,7 @@ def run_loop(run: Run, stop: StopFlag, first_step: int) -> None:
         run.reporter.record(record)
         if result.stop or run.checkpoints.due(batch.step + 1, run.schedule.total_steps):
             run.checkpoints.save(batch.step + 1, run.model, run.optimizer)
-        if result.stop:
+        if result.stop and batch.step + 1 < run.schedule.total_steps:
             raise Preempted(
                 f"stopped by {stop.name or 'a signal to another rank'} after step {batch.step + 1} of "
                 f"{run.schedule.total_steps}; the state is saved",
