@@ -26,7 +26,7 @@ SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SL
 class Place:
     """`host` tells this machine, or this torchrun agent, from the others. `local_size` is None when nothing says it.
 
-    `variables`: what torch's rendezvous and the user's own modules expect in the environment.
+    `variables`: what torch's rendezvous and the user's own modules expect in the environment of several processes.
     """
 
     rank: int
@@ -59,8 +59,9 @@ def read_place(environ: Mapping[str, str]) -> Place:
     given = environ.get("LOCAL_WORLD_SIZE")
     local_size = _number(environ, "LOCAL_WORLD_SIZE", given) if given else None
     group = environ.get("GROUP_RANK") or (environ.get("SLURM_NODEID", "") if by_slurm else "")
-    variables = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
+    variables = {}
     if size > 1:
+        variables = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
         variables |= _rendezvous(environ, by_slurm)
     if group:
         variables["GROUP_RANK"] = group

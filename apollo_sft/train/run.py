@@ -38,8 +38,7 @@ def train(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str]
     Raises: ApolloError with one message for the user.
     """
     place = read_place(os.environ)
-    if place.size > 1:
-        os.environ.update(place.variables)
+    os.environ.update(place.variables)
     load_external_lib(config.model.external_lib)
     on_cuda = config.trainer.device != "cpu" and torch.cuda.is_available()
     setup_logging(place.rank == 0)
