@@ -139,7 +139,7 @@ def _check_complete(folder: Path, move: Move) -> None:
 
 def _read_move(journal: Path) -> Move:
     """Raises: CheckpointError for a journal that we cannot have written."""
-    content = _read_json(journal)
+    content = read_json(journal)
     try:
         move = Move(content["staging"], content["files"], content["stale"])
     except KeyError as error:
@@ -160,7 +160,7 @@ def model_files(folder: Path) -> list[str]:
 def _listed_files(manifest: Path) -> Mapping[str, Any]:
     if not manifest.is_file():
         return {}
-    files: dict[str, Any] = _read_json(manifest).get("files", {})
+    files: dict[str, Any] = read_json(manifest).get("files", {})
     return {name: facts for name, facts in files.items() if Path(name).name == name and name not in (".", "..")}
 
 
@@ -213,7 +213,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     write_durably(path, json.dumps(content, indent=1) + "\n")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises: CheckpointError when the file is no JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

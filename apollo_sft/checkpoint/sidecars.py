@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from apollo_sft.checkpoint.tensor_files import DTYPES, read_json
+from apollo_sft.checkpoint.publish import read_json
+from apollo_sft.checkpoint.tensor_files import DTYPES
 from apollo_sft.types import BaseModel, TensorSpec
 
 SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")

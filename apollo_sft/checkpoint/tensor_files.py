@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apollo_sft.checkpoint.publish import read_json
 from apollo_sft.errors import CheckpointError, ModelError
 from apollo_sft.types import TensorSpec
 
@@ -164,17 +165,6 @@ def tensor_digest(tensor: Tensor) -> str:
 
 def num_bytes(spec: TensorSpec) -> int:
     return math.prod(spec.shape) * DTYPE_BITS[spec.dtype] // 8
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises: CheckpointError when the file is no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON", found=error) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object", found=type(content).__name__)
-    return content
 
 
 def split_into_shards(tensors: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[list[str]]:

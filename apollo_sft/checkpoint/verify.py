@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from apollo_sft.checkpoint.publish import read_json
 from apollo_sft.checkpoint.sidecars import main_dtype
-from apollo_sft.checkpoint.tensor_files import INDEX_FILE, StoredTensor, file_digest, read_json, read_tensors, safe_path
+from apollo_sft.checkpoint.tensor_files import INDEX_FILE, StoredTensor, file_digest, read_tensors, safe_path
 from apollo_sft.errors import CheckpointError
 from apollo_sft.types import TensorSpec
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from apollo_sft.checkpoint.tensor_files import read_base_tensors, read_json
+from apollo_sft.checkpoint.publish import read_json
+from apollo_sft.checkpoint.tensor_files import read_base_tensors
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.store import SampleStore, StoreRequest, prepare_store
 from apollo_sft.data.template import ChatTemplate, resolve_template
