@@ -18,8 +18,8 @@ from apollo_sft.parallel.launch import World
 from apollo_sft.report.metrics import Record, StepFacts, train_record, val_record
 from apollo_sft.train.checkpoints import Checkpoints
 from apollo_sft.train.evaluate import evaluate
+from apollo_sft.train.optim import Schedule
 from apollo_sft.train.reporter import Reporter
-from apollo_sft.train.schedule import Schedule
 from apollo_sft.train.step import train_step
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

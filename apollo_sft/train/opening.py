@@ -19,8 +19,8 @@ from apollo_sft.errors import ConfigError, TopologyError
 from apollo_sft.parallel.launch import World, answer, ask_others
 from apollo_sft.parallel.mesh import check_mesh
 from apollo_sft.report.log import say, terminal, warn
+from apollo_sft.train.optim import Schedule, warmup_steps
 from apollo_sft.train.preflight import Prepared
-from apollo_sft.train.schedule import Schedule, warmup_steps
 
 LINE_WIDTH = 80
 TITLE_WIDTH = 9

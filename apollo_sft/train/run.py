@@ -27,9 +27,9 @@ from apollo_sft.train.checkpoints import Checkpoints
 from apollo_sft.train.finish import export, summary
 from apollo_sft.train.loop import Run, StopFlag, run_loop
 from apollo_sft.train.opening import announce, check_shared, check_world, config_text, schedule_of
+from apollo_sft.train.optim import Schedule
 from apollo_sft.train.preflight import Prepared, load_external_lib, prepare, seed_everything
 from apollo_sft.train.reporter import Reporter
-from apollo_sft.train.schedule import Schedule
 
 
 def train(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str]) -> None:

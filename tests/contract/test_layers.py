@@ -31,7 +31,7 @@ def copy(tmp_path: Path) -> Path:
     [
         (None, ""),
         ("config/aliases.py", "import torch"),
-        ("data/pack.py", "from apollo_sft.model import head"),
+        ("data/loader.py", "from apollo_sft.model import head"),
         ("checkpoint/layout.py", "from apollo_sft.train import loop"),
         ("train/optim.py", "from apollo_sft.cli import main"),
         ("errors.py", "from apollo_sft.config import schema"),

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from apollo_sft.config.compose import compose
-from apollo_sft.data.pack import pack
+from apollo_sft.data.loader import pack
 from apollo_sft.model import attention, load
 from apollo_sft.model.oracle import StaysDouble
 from apollo_sft.model.sft_model import SftModel

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from apollo_sft.data.pack import pack
+from apollo_sft.data.loader import pack
 from apollo_sft.errors import ModelError
 from apollo_sft.model import attention, load
 from apollo_sft.model.oracle import StaysDouble

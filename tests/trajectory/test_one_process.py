@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from apollo_sft.errors import ConfigError
 from apollo_sft.model.oracle import StaysDouble
-from apollo_sft.train.schedule import Schedule
+from apollo_sft.train.optim import Schedule
 from tests.support.data import write_parquet
 from tests.support.runs import read_metrics, rows, series, status, train_here, without_clock, write_inputs
 

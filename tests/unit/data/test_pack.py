@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from apollo_sft.data.pack import pack
+from apollo_sft.data.loader import pack
 from apollo_sft.types import IGNORE_INDEX, RowRef, Sample
 
 

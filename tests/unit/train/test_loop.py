@@ -10,7 +10,7 @@ from apollo_sft.config.compose import compose
 from apollo_sft.data.loader import Loader
 from apollo_sft.data.plan import PlanSpec
 from apollo_sft.train.loop import Run
-from apollo_sft.train.schedule import Schedule
+from apollo_sft.train.optim import Schedule
 from tests.support.samples import random_samples, write_store
 
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from apollo_sft.train.schedule import Schedule, warmup_steps
+from apollo_sft.train.optim import Schedule, warmup_steps
 
 
 def cosine(total: int = 100, warmup: int = 10, **changes: object) -> Schedule:
