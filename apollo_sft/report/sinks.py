@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import secrets
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,19 +12,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from apollo_sft.errors import ConfigError
+from apollo_sft.errors import ConfigError, Preempted
 from apollo_sft.report.log import say, warn
 from apollo_sft.report.metrics import Record
 
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """What a logger is told of the run. `config` is the resolved configuration."""
+    """What a logger is told of the run. `config` is the resolved configuration, `first_step` the number of steps that
+    were done before: later ones, which an earlier process may have logged, come again."""
 
     folder: Path
     project: str
     experiment: str
     config: dict[str, Any]
+    first_step: int = 0
 
 
 class Sink(Protocol):
@@ -37,7 +41,8 @@ class TensorBoard:
     def __init__(self, info: RunInfo) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(info.folder / "tensorboard"))
+        again_from = info.first_step + 1 if info.first_step else 0  # step 0 is a validation before the first
+        self._writer = SummaryWriter(str(info.folder / "tensorboard"), purge_step=again_from)
 
     def log(self, record: Record) -> None:
         for name, value in record.items():
@@ -49,12 +54,19 @@ class TensorBoard:
 
 
 class Wandb:
+    """A run folder is one run of wandb, however often it was started again: its id lies in `wandb/run_id`."""
+
     def __init__(self, info: RunInfo) -> None:
         import wandb
 
-        settings = wandb.Settings(console="off", silent=True)
         self._run = wandb.init(
-            project=info.project, name=info.experiment, dir=str(info.folder), config=info.config, settings=settings
+            project=info.project,
+            name=info.experiment,
+            dir=str(info.folder),
+            config=info.config,
+            id=_wandb_id(info.folder / "wandb" / "run_id"),
+            resume="allow",
+            settings=wandb.Settings(console="off", silent=True),
         )
         say(f"wandb: offline, in {Path(self._run.dir).parent}" if self._run.offline else f"wandb: {self._run.url}")
 
@@ -65,9 +77,21 @@ class Wandb:
     def close(self) -> None:
         import wandb
 
-        failed = sys.exc_info()[0] is not None  # closed on the way out of an error: wandb shows the run as failed
-        self._run.finish(exit_code=int(failed))
+        reason = sys.exc_info()[1]  # closed on the way out of an error: wandb shows the run as failed, or as preempted
+        if isinstance(reason, Preempted):
+            self._run.mark_preempting()
+        self._run.finish(exit_code=int(reason is not None))
         wandb.teardown()  # offline, `finish` comes back before the file is whole
+
+
+def _wandb_id(path: Path) -> str:
+    """That of the environment, else the one of the folder's earlier starts, else a new one. Stored for the next."""
+    stored = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    run_id = os.environ.get("WANDB_RUN_ID") or stored or secrets.token_hex(4)
+    if run_id != stored:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(run_id + "\n", encoding="utf-8")
+    return run_id
 
 
 BACKENDS: dict[str, tuple[str, Callable[[RunInfo], Sink]]] = {

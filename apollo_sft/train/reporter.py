@@ -11,18 +11,18 @@ from apollo_sft.report.sinks import RunInfo, Sinks
 class Reporter:
     """Off rank 0 it is made with `info=None` and does nothing.
 
-    `last_step`: the number of steps of the run; `first_step`: of those done before.
+    `last_step`: the number of steps of the run.
 
     metrics.jsonl gets every record. The loggers get every `log_freq`-th step, the first, the last, and validations.
     """
 
-    def __init__(self, trainer: TrainerConfig, info: RunInfo | None, last_step: int, first_step: int = 0) -> None:
+    def __init__(self, trainer: TrainerConfig, info: RunInfo | None, last_step: int) -> None:
         names = trainer.logger if info is not None else ()
         self.validations: list[Record] = []
         self.steps, self.tokens, self.seconds = 0, 0, 0.0
         self._log_freq = trainer.log_freq
         self._last_step = last_step
-        self._writer = None if info is None else MetricsWriter(info.folder / "metrics.jsonl", first_step)
+        self._writer = None if info is None else MetricsWriter(info.folder / "metrics.jsonl", info.first_step)
         self._sinks = None if info is None else Sinks(names, info)
         self._console = Console(last_step, trainer.log_freq, enabled="console" in names)
 

@@ -143,5 +143,6 @@ def _reporter(config: SftConfig, folder: RunFolder | None, schedule: Schedule, f
     trainer = config.trainer
     info = None
     if folder is not None:
-        info = RunInfo(folder.root, trainer.project_name, trainer.experiment_name, config.model_dump(mode="json"))
-    return Reporter(trainer, info, schedule.total_steps, first_step)
+        settings = config.model_dump(mode="json")
+        info = RunInfo(folder.root, trainer.project_name, trainer.experiment_name, settings, first_step)
+    return Reporter(trainer, info, schedule.total_steps)

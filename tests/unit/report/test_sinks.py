@@ -3,14 +3,16 @@ import json
 import resource
 import struct
 import sys
+import time
 import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from apollo_sft.errors import ConfigError
+from apollo_sft.errors import ConfigError, Preempted
 from apollo_sft.report import sinks
 from apollo_sft.report.log import setup_logging
 from apollo_sft.report.metrics import Record, StepFacts, train_record, val_record
@@ -56,11 +58,42 @@ def test_tensorboard_holds_every_metric_at_its_step(info: RunInfo) -> None:
         assert found == {record["step"]: pytest.approx(record[name], rel=1e-6) for record in RECORDS if name in record}
 
 
+def test_tensorboard_shows_a_step_that_was_done_again_once(info: RunInfo) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    killed = Sinks(["tensorboard"], info)
+    for step in (0, 1, 2, 3, 4):
+        killed.log({"step": step, "val/loss": 10.0 + step})
+    killed.close()
+    again = Sinks(["tensorboard"], replace(info, first_step=2))
+    for step in (3, 4, 5):
+        again.log({"step": step, "val/loss": 20.0 + step})
+    again.close()
+    events = EventAccumulator(str(info.folder / "tensorboard")).Reload().Scalars("val/loss")
+    assert [(event.step, event.value) for event in events] == [(0, 10), (1, 11), (2, 12), (3, 23), (4, 24), (5, 25)]
+
+
+def test_tensorboard_forgets_what_a_start_from_the_first_step_does_again(info: RunInfo) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for value in (1.0, 2.0):
+        opened = Sinks(["tensorboard"], info)
+        for step in (0, 1):
+            opened.log({"step": step, "val/loss": value})
+        opened.close()
+    events = EventAccumulator(str(info.folder / "tensorboard")).Reload().Scalars("val/loss")
+    assert [(event.step, event.value) for event in events] == [(0, 2), (1, 2)]
+
+
 def offline_records(folder: Path) -> Iterator[Any]:
     """The records of the one offline run under `folder`, in order."""
+    [path] = folder.glob("wandb/offline-run-*/run-*.wandb")
+    yield from records_of(path)
+
+
+def records_of(path: Path) -> Iterator[Any]:
     from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 
-    [path] = folder.glob("wandb/offline-run-*/run-*.wandb")
     content, position, pending = path.read_bytes(), 7, b""
     while position < len(content):
         room = BLOCK - position % BLOCK
@@ -108,6 +141,63 @@ def test_wandb_is_told_that_a_run_failed(info: RunInfo) -> None:
         failing_run()
     [end] = [record.exit for record in offline_records(info.folder) if record.WhichOneof("record_type") == "exit"]
     assert end.exit_code == 1
+
+
+def starts(folder: Path) -> list[tuple[str, list[int]]]:
+    """(id of the run, its steps) of every start that left a file, in order."""
+    found = []
+    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+        records = list(records_of(path))
+        [run_id] = {record.run.run_id for record in records if record.WhichOneof("record_type") == "run"}
+        steps = [record.history.step.num for record in records if record.WhichOneof("record_type") == "history"]
+        found.append((run_id, steps))
+    return found
+
+
+def test_wandb_goes_on_with_the_same_run(info: RunInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    asked = []
+    init = wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **settings: (asked.append(settings["resume"]), init(**settings))[1])
+    for first_step in (0, 2, 3):
+        opened = Sinks(["wandb"], replace(info, first_step=first_step))
+        for step in (first_step + 1, first_step + 2):
+            opened.log({"step": step, "train/loss": 1.0})
+        opened.close()
+        time.sleep(1.1)  # an offline folder is named by the second
+    (first_id, _), *later = found = starts(info.folder)
+    assert [steps for _, steps in found] == [[1, 2], [3, 4], [4, 5]]
+    assert {run_id for run_id, _ in later} == {first_id}
+    assert asked == ["allow"] * 3
+
+
+def test_wandb_takes_the_id_of_the_environment_and_another_folder_another_id(
+    info: RunInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = replace(info, folder=info.folder.with_name("other"))
+    other.folder.mkdir()
+    for each in (info, other):
+        run_all(["wandb"], each)
+    time.sleep(1.1)
+    [(mine, _)], [(others, _)] = starts(info.folder), starts(other.folder)
+    assert mine != others
+    monkeypatch.setenv("WANDB_RUN_ID", "chosen-by-the-user")
+    run_all(["wandb"], info)
+    assert [run_id for run_id, _ in starts(info.folder)] == [mine, "chosen-by-the-user"]
+
+
+def test_wandb_is_told_that_a_run_was_preempted(info: RunInfo) -> None:
+    def stopped_run() -> None:
+        opened = Sinks(["wandb"], info)
+        try:
+            raise Preempted("stopped by SIGTERM")
+        finally:
+            opened.close()
+
+    with pytest.raises(Preempted):
+        stopped_run()
+    assert "preempting" in {record.WhichOneof("record_type") for record in offline_records(info.folder)}
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
