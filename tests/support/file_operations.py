@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import io
 import os
+import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +15,10 @@ from typing import Any
 
 import pytest
 
+LOSSES = ("all", "content", "oldest")
+At = Callable[[Path], Path]
+"""Where a path of the recorded folder lies in the folder that something is taken from."""
+
 
 class Crash(BaseException):
     """Not an Exception: no handler in the code under test may catch it."""
@@ -19,107 +26,209 @@ class Crash(BaseException):
 
 @dataclass(frozen=True)
 class Pending:
-    """A rename or a removal that is durable only when `folder` has been synced."""
+    """A new entry, a rename or a removal that is durable only when `folder` has been synced."""
 
     folder: Path
-    undo: Callable[[], None]
+    undo: Callable[[At], None]
+    is_new: bool = False
 
 
 class FileOperations:
-    """Counts opens for writing, syncs, renames, removals and new folders; raises `Crash` before number `crash_at`.
+    """Counts, from any thread, opens for writing, syncs, renames, links, removals and new folders.
 
-    `lose("all")` then takes away what a power loss may take: the content of files, and the renames and removals in
-    folders, that were not synced since. `lose("oldest")` takes only the oldest such rename or removal: the disk need
-    not keep the order.
+    Before number `crash_at` it raises `fault` (a `Crash` when there is none), and before every later one: a world that
+    has ended does not go on. With `heals` a fault comes once. With a `root` only operations below it count, and files
+    that appear there by other ways (libraries in Rust write by themselves) are found and taken as not synced.
     """
 
-    def __init__(self, crash_at: int | None) -> None:
+    def __init__(
+        self,
+        crash_at: int | None,
+        root: Path | None = None,
+        fault: Callable[[], BaseException] = Crash,
+        heals: bool = False,
+    ) -> None:
         self.crash_at = crash_at
         self.count = 0
+        self.log: list[str] = []
+        self.crashed = False
+        self._root, self._fault, self._heals = root, fault, heals
+        self._lock = threading.RLock()
         self._unsynced_files: set[Path] = set()
         self._pending: list[Pending] = []
+        self._known = set(_files(root))
         self._move = os.replace
-
-    def _tick(self) -> None:
-        if self.count == self.crash_at:
-            raise Crash
-        self.count += 1
+        self._is_counting = True
 
     @contextmanager
     def active(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileOperations]:
         with monkeypatch.context() as patch:
-            patch.setattr(os, "unlink", self._removing(os.unlink))
-            patch.setattr(os, "fsync", self._syncing(os.fsync))
-            patch.setattr(io, "open", self._opening(io.open))
+            for name, wrap in (
+                ("unlink", self._removing),
+                ("remove", self._removing),
+                ("fsync", self._syncing),
+                ("rmdir", self._removing_folder),
+                ("mkdir", self._making_folder),
+                ("symlink", self._linking),
+            ):
+                patch.setattr(os, name, wrap(getattr(os, name)))
+            for module in (io, builtins):
+                patch.setattr(module, "open", self._opening(module.open))
             for name in ("replace", "rename"):
                 patch.setattr(os, name, self._moving)
-            for name in ("rmdir", "mkdir"):
-                patch.setattr(os, name, self._counted(getattr(os, name)))
             yield self
+        self._find_files_of_others()
 
-    def lose(self, what: str) -> None:
-        lost = self._pending[:1] if what == "oldest" else self._pending[::-1]
-        for pending in lost:
-            pending.undo()
-        for path in self._unsynced_files if what == "all" else ():
+    def lose(self, what: str, at: At = lambda path: path) -> None:
+        """What a power loss may take of that which was not synced since. `at`: where the folder was copied to.
+
+        all: the content of files, new entries, renames and removals; content: half of each file, while all names
+        stay; oldest: the oldest rename or removal alone, since a disk need not keep the order.
+        """
+        self._is_counting = False
+        oldest = [pending for pending in self._pending if not pending.is_new][:1]
+        for pending in {"all": self._pending[::-1], "oldest": oldest, "content": []}[what]:
+            pending.undo(at)
+        for path in map(at, self._unsynced_files if what != "oldest" else ()):
             if path.is_file():
-                path.write_bytes(b"")
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if what == "content" else b"")
+
+    def _tick(self, operation: str, path: Any) -> Path | None:
+        """The path in full when the operation is one of ours. Raises: the fault."""
+        full = Path(path).absolute() if self._is_counting else None
+        if full is None or (self._root is not None and not full.is_relative_to(self._root)):
+            return None
+        self._find_files_of_others()
+        if self.crash_at is not None and self.count >= self.crash_at and not (self._heals and self.crashed):
+            self.crashed = True
+            raise self._fault()
+        self.count += 1
+        self.log.append(f"{operation} {full if self._root is None else full.relative_to(self._root)}")
+        return full
+
+    def _find_files_of_others(self) -> None:
+        for path in _files(self._root):
+            if path not in self._known:
+                self._is_new_file(path)
+
+    def _is_new_file(self, path: Path) -> None:
+        self._known.add(path)
+        self._unsynced_files.add(path)
+        self._pending.append(Pending(path.parent, lambda at: at(path).unlink(missing_ok=True), is_new=True))
 
     def _moving(self, source: Any, target: Any) -> None:
-        self._tick()
-        source, target = Path(source), Path(target)
-        before = target.read_bytes() if target.is_file() else None
-        self._move(source, target)
-        if source in self._unsynced_files:
-            self._unsynced_files.add(target)
+        with self._lock:
+            full = self._tick("rename", target)
+            if full is None:
+                self._move(source, target)
+                return
+            source, target = Path(source).absolute(), full
+            before = _content(target)
+            self._move(source, target)
+            self._unsynced_files = {_moved(path, source, target) for path in self._unsynced_files}
+            self._known |= {_moved(path, source, target) for path in self._known}
+            self._pending.append(Pending(target.parent, lambda at: self._move_back(at(source), at(target), before)))
 
-        def undo() -> None:
-            if target.exists() and source.parent.is_dir():
-                self._move(target, source)
-                if before is not None:
-                    target.write_bytes(before)
-
-        self._pending.append(Pending(target.parent, undo))
+    def _move_back(self, source: Path, target: Path, before: bytes | str | None) -> None:
+        if os.path.lexists(target) and source.parent.is_dir():
+            self._move(target, source)
+            _restore(target, before)
 
     def _removing(self, unlink: Callable[..., None]) -> Callable[..., None]:
         def removed(path: Any, *, dir_fd: int | None = None) -> None:
-            self._tick()
-            if dir_fd is not None:  # a staging folder that is thrown away: nothing hangs on its order
+            with self._lock:
+                full = self._tick("unlink", _in_folder(path, dir_fd))
+                before = None if full is None else _content(full)
                 unlink(path, dir_fd=dir_fd)
-                return
-            content = Path(path).read_bytes()
-            unlink(path)
-            self._pending.append(Pending(Path(path).parent, lambda: _restore(Path(path), content)))
+                if full is not None:
+                    self._pending.append(Pending(full.parent, lambda at: _restore(at(full), before)))
 
         return removed
 
+    def _removing_folder(self, rmdir: Callable[..., None]) -> Callable[..., None]:
+        def removed(path: Any, *, dir_fd: int | None = None) -> None:
+            with self._lock:
+                full = self._tick("rmdir", _in_folder(path, dir_fd))
+                rmdir(path, dir_fd=dir_fd)
+                if full is not None:
+                    self._pending.append(Pending(full.parent, lambda at: at(full).mkdir(parents=True, exist_ok=True)))
+
+        return removed
+
+    def _making_folder(self, mkdir: Callable[..., None]) -> Callable[..., None]:
+        def made(path: Any, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
+            with self._lock:
+                full = self._tick("mkdir", _in_folder(path, dir_fd))
+                mkdir(path, mode, dir_fd=dir_fd)
+                if full is not None:
+                    self._pending.append(
+                        Pending(full.parent, lambda at: shutil.rmtree(at(full), ignore_errors=True), is_new=True)
+                    )
+
+        return made
+
+    def _linking(self, symlink: Callable[..., None]) -> Callable[..., None]:
+        def linked(source: Any, target: Any, *args: Any, **kwargs: Any) -> None:
+            with self._lock:
+                full = self._tick("symlink", target)
+                symlink(source, target, *args, **kwargs)
+                if full is not None:
+                    undo = Pending(full.parent, lambda at: at(full).unlink(missing_ok=True), is_new=True)
+                    self._pending.append(undo)
+
+        return linked
+
     def _syncing(self, sync: Callable[[int], None]) -> Callable[[int], None]:
         def synced(descriptor: int) -> None:
-            self._tick()
-            sync(descriptor)
-            path = Path(f"/proc/self/fd/{descriptor}").readlink()
-            self._unsynced_files.discard(path)
-            self._pending = [pending for pending in self._pending if pending.folder != path]
+            with self._lock:
+                full = self._tick("fsync", Path(f"/proc/self/fd/{descriptor}").readlink())
+                sync(descriptor)
+                if full is not None:
+                    self._unsynced_files.discard(full)
+                    self._pending = [pending for pending in self._pending if pending.folder != full]
 
         return synced
 
     def _opening(self, opened: Callable[..., Any]) -> Callable[..., Any]:
         def opening(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-            if isinstance(file, (str, Path)) and set(mode) & set("wxa+"):
-                self._tick()
-                self._unsynced_files.add(Path(file))
-            return opened(file, mode, *args, **kwargs)
+            if not isinstance(file, (str, Path)) or not set(mode) & set("wxa+"):
+                return opened(file, mode, *args, **kwargs)
+            with self._lock:
+                full = self._tick("open", file)
+                stream = opened(file, mode, *args, **kwargs)
+                if full is not None:
+                    self._unsynced_files.add(full)
+                    if full not in self._known:
+                        self._is_new_file(full)
+                return stream
 
         return opening
 
-    def _counted(self, operation: Callable[..., None]) -> Callable[..., None]:
-        def counted(*args: Any, **kwargs: Any) -> None:
-            self._tick()
-            operation(*args, **kwargs)
 
-        return counted
+def _files(root: Path | None) -> list[Path]:
+    return [] if root is None else [Path(at) / name for at, _, names in os.walk(root) for name in names]
 
 
-def _restore(path: Path, content: bytes) -> None:
-    if not path.exists():
+def _in_folder(path: Any, dir_fd: int | None) -> Path:
+    return Path(path) if dir_fd is None else Path(f"/proc/self/fd/{dir_fd}").readlink() / path
+
+
+def _moved(path: Path, source: Path, target: Path) -> Path:
+    return target / path.relative_to(source) if path.is_relative_to(source) else path
+
+
+def _content(path: Path) -> bytes | str | None:
+    """Of a file, or where a link leads to; None when there is neither."""
+    if path.is_symlink():
+        return str(path.readlink())
+    return path.read_bytes() if path.is_file() else None
+
+
+def _restore(path: Path, content: bytes | str | None) -> None:
+    if content is None or os.path.lexists(path):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, str):
+        path.symlink_to(content)
+    else:
         path.write_bytes(content)
