@@ -11,14 +11,13 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
 from apollo_sft.checkpoint import publish, resume
+from apollo_sft.checkpoint.lock import FolderLock
 from apollo_sft.errors import AlreadyDone, ApolloError, ConfigError
 
 KEY = "trainer.default_local_dir"
@@ -28,7 +27,6 @@ RUN_JSON = "run.json"
 OWN_NAMES = frozenset(
     {RUN_JSON, "metrics.jsonl", "config.yaml", "data_audit.json", "adapter", "checkpoints", "tensorboard", "wandb"}
 )
-LOCK = publish.PREFIX + "lock"
 PROBE = publish.PREFIX + "probe"
 """Written and removed at the start of a run; one that a kill left behind is removed at the next start."""
 ARCHIVING_PREFIX = publish.PREFIX + "previous-"
@@ -43,7 +41,7 @@ Status = Literal["running", "finished", "failed", "refused", "preempted"]
 class RunFolder:
     """A claimed folder. `notes` says in words what claiming it changed. `resume_from`: the checkpoint to go on from."""
 
-    def __init__(self, root: Path, lock: FileLock, notes: list[str]) -> None:
+    def __init__(self, root: Path, lock: FolderLock, notes: list[str]) -> None:
         self.root = root
         self.notes = notes
         self.metrics = root / "metrics.jsonl"
@@ -57,20 +55,22 @@ class RunFolder:
         self._started = _now()
 
     @classmethod
-    def claim(cls, path: str | Path, resume_mode: str, config: Mapping[str, Any]) -> RunFolder:
+    def claim(
+        cls, path: str | Path, resume_mode: str, config: Mapping[str, Any], say: Callable[[str], object] = str
+    ) -> RunFolder:
         """Take the folder for this run, or refuse, before anything in it was changed. Call `write_run` next.
 
         A save that an earlier run was killed in is finished or undone. With `resume_mode` "disable" an earlier run
         of ours moves to `previous-<time>/`; one that trained nothing is written over; one of the same `config` is gone
-        on with, from its newest whole checkpoint.
+        on with, from its newest whole checkpoint. `say` is told of a long wait.
         Raises: ConfigError for files that are not ours, a run of another config or a live one, or a folder that cannot
         be written; AlreadyDone when the earlier run is complete.
         """
         root = Path(path).expanduser().absolute()
         _refuse_foreign_files(root)
         _make_writable(root)
-        lock = _lock(root)
-        notes = publish.recover(root)
+        lock = FolderLock(root, say=say)
+        notes = lock.notes + publish.recover(root)
         notes += _finish_archiving(root)
         earlier = read_run(root)
         if earlier is not None and resume_mode == "disable":
@@ -212,20 +212,6 @@ def _make_writable(root: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"{KEY}={root} cannot be written", found=error, fix=f"choose another {KEY}") from error
-
-
-def _lock(root: Path) -> FileLock:
-    lock = FileLock(root / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        run = read_run(root) or {}
-        raise ConfigError(
-            f"{KEY}={root} is in use by a run that is still going on",
-            found=f"process {run.get('pid')} on {run.get('host')}, since {run.get('started')}",
-            fix=f"wait for it, end it, or choose another {KEY}",
-        ) from error
-    return lock
 
 
 def _trained_something(root: Path) -> bool:
