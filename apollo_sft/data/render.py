@@ -57,7 +57,8 @@ class Renderer:
 
     def try_render(self, conversations: Sequence[Conversation]) -> list[list[Sample] | DataError]:
         """As `render`, with the error of a conversation in its place."""
-        laid_out = [self._try_lay_out(conversation) for conversation in conversations]
+        with self.sandbox.bounded():
+            laid_out = [self._try_lay_out(conversation) for conversation in conversations]
         encoded = iter(self.encoder.encode([text for text in laid_out if isinstance(text, Text)]))
         results: list[list[Sample] | DataError] = []
         for conversation, text in zip(conversations, laid_out, strict=True):

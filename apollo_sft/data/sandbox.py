@@ -3,7 +3,16 @@ the text identical to `tokenizer.apply_chat_template(tokenize=False)`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import faulthandler
+import math
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jinja2
@@ -14,10 +23,24 @@ from apollo_sft.errors import DataError
 from apollo_sft.types import Message
 
 OURS = ("messages", "tools", "documents", "add_generation_prompt")
+MAX_SECONDS = 5
+"""CPU time of one rendering, and of compiling the template; an honest one takes microseconds."""
+MAX_MEMORY_BYTES = 2 << 30
+"""Address space that the renderings of one call of `bounded` may add to the process."""
+MAX_CHARACTERS = 1 << 25
+"""Length of one rendering."""
+KILL_SECONDS = 20
+"""CPU time after which the system ends the process: a C loop that looks at no signal cannot be left otherwise. A
+traceback of the template is the last that is seen of it."""
+STDERR = 2
 
 
 class RenderError(Exception):
     """A template that failed on one conversation."""
+
+
+class _TimeUp(BaseException):
+    """No Exception: what a template calls may swallow those."""
 
 
 class Sandbox:
@@ -31,8 +54,11 @@ class Sandbox:
             if name in kwargs:
                 raise DataError(f"data.apply_chat_template_kwargs: {name} is set by the trainer")
         self.kwargs = kwargs
-        self.plain = _compile(template.text, template.source)
-        self.with_tools = _compile(template.text_for(True), template.source)
+        self._events = 0
+        """Beginnings and ends of what a template does: odd while one runs."""
+        with self.bounded():
+            self.plain = self._compile(template.text, template.source)
+            self.with_tools = self._compile(template.text_for(True), template.source)
 
     def render(
         self,
@@ -41,28 +67,89 @@ class Sandbox:
         row_kwargs: dict[str, Any],
         add_generation_prompt: bool,
     ) -> str:
-        """Raises: RenderError."""
+        """Call it inside of `bounded`. Raises: RenderError."""
         compiled = self.plain if tools is None else self.with_tools
+        given = {"messages": messages, "tools": tools, "documents": None}
+        given |= self.kwargs | row_kwargs | {"add_generation_prompt": add_generation_prompt}
         try:
-            text: str = compiled.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.kwargs | row_kwargs,
-            )
-        except Exception as error:  # foreign code may raise anything
-            raise RenderError(f"{type(error).__name__}: {error}") from error
+            text: str = self._timed(compiled.render, given)
+        except (Exception, _TimeUp) as error:  # foreign code may raise anything
+            raise RenderError(_said_by(error)) from error
+        if len(text) > MAX_CHARACTERS:
+            raise RenderError(f"the rendering has {len(text):,} characters; at most {MAX_CHARACTERS:,} are allowed")
         return text
 
+    def _compile(self, text: str, source: str) -> Any:
+        try:
+            return self._timed(chat_template_utils._compile_jinja_template, text)
+        except (Exception, _TimeUp) as error:  # the parser of jinja and that of Python have limits of their own
+            line = f"line {error.lineno}: {error.message}" if isinstance(error, jinja2.TemplateSyntaxError) else None
+            raise DataError(f"the chat template does not compile ({source})", found=line or _said_by(error)) from error
 
-def _compile(text: str, source: str) -> Any:
-    try:
-        return chat_template_utils._compile_jinja_template(text)
-    except jinja2.TemplateSyntaxError as error:
-        raise DataError(
-            f"the chat template does not compile ({source})", found=f"line {error.lineno}: {error.message}"
-        ) from error
+    def _timed(self, work: Callable[[Any], Any], argument: Any) -> Any:
+        self._events += 1
+        try:
+            return work(argument)
+        finally:
+            self._events += 1
+
+    @contextmanager
+    def bounded(self) -> Iterator[None]:
+        """Inside, templates may use only so much memory, and each rendering only so much time. Main thread only.
+
+        Source: setrlimit(2), setitimer(2). The clock counts CPU time, so that a busy machine fails no honest template.
+        """
+        memory, cpu = resource.getrlimit(resource.RLIMIT_AS), resource.getrlimit(resource.RLIMIT_CPU)
+        handler = signal.signal(signal.SIGPROF, self._ticks(cpu))
+        faulthandler.register(signal.SIGXCPU, file=STDERR, all_threads=False, chain=True)
+        try:
+            resource.setrlimit(resource.RLIMIT_AS, _at_most(_address_space_bytes() + MAX_MEMORY_BYTES, memory))
+            _postpone_the_kill(cpu)
+            signal.setitimer(signal.ITIMER_PROF, 1, 1)
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGPROF, handler)
+            resource.setrlimit(resource.RLIMIT_AS, memory)
+            resource.setrlimit(resource.RLIMIT_CPU, cpu)
+            faulthandler.unregister(signal.SIGXCPU)
+
+    def _ticks(self, cpu: tuple[int, int]) -> Callable[[int, FrameType | None], None]:
+        """What happens every second: a rendering that is met too often is ended."""
+        seen, count = 0, 0
+
+        def tick(number: int, frame: FrameType | None) -> None:
+            del number, frame
+            nonlocal seen, count
+            _postpone_the_kill(cpu)
+            count = count + 1 if seen == self._events else 1
+            seen = self._events
+            if count > MAX_SECONDS and seen % 2:
+                raise _TimeUp
+
+        return tick
+
+
+def _postpone_the_kill(limits: tuple[int, int]) -> None:
+    end = math.ceil(time.process_time()) + KILL_SECONDS
+    resource.setrlimit(resource.RLIMIT_CPU, _at_most(end, limits))
+
+
+def _said_by(error: BaseException) -> str:
+    if isinstance(error, _TimeUp):
+        return f"it was still running after {MAX_SECONDS} seconds"
+    if isinstance(error, MemoryError):
+        return f"it needs more than {MAX_MEMORY_BYTES >> 30} GiB of memory"
+    return f"{type(error).__name__}: {error}"
+
+
+def _at_most(soft: int, limits: tuple[int, int]) -> tuple[int, int]:
+    """`soft` as (soft, hard), but no limit that is there already is raised."""
+    return min([soft, *(limit for limit in limits if limit != resource.RLIM_INFINITY)]), limits[1]
+
+
+def _address_space_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def with_reasoning_names(messages: Sequence[Message]) -> list[Message]:
