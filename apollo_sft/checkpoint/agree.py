@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from apollo_sft.errors import ApolloError, CheckpointError
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def attempt(action: Callable[[], object]) -> Exception | None:
@@ -20,15 +25,17 @@ def attempt(action: Callable[[], object]) -> Exception | None:
     return None
 
 
-def agree(failure: Exception | None, model: Any) -> None:
+def agree(failure: Exception | None, model: Any = None, group: Any = None) -> None:
     """Raise on every rank when one has failed: on that rank what it met, on the others a word about it.
 
+    By default all ranks, where `model` lies; or those of a gloo group.
     Raises: CheckpointError.
     """
     failed = failure is not None
     if dist.is_available() and dist.is_initialized():
-        flag = torch.tensor(int(failed), device=next(model.parameters()).device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        device = torch.device("cpu") if model is None else next(model.parameters()).device
+        flag = torch.tensor(int(failed), device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
         failed = bool(flag.item())
     if isinstance(failure, ApolloError):
         raise failure
@@ -36,3 +43,34 @@ def agree(failure: Exception | None, model: Any) -> None:
         raise CheckpointError("the model could not be written", found=repr(failure)) from failure
     if failed:
         raise CheckpointError("the model was not saved: the rank that writes it failed and says why")
+
+
+def check_room(folder: Path, num_bytes: int, purpose: str) -> None:
+    """Raises: CheckpointError when the disk of `folder`, or of its first parent that exists, has less free."""
+    free = free_bytes(folder)
+    if free < num_bytes:
+        raise no_room(folder, free, purpose, needed=num_bytes)
+
+
+def no_room(folder: Path, free: int, purpose: str, needed: int) -> CheckpointError:
+    return CheckpointError(
+        f"the disk has no room for {purpose} in {folder}",
+        found=f"{free:,} bytes free",
+        expected=f"{needed:,} bytes",
+        fix="make room, lower trainer.max_ckpt_to_keep, or choose another trainer.default_local_dir",
+    )
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write on the disk of `folder`."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def explained(failure: Exception | None, folder: Path, needed: int) -> Exception | None:
+    """The failure, in words about the disk when it is a full one; libraries wrap it in errors of their own."""
+    cause: BaseException | None = failure
+    while cause is not None and not (isinstance(cause, OSError) and cause.errno in NO_ROOM):
+        cause = cause.__cause__ or cause.__context__
+    return failure if cause is None else no_room(folder, free_bytes(folder), "a checkpoint", needed)

@@ -1,4 +1,4 @@
-"""From live weights, whole or sharded, to a model folder that plain transformers opens."""
+"""Model folders that plain transformers opens: from live weights, whole or sharded, or from the files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from torch import Tensor
 from apollo_sft.checkpoint import publish, sidecars
 from apollo_sft.checkpoint.agree import agree, attempt
 from apollo_sft.checkpoint.conversion import ExportPlan, Group, plan_export
-from apollo_sft.checkpoint.tensor_files import DTYPES, ShardWriter
+from apollo_sft.checkpoint.state import StateFiles
+from apollo_sft.checkpoint.tensor_files import DTYPES, ShardWriter, num_bytes
 from apollo_sft.checkpoint.verify import verify_model_folder
 from apollo_sft.types import BaseModel, TensorSpec
 
 MAX_SHARD_BYTES = 5_000_000_000
 ADAPTER_FOLDER = "adapter"
+HF_FOLDER = "hf"
+"""Of a checkpoint. It is made from the files of the checkpoint: training need not stand still for it, no rank holds the
+model, and no collective is needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +91,14 @@ def export_model(model: Any, base: BaseModel, staging: Path, options: ExportOpti
             failure = attempt(partial(_add, writer, group, sources))
         del sources  # before the next is gathered, not after
     if writer is not None and failure is None:
-        failure = attempt(lambda: _finish(writer, type(model).__name__.removeprefix("FSDP"), base, plan, options))
+        failure = attempt(lambda: finish(writer, class_name(model), base, plan, options))
     agree(failure, model)
     return ExportResult(plan.tensors, writer.digests if writer else {}, tuple(plan.dropped))
+
+
+def class_name(model: Any) -> str:
+    """Of the transformers class, without what FSDP2 puts before it."""
+    return type(model).__name__.removeprefix("FSDP")
 
 
 def _add(writer: ShardWriter, group: Group, sources: list[Tensor]) -> None:
@@ -114,10 +123,11 @@ def _whole(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return cast.full_tensor() if isinstance(cast, DTensor) else cast
 
 
-def _finish(writer: ShardWriter, class_name: str, base: BaseModel, plan: ExportPlan, options: ExportOptions) -> None:
+def finish(writer: ShardWriter, architecture: str, base: BaseModel, plan: ExportPlan, options: ExportOptions) -> None:
+    """What lies beside the weights, once they are written."""
     writer.finish()
     folder = writer.folder
-    sidecars.write_config(folder, base, class_name, plan.tensors)
+    sidecars.write_config(folder, base, architecture, plan.tensors)
     sidecars.write_generation_config(folder, base, options.stop_token_ids)
     sidecars.write_tokenizer(folder, options.tokenizer, options.chat_template)
     if options.trust_remote_code:
@@ -137,11 +147,79 @@ def save_adapter(tensors: Mapping[str, Tensor], config: Any, root: Path, model: 
     agree(attempt(lambda: _write_adapter(whole, config, root)) if is_writer else None, model)
 
 
+def write_adapter_files(tensors: Mapping[str, Tensor], config: Any, folder: Path) -> None:
+    """PEFT's two files."""
+    save_file(dict(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+
+
 def _write_adapter(tensors: Mapping[str, Tensor], config: Any, root: Path) -> None:
     final = root / ADAPTER_FOLDER
     staging = publish.staging_folder(root, ADAPTER_FOLDER)
-    save_file(dict(tensors), staging / "adapter_model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(staging)
+    write_adapter_files(tensors, config, staging)
     if (final / publish.DIRECTORY_MANIFEST).is_file():  # of an earlier try of this run, which died later
         shutil.rmtree(final)
     publish.publish_directory(staging, final)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelForm:
+    """A full model: names of the base's own files, checked after writing.
+
+    `names`: name in a checkpoint by name in memory, the same for tied weights. `buffers`: what no checkpoint holds.
+    """
+
+    plan: ExportPlan
+    names: Mapping[str, str]
+    buffers: Mapping[str, Tensor]
+    architecture: str
+    base: BaseModel
+    options: ExportOptions
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(num_bytes(spec) for spec in self.plan.tensors.values())
+
+    def write(self, checkpoint: Path) -> None:
+        """Write `hf/` into the folder of a checkpoint whose state is written.
+
+        Raises: CheckpointError when it does not read back as it was written.
+        """
+        folder = checkpoint / HF_FOLDER
+        folder.mkdir()
+        state = StateFiles(checkpoint)
+        writer = ShardWriter(folder, self.plan.tensors, self.options.max_shard_bytes)
+        for group in self.plan.groups:
+            sources = [
+                state.read(self.names[name]) if name in self.names else self.buffers[name] for name in group.sources
+            ]
+            for name, tensor in group.split(sources).items():
+                writer.add(name, tensor)
+        finish(writer, self.architecture, self.base, self.plan, self.options)
+        verify_model_folder(folder, self.plan.tensors, writer.digests, self.options.trust_remote_code)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterForm:
+    """A LoRA adapter in PEFT's format. `names`: name in a checkpoint by name in the adapter's file."""
+
+    names: Mapping[str, str]
+    config: Any
+    num_bytes: int
+
+    def write(self, checkpoint: Path) -> None:
+        """Write `hf/` into the folder of a checkpoint whose state is written."""
+        folder = checkpoint / HF_FOLDER
+        folder.mkdir()
+        state = StateFiles(checkpoint)
+        write_adapter_files({name: state.read(saved) for name, saved in self.names.items()}, self.config, folder)
+
+
+def model_form(causal_lm: Any, prefix: str, base: BaseModel, options: ExportOptions) -> ModelForm:
+    """`causal_lm` may be sharded or on meta; `prefix`: what stands before its names in a checkpoint."""
+    first = {id(p): name for name, p in reversed(list(causal_lm.named_parameters(remove_duplicate=False)))}
+    parameters = causal_lm.named_parameters(remove_duplicate=False)
+    names = {name: f"{prefix}{first[id(p)]}" for name, p in parameters}
+    buffers = {name: tensor for name, tensor in causal_lm.state_dict().items() if name not in names}
+    plan = plan_export(causal_lm, base, options.export_dtype)
+    return ModelForm(plan, names, buffers, class_name(causal_lm), base, options)

@@ -16,9 +16,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from apollo_sft.checkpoint import publish, resume
 from apollo_sft.checkpoint.lock import FolderLock
-from apollo_sft.errors import AlreadyDone, ApolloError, ConfigError
+from apollo_sft.errors import AlreadyDone, ApolloError, ConfigError, redact
 
 KEY = "trainer.default_local_dir"
 MARKER = "apollo-sft run"
@@ -32,8 +34,6 @@ PROBE = publish.PREFIX + "probe"
 ARCHIVING_PREFIX = publish.PREFIX + "previous-"
 TIMED_FOLDER = re.compile(r"(previous|model)-\d{8}-\d{6}(-\d+)?")
 PACKAGES = ("torch", "transformers", "apollo-sft")
-SECRETS = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_[A-Za-z0-9]{16,}")
-"""Credentials in a URL, and tokens of the hub."""
 
 Status = Literal["running", "finished", "failed", "refused", "preempted"]
 
@@ -56,13 +56,21 @@ class RunFolder:
 
     @classmethod
     def claim(
-        cls, path: str | Path, resume_mode: str, config: Mapping[str, Any], say: Callable[[str], object] = str
+        cls,
+        path: str | Path,
+        resume_mode: str,
+        config: Mapping[str, Any],
+        source: str | None = None,
+        allow_changes: bool = False,
+        say: Callable[[str], object] = str,
     ) -> RunFolder:
         """Take the folder for this run, or refuse, before anything in it was changed. Call `write_run` next.
 
         A save that an earlier run was killed in is finished or undone. With `resume_mode` "disable" an earlier run
         of ours moves to `previous-<time>/`; one that trained nothing is written over; one of the same `config` is gone
-        on with, from its newest whole checkpoint. `say` is told of a long wait.
+        on with, from its newest whole checkpoint. With "resume_path" a new run begins at `source`, a checkpoint of
+        any run. `allow_changes`: also when `config` would change the samples or the model.
+        `say` is told of a long wait.
         Raises: ConfigError for files that are not ours, a run of another config or a live one, or a folder that cannot
         be written; AlreadyDone when the earlier run is complete.
         """
@@ -77,23 +85,40 @@ class RunFolder:
             notes.append(f"moved the earlier run to {_archive(root).name}/")
             earlier = None
         folder = cls(root, lock, notes)
-        if earlier is not None and _trained_something(root):
-            try:
-                folder._go_on(earlier, config)
-            except ApolloError:
-                lock.release()
-                raise
+        try:
+            folder._find_start(earlier, config, source, allow_changes)
+        except ApolloError:
+            lock.release()
+            raise
         return folder
 
-    def _go_on(self, earlier: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        resume.check_same_run(self.root, config)
-        if earlier.get("status") == "finished" and publish.model_files(self.root):
+    def _find_start(
+        self, earlier: Mapping[str, Any] | None, config: Mapping[str, Any], source: str | None, allow: bool
+    ) -> None:
+        if earlier is not None and _trained_something(self.root):
+            saved = yaml.safe_load(self.config_yaml.read_text(encoding="utf-8")) if self.config_yaml.is_file() else {}
+            resume.check_same(saved, config, f"{KEY}={self.root}", allow, self.notes)
+            self._go_on(earlier, source)
+        if source is not None:
+            self._facts["forked_from"] = source
+            if self.resume_from is None:
+                self.resume_from = resume.fork_point(source, config, allow, self.notes)
+                self.notes.append(f"going on from {self.resume_from}")
+
+    def _go_on(self, earlier: Mapping[str, Any], source: str | None) -> None:
+        if earlier.get("status") == "finished" and _has_model(self.root):
             raise AlreadyDone(
                 f"the run in {self.root} is complete; there is nothing left to do",
                 fix="trainer.resume_mode=disable trains again and keeps that run in previous-<time>/",
             )
         publish.recover(self.checkpoints)
         self.resume_from = resume.newest_checkpoint(self.checkpoints, self.notes)
+        if source is not None and source != earlier.get("forked_from"):
+            resume.check_newest(source, self.resume_from, self.root)
+        if self.resume_from is not None:
+            publish.point(self.checkpoints / resume.LATEST, self.resume_from.name)
+        elif source is not None:
+            return
         place = "the first step: it has no checkpoint" if self.resume_from is None else self.resume_from.name
         self.notes.append(f"going on with the run that began {earlier.get('started')} from {place}")
 
@@ -105,13 +130,15 @@ class RunFolder:
             "status": status,
             "started": self._started,
             "finished": None if status == "running" else _now(),
-            "command": [redact(argument) for argument in sys.orig_argv],
+            "command": sys.orig_argv,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "versions": versions(),
             **self._facts,
         }
-        publish.write_durably(self.run_json, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+        publish.write_durably(
+            self.run_json, json.dumps(redact(content), indent=2, ensure_ascii=False, default=str) + "\n"
+        )
 
     def write_config(self, text: str) -> None:
         """Write config.yaml, the resolved configuration."""
@@ -165,11 +192,6 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def redact(text: str) -> str:
-    """The text without credentials in URLs and without hub tokens."""
-    return SECRETS.sub("***", text)
-
-
 def _refuse_foreign_files(root: Path) -> None:
     if not root.exists():
         return
@@ -214,6 +236,11 @@ def _make_writable(root: Path) -> None:
         raise ConfigError(f"{KEY}={root} cannot be written", found=error, fix=f"choose another {KEY}") from error
 
 
+def _has_model(root: Path) -> bool:
+    """What a finished run has handed over: a model, or an adapter alone."""
+    return bool(publish.model_files(root)) or (root / "adapter").is_dir()
+
+
 def _trained_something(root: Path) -> bool:
     metrics, checkpoints = root / "metrics.jsonl", root / "checkpoints"
     has_steps = metrics.is_file() and metrics.stat().st_size > 0
@@ -228,6 +255,7 @@ def _archive(root: Path) -> Path:
     final = root / (name if not taken else f"{name}-{taken + 1}")
     hidden = root / f"{publish.PREFIX}{final.name}"
     hidden.mkdir()
+    publish.sync_folder(root)
     return _move_run(root, hidden)
 
 

@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ JOURNAL = PREFIX + "publish.json"
 MANIFEST = PREFIX + "model.json"
 """Lists the model files of this folder that we wrote. What it does not list is never replaced or removed."""
 DIRECTORY_MANIFEST = PREFIX + "files.json"
+HASHING_THREADS = min(8, os.cpu_count() or 1)
 LAST = "config.json"
 """The file that makes a model folder loadable: removed first, moved last."""
 
@@ -167,7 +169,10 @@ def _listed_files(manifest: Path) -> Mapping[str, Any]:
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Size in bytes and sha256 of every file below `folder`, by relative name."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): describe_file(path) for path in paths}
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        return dict(
+            zip([path.relative_to(folder).as_posix() for path in paths], pool.map(describe_file, paths), strict=True)
+        )
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -185,6 +190,17 @@ def write_durably(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
+
+
+def point(pointer: Path, target: str) -> None:
+    """Make the link `pointer` lead to `target`, a name in its own folder, in one step: never to nothing."""
+    if pointer.is_symlink() and os.readlink(pointer) == target:  # noqa: PTH115 - as it was written
+        return
+    temporary = pointer.with_name(f"{PREFIX}{pointer.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(pointer)
+    sync_folder(pointer.parent)
 
 
 def sync_tree(folder: Path) -> None:
@@ -217,6 +233,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Raises: CheckpointError when the file is no JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read", found=error) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON", found=error) from error
     if not isinstance(content, dict):

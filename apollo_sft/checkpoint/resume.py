@@ -14,6 +14,11 @@ import yaml
 from apollo_sft.checkpoint import publish
 from apollo_sft.errors import CheckpointError, ConfigError
 
+STATE = "state.json"
+PARTS = ("model", "optimizer", "extra")
+"""What a run needs to go on: weights, moments, and random states with the number of steps."""
+LATEST, BEST = "latest", "best"
+"""Links beside the checkpoints."""
 NAME = re.compile(r"step_(\d{6,})")
 FREE = [
     "trainer.default_local_dir",
@@ -27,6 +32,9 @@ FREE = [
     "trainer.val_before_train",
     "trainer.resume_mode",
     "trainer.resume_from_path",
+    "trainer.resume_with_changes",
+    "trainer.save_best_on",
+    "trainer.early_stop_patience",
     "trainer.max_ckpt_to_keep",
     "trainer.checkpoint.",
     "trainer.export",
@@ -78,11 +86,23 @@ def newest_checkpoint(checkpoints: Path, notes: list[str]) -> Path | None:
     for path in whole_checkpoints(checkpoints):
         try:
             check_files(path)
+            resumable = set(PARTS) <= set(read_facts(path)["contents"])
         except CheckpointError as error:
             notes.append(f"passed over a damaged checkpoint: {error}")
-        else:
+            continue
+        if resumable:
             return path
+        notes.append(f"passed over {path.name}: trainer.checkpoint.save_contents left out what going on needs")
     return None
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What state.json of a checkpoint says. Raises: CheckpointError."""
+    facts = publish.read_json(folder / STATE)
+    missing = {"step", "contents", "config", "data"} - facts.keys()
+    if missing:
+        raise CheckpointError(f"{folder / STATE} is not one of ours", found=f"no {', '.join(sorted(missing))}")
+    return facts
 
 
 def check_files(folder: Path) -> None:
@@ -94,40 +114,77 @@ def check_files(folder: Path) -> None:
         listed = json.loads((folder / publish.DIRECTORY_MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / publish.DIRECTORY_MANIFEST} cannot be read", found=error) from error
+    missing = [folder / name for name in listed if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{missing[0]} is missing")
+    found = publish.describe_files(folder)
     for name, facts in listed.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        found = publish.describe_file(path)
-        if found != facts:
-            raise CheckpointError(f"{path} is not what was written", found=found, expected=facts)
+        if found.get(name) != facts:
+            raise CheckpointError(f"{folder / name} is not what was written", found=found.get(name), expected=facts)
 
 
 def prune(checkpoints: Path, keep: int) -> None:
-    """Remove the oldest whole checkpoints beyond `keep`. What has no manifest of ours is left alone."""
+    """Remove the oldest whole checkpoints beyond `keep`, but not the best one. What we did not write is left alone."""
+    best = checkpoints / BEST
+    spared = best.resolve() if best.is_symlink() else None
     for path in list(whole_checkpoints(checkpoints))[keep:]:
+        if path.resolve() == spared:
+            continue
         (path / publish.DIRECTORY_MANIFEST).unlink()  # first: half a folder must not look like a checkpoint
         shutil.rmtree(path)
 
 
-def check_same_run(root: Path, present: Mapping[str, Any]) -> None:
-    """Compare the config of the run in `root` with the present one.
+def fork_point(path: str, present: Mapping[str, Any], allow_changes: bool, notes: list[str]) -> Path:
+    """The checkpoint at `path`, of any run, once it is found whole and of a configuration that goes with `present`.
 
-    Raises: ConfigError listing what would change the samples or the model.
+    Raises: ConfigError, CheckpointError.
     """
-    path = root / "config.yaml"
-    saved = _flat(yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {})
-    now = _flat(yaml.safe_load(yaml.safe_dump(dict(present))))
-    changed = [key for key in sorted(saved.keys() | now.keys()) if saved.get(key) != now.get(key) and not _free(key)]
-    if changed:
-        lines = [f"{key}: {saved.get(key)} then, {now.get(key)} now" for key in changed]
+    folder = Path(path).expanduser().absolute().resolve()
+    if not (folder / publish.DIRECTORY_MANIFEST).is_file():
         raise ConfigError(
-            f"trainer.default_local_dir={root} holds a run of another configuration",
-            found="; ".join(lines),
+            f"trainer.resume_from_path={path} is no checkpoint",
+            expected="a folder such as checkpoints/step_000200 of an earlier run, or checkpoints/latest",
+        )
+    check_files(folder)
+    check_same(read_facts(folder)["config"], present, f"trainer.resume_from_path={path}", allow_changes, notes)
+    return folder
+
+
+def check_newest(path: str, newest: Path | None, root: Path) -> None:
+    """A run goes on from its own newest checkpoint, or another run begins at any one.
+
+    Raises: ConfigError when `path` is something else for the run in `root`.
+    """
+    if newest is None or Path(path).expanduser().resolve() != newest.resolve():
+        raise ConfigError(
+            f"trainer.resume_from_path={path} is not where the run in {root} stands",
+            found=f"its newest whole checkpoint is {newest.name if newest else 'none'}",
+            fix="trainer.resume_mode=auto goes on with that run; another trainer.default_local_dir begins a run of its "
+            "own at that checkpoint",
+        )
+
+
+def check_same(
+    saved: Mapping[str, Any], present: Mapping[str, Any], where: str, allow_changes: bool, notes: list[str]
+) -> None:
+    """Compare the config of an earlier run with the present one; what differs is listed in `notes`.
+
+    Raises: ConfigError, unless `allow_changes`, listing what would change the samples or the model.
+    """
+    then, now = _flat(saved), _flat(yaml.safe_load(yaml.safe_dump(dict(present))))
+    changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    lines = {key: f"{key}: {then.get(key)} then, {now.get(key)} now" for key in changed}
+    grave = [lines[key] for key in changed if not _free(key)]
+    if grave and not allow_changes:
+        raise ConfigError(
+            f"{where} holds a run of another configuration",
+            found="; ".join(grave),
             expected="the same, to go on with it",
             fix="set these keys back; or trainer.resume_mode=disable, which moves that run to previous-<time>/; "
-            "or another trainer.default_local_dir",
+            "or another trainer.default_local_dir; or trainer.resume_with_changes=true, if you know what you do",
         )
+    if lines:
+        notes.append("changed since then: " + "; ".join(lines.values()))
 
 
 def _free(key: str) -> bool:

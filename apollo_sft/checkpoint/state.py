@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -20,31 +23,68 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+from apollo_sft.checkpoint.resume import PARTS, STATE
 from apollo_sft.errors import CheckpointError
 
-STATE = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MAX_FILE_BYTES = 4_000_000_000
+"""Of one file of one rank: DCP holds a file in memory once more while it writes it."""
+OFFSETS = "DCP_SHARDING_INFO"
+"""Where DCP's safetensors files say, in their metadata, which part of each tensor they hold."""
 
 
-def write_state(folder: Path, model: nn.Module, optimizer: Optimizer, facts: dict[str, Any], is_writer: bool) -> None:
-    """Write into the empty folder. Collective. `facts` go into state.json and come back from `read_facts`."""
-    tensors = _tensors(model, optimizer) | {_random_name(): torch.get_rng_state()}
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        tensors[f"{_random_name()}/cuda"] = torch.cuda.get_rng_state(device)
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+def snapshot(model: nn.Module, optimizer: Optimizer, parts: Collection[str], copy: bool) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, this rank's shards of them.
+
+    `copy`: in CPU memory of their own, so that training may go on while they are written. Without, they are the live
+    ones.
+    """
+    tensors = _tensors(model, optimizer, parts)
+    if copy:
+        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+    if "extra" in parts:
+        tensors |= _random_states()
+    return tensors
+
+
+def num_bytes(model: nn.Module, parts: Collection[str], local: bool = False) -> int:
+    """Bytes of a checkpoint, or of what this rank holds of it; known before the first step, on meta too."""
+    copies = ("model" in parts) + len(MOMENTS) * ("optimizer" in parts)
+    held = [getattr(p, "_local_tensor", p) if local else p for p in _trained(model).values()]
+    return copies * sum(p.numel() * p.element_size() for p in held)
+
+
+def write_state(
+    folder: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any], is_writer: bool, group: Any = None
+) -> None:
+    """Write a snapshot into the folder. Collective over `group`. `facts` go into state.json, see `resume.read_facts`.
+
+    Raises: CheckpointError on every rank when one could not write.
+    """
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=_files(tensors), save_distributed=True)
+    try:
+        save(tensors, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
+    except CheckpointException as error:  # no Exception, so it would pass every handler
+        rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
+        raise CheckpointError(f"rank {rank} could not write into {folder}", found=repr(cause)) from cause
     if is_writer:
         (folder / STATE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
-    """What `write_state` was given. Raises: CheckpointError."""
-    try:
-        facts: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / STATE} cannot be read", found=error) from error
-    return facts
+def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The number of the file that each tensor goes to, from 1, the same on every rank."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    names = [f"random/{rank}{suffix}" for rank in range(ranks) for suffix in ("", "/cuda")]
+    files, filled, number = dict.fromkeys(names, 1), 0, 1
+    for name, tensor in tensors.items():
+        if name in files:
+            continue
+        size = tensor.numel() * tensor.element_size() // ranks
+        if filled and filled + size > MAX_FILE_BYTES:
+            filled, number = 0, number + 1
+        files[name] = number
+        filled += size
+    return files
 
 
 @torch.no_grad()
@@ -57,22 +97,52 @@ def read_state(folder: Path, model: nn.Module, optimizer: Optimizer, steps: int,
     for parameter in _trained(model).values():
         optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in MOMENTS}
         optimizer.state[parameter]["step"] = torch.tensor(float(steps))
-    tensors = _tensors(model, optimizer)
-    device = next(model.parameters()).device
-    if same_ranks:
-        tensors[_random_name()] = torch.get_rng_state()
-        if device.type == "cuda":
-            tensors[f"{_random_name()}/cuda"] = torch.cuda.get_rng_state(device)
+    tensors = _tensors(model, optimizer, PARTS)
+    random_states = _random_states() if same_ranks else {}
+    tensors |= random_states
     try:
         load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
     except (CheckpointException, RuntimeError, ValueError, OSError, KeyError) as error:
         raise CheckpointError(
             f"{folder} does not hold this model's state", found=str(error).splitlines()[-1]
         ) from error
-    if same_ranks:
-        torch.set_rng_state(tensors[_random_name()])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(tensors[f"{_random_name()}/cuda"], device)
+    for name in random_states:
+        if name.endswith("/cuda"):
+            torch.cuda.set_rng_state(tensors[name])
+        else:
+            torch.set_rng_state(tensors[name])
+
+
+class StateFiles:
+    """The tensors that lie in a folder of `write_state`, whole, one at a time, by one process alone.
+
+    Raises: CheckpointError when a file cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._parts: dict[str, list[tuple[Path, list[int]]]] = defaultdict(list)
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                for name, part in json.loads(file.metadata()[OFFSETS]).items():
+                    self._parts[name].append((path, part["saved_offsets"]))
+
+    def read(self, name: str) -> Tensor:
+        """On the CPU, in the dtype in which it was trained. Raises: CheckpointError when a part of it is missing."""
+        parts: list[tuple[list[int], Tensor]] = []
+        for path, offsets in self._parts.get(name, []):
+            with safe_open(path, "pt") as file:
+                parts.append((offsets, file.get_tensor(name)))
+        if len(parts) == 1:
+            return parts[0][1]
+        ends = [[at + size for at, size in zip(offsets, part.shape, strict=True)] for offsets, part in parts]
+        shape = [max(sizes) for sizes in zip(*ends, strict=True)]
+        if not parts or sum(part.numel() for _, part in parts) != torch.Size(shape).numel():
+            raise CheckpointError(f"{self._folder} does not hold the whole of {name}")
+        whole = torch.empty(shape, dtype=parts[0][1].dtype)
+        for (offsets, part), stops in zip(parts, ends, strict=True):
+            whole[tuple(slice(at, stop) for at, stop in zip(offsets, stops, strict=True))] = part
+        return whole
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -80,14 +150,20 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def _tensors(model: nn.Module, optimizer: Optimizer, parts: Collection[str]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, parameter in _trained(model).items():
-        tensors[f"model/{name}"] = parameter.detach()
-        for moment in MOMENTS:
+        if "model" in parts:
+            tensors[f"model/{name}"] = parameter.detach()
+        for moment in MOMENTS if "optimizer" in parts else ():
             tensors[f"optim/{name}/{moment}"] = optimizer.state[parameter][moment]
     return tensors
 
 
-def _random_name() -> str:
-    return f"random/{os.environ.get('RANK', '0')}"
+def _random_states() -> dict[str, Tensor]:
+    """This rank's, under a name of its own."""
+    name = f"random/{os.environ.get('RANK', '0')}"
+    states = {name: torch.get_rng_state()}
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # by this run; offloaded weights lie on the CPU, but dropout is drawn on the GPU
+        states[f"{name}/cuda"] = torch.cuda.get_rng_state()
+    return states

@@ -17,6 +17,11 @@ LATER_LOGGERS = ("mlflow", "swanlab", "trackio")
 LORA_KEYS = ("model.lora_alpha", "model.target_modules", "model.lora_dropout", "model.use_rslora")
 UNUSED: tuple[tuple[str, Callable[[SftConfig], bool], str], ...] = (
     ("optim.stable_ratio", lambda c: c.optim.lr_scheduler != "wsd", "without optim.lr_scheduler=wsd"),
+    (
+        "trainer.checkpoint.hf_model_at",
+        lambda c: "hf_model" not in c.trainer.checkpoint.save_contents,
+        "without hf_model in trainer.checkpoint.save_contents",
+    ),
     *((key, lambda c: c.model.lora_rank == 0, "with model.lora_rank=0") for key in LORA_KEYS),
     ("data.prompt_dict_keys", lambda c: c.data.multiturn.enable, "with data.multiturn.enable=true"),
     ("data.response_dict_keys", lambda c: c.data.multiturn.enable, "with data.multiturn.enable=true"),
@@ -37,6 +42,7 @@ def check_combinations(config: SftConfig, given: set[str], notes: list[str]) -> 
         _precision(config),
         _loggers(config),
         _contradictions(config, given),
+        _checkpoints(config),
     )
     problems = [str(problem) for check in checks for problem in check]
     if problems:
@@ -160,6 +166,28 @@ def _loggers(config: SftConfig) -> Iterator[ConfigError]:
             close = difflib.get_close_matches(name, LOGGERS, n=1)
             fix = f"did you mean {close[0]}?" if close else None
             yield ConfigError("trainer.logger is unknown", found=name, expected=", ".join(LOGGERS), fix=fix)
+
+
+def _checkpoints(config: SftConfig) -> Iterator[ConfigError]:
+    trainer = config.trainer
+    if (trainer.resume_mode == "resume_path") != (trainer.resume_from_path is not None):
+        yield ConfigError(
+            "trainer.resume_mode=resume_path and trainer.resume_from_path go together",
+            found=f"trainer.resume_mode={trainer.resume_mode}, trainer.resume_from_path={trainer.resume_from_path}",
+            fix="set both, or neither",
+        )
+    for key in ("save_best_on", "early_stop_patience"):
+        if getattr(trainer, key) is not None and not config.data.val_files:
+            yield ConfigError(
+                f"trainer.{key} needs validation data", found="data.val_files=null", fix="set data.val_files"
+            )
+    contents = trainer.checkpoint.save_contents
+    if "model" not in contents and contents != ("hf_model",):
+        yield ConfigError(
+            "trainer.checkpoint.save_contents has parts that are of no use without model",
+            found=", ".join(contents),
+            expected="model, optimizer and extra to go on from; or model, or hf_model, alone",
+        )
 
 
 def _contradictions(config: SftConfig, given: set[str]) -> Iterator[ConfigError]:

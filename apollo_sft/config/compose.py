@@ -24,7 +24,7 @@ from apollo_sft.config.checks import check_combinations
 from apollo_sft.config.overrides import Setting, leaves, parse
 from apollo_sft.config.pending import refuse_pending
 from apollo_sft.config.schema import SftConfig
-from apollo_sft.errors import ConfigError
+from apollo_sft.errors import ConfigError, redact
 
 T = TypeVar("T")
 YAML_PATH = Path(__file__).parent / "sft_trainer.yaml"
@@ -85,9 +85,14 @@ def validate(raw: dict[str, Any]) -> SftConfig:
         raise ConfigError("\n".join(_explain(key, problem) for key, problem in merged.items())) from error
 
 
+def recorded(config: SftConfig) -> dict[str, Any]:
+    """The resolved configuration as it may be written down: without secrets."""
+    return redact(config.model_dump(mode="json"))
+
+
 def to_yaml(config: SftConfig) -> str:
     """The resolved configuration, as it is saved beside the run."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(recorded(config), sort_keys=False, allow_unicode=True)
 
 
 @cache

@@ -151,7 +151,11 @@ class OptimConfig(Section):
 
 
 class CheckpointConfig(Section):
-    save_contents: Annotated[tuple[Literal["model", "optimizer", "extra", "hf_model"], ...], BeforeValidator(_as_tuple)]
+    save_contents: Annotated[
+        tuple[Literal["model", "optimizer", "extra", "hf_model"], ...], Field(min_length=1), BeforeValidator(_as_tuple)
+    ]
+    hf_model_at: Literal["every", "best_and_last"]
+    async_save: bool
 
 
 class TrainerConfig(Section):
@@ -169,6 +173,9 @@ class TrainerConfig(Section):
     val_before_train: bool
     resume_mode: Literal["auto", "disable", "resume_path"]
     resume_from_path: PathText | None
+    resume_with_changes: bool
+    save_best_on: Literal["val/loss"] | None
+    early_stop_patience: Count | None
     max_ckpt_to_keep: Count
     checkpoint: CheckpointConfig
     export: Literal["merged", "adapter", "both"]

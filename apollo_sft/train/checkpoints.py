@@ -2,66 +2,193 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from rich.filesize import decimal
+from torch import Tensor
 from torch.optim import Optimizer
 
 from apollo_sft.checkpoint import publish, resume
-from apollo_sft.checkpoint.agree import agree, attempt
-from apollo_sft.checkpoint.state import read_facts, read_state, write_state
+from apollo_sft.checkpoint.agree import agree, attempt, check_room, explained
+from apollo_sft.checkpoint.export import AdapterForm, ModelForm
+from apollo_sft.checkpoint.resume import PARTS, read_facts
+from apollo_sft.checkpoint.state import num_bytes, read_state, snapshot, write_state
 from apollo_sft.config.schema import TrainerConfig
-from apollo_sft.errors import ConfigError
+from apollo_sft.errors import CheckpointError, ConfigError
 from apollo_sft.model.sft_model import SftModel
+from apollo_sft.report.log import say
+from apollo_sft.report.metrics import Record
+from apollo_sft.train.step import Vote
+
+WAIT = timedelta(days=7)
+"""Of the group in which a save is agreed upon: how long the writing of another rank takes depends on the disk."""
+MEMORY_RATIO = 0.8
+"""Share of the free CPU memory of a host that the copies of its ranks may take."""
 
 
 class Checkpoints:
-    """Those of one run, in `checkpoints/` of its folder. `facts`: number of processes and key of the token store."""
+    """Those of one run, in `checkpoints/` of its folder. Every rank decides alike; methods are collective.
 
-    def __init__(self, trainer: TrainerConfig, steps_per_epoch: int, facts: dict[str, Any], is_main: bool) -> None:
+    `facts`: number of processes, key of the token store, config. `form`: how `hf/` is made; None makes none.
+    """
+
+    def __init__(
+        self,
+        trainer: TrainerConfig,
+        steps_per_epoch: int,
+        last_step: int,
+        facts: dict[str, Any],
+        is_main: bool,
+        form: ModelForm | AdapterForm | None,
+    ) -> None:
         self.folder = Path(trainer.default_local_dir).absolute() / "checkpoints"
-        self._facts = facts
+        self.best: dict[str, Any] | None = None
+        self._validations_since_best = 0
         self._keep = trainer.max_ckpt_to_keep
+        self._patience = trainer.early_stop_patience
+        self._keeps_best = trainer.save_best_on is not None
+        self._allows_changes = trainer.resume_with_changes
+        self._contents = trainer.checkpoint.save_contents
+        self._hf_at_every = trainer.checkpoint.hf_model_at == "every"
+        self._facts = facts
+        self._last_step = last_step
         self._is_main = is_main
+        self._form = form
+        self._parts = set(self._contents) & set(PARTS)
         frequency = trainer.save_freq
         self._every = frequency if isinstance(frequency, int) and frequency > 0 else steps_per_epoch
+        self._seconds = 60 * int(str(frequency).removesuffix("min")) if str(frequency).endswith("min") else None
+        self._saved_at = time.monotonic()
+        self._in_background = trainer.checkpoint.async_save
+        self._needed_bytes = 0
+        self._group = dist.new_group(backend="gloo", timeout=WAIT) if dist.is_initialized() else None
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._running: Future[None] | None = None
 
-    def due(self, step: int, last_step: int) -> bool:
-        """Whether a checkpoint follows after `step` steps: every so often, and after the last one."""
-        return step % self._every == 0 or step == last_step
+    def out_of_patience(self) -> bool:
+        """Whether `early_stop_patience` validations in a row brought nothing new."""
+        return self._patience is not None and self._validations_since_best >= self._patience
 
-    def save(self, step: int, model: SftModel, optimizer: Optimizer) -> None:
-        """Collective.
+    def vote(self) -> Vote:
+        """What this rank has to say to the others with the next step."""
+        vote = Vote.NOTHING
+        if self._running is not None and self._running.done() and self._running.exception() is not None:
+            vote |= Vote.SAVE_FAILED
+        if self._is_main and self._seconds is not None and time.monotonic() - self._saved_at >= self._seconds:
+            vote |= Vote.SAVE_DUE
+        return vote
 
-        Raises: CheckpointError on every rank when it could not be written; earlier checkpoints are untouched.
+    def after_step(self, step: int, record: Record, votes: Vote, model: SftModel, optimizer: Optimizer) -> None:
+        """Save if it is time after `step` steps. `record`: the metrics of the step; `votes`: of all ranks.
+
+        Raises: CheckpointError on every rank when a save could not be written; earlier checkpoints are untouched.
         """
-        final = resume.folder_of(self.folder, step)
-        staging = self.folder / f"{publish.STAGING_PREFIX}{final.name}"
-        failure = attempt(lambda: publish.staging_folder(self.folder, final.name)) if self._is_main else None
-        agree(failure, model)
-        facts = {"step": step} | self._facts
-        agree(attempt(lambda: write_state(staging, model, optimizer, facts, self._is_main)), model)
-        if self._is_main:
-            failure = attempt(lambda: self._publish(staging, final))
-        agree(failure, model)
+        if votes & Vote.SAVE_FAILED:
+            self.settle()
+        is_best = self.judge(step, record) and self._keeps_best
+        is_last = step == self._last_step or self.out_of_patience()
+        by_time = self._seconds is not None
+        due = bool(votes & Vote.SAVE_DUE) if by_time else step % self._every == 0
+        if not (due or is_best or is_last or votes & Vote.STOP):
+            return
+        with_hf = is_best or is_last or self._hf_at_every
+        self.save(step, model, optimizer, is_best, with_hf)
+        if is_last or votes & Vote.STOP:
+            self.settle()
 
-    def _publish(self, staging: Path, final: Path) -> None:
+    def judge(self, step: int, record: Record) -> bool:
+        """Whether the validation in `record`, if there is one, is the best so far; counts those that are not."""
+        if "val/loss" not in record:
+            return False
+        if self.best is None or record["val/loss"] < self.best["val/loss"]:
+            self.best = {"step": step, "val/loss": record["val/loss"]}
+            self._validations_since_best = 0
+            return True
+        self._validations_since_best += 1
+        return False
+
+    def save(self, step: int, model: SftModel, optimizer: Optimizer, is_best: bool, with_hf: bool) -> None:
+        """Save, in the background when so configured: then the next save, or `settle`, waits for this one.
+
+        Raises: CheckpointError on every rank when it, or the one before it, could not be written.
+        """
+        self.settle()
+        self._saved_at = time.monotonic()
+        final = resume.folder_of(self.folder, step)
+        with_hf = with_hf and self._form is not None
+        parts = self._parts | ({"model"} if with_hf else set())
+        agree(attempt(partial(self._open, final.name)) if self._is_main else None, group=self._group)
+        tensors = snapshot(model, optimizer, parts, copy=self._in_background)
+        facts = self._facts | {
+            "step": step,
+            "contents": list(self._contents),
+            "best": self.best,
+            "validations_since_best": self._validations_since_best,
+        }
+        write = partial(self._write, final, tensors, facts, is_best, with_hf)
+        if self._in_background:
+            self._running = self._pool.submit(write)
+        else:
+            write()
+
+    def settle(self) -> None:
+        """Wait for a save in the background. Raises: CheckpointError on every rank when it could not be written."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def _open(self, name: str) -> None:
+        check_room(self.folder, self._needed_bytes, "a checkpoint")
+        publish.staging_folder(self.folder, name)
+
+    def _write(self, final: Path, tensors: dict[str, Tensor], facts: dict[str, Any], is_best: bool, hf: bool) -> None:
+        staging = self.folder / f"{publish.STAGING_PREFIX}{final.name}"
+        work = partial(write_state, staging, tensors, facts, self._is_main, self._group)
+        try:
+            agree(explained(attempt(work), self.folder, self._needed_bytes), group=self._group)
+            work = partial(self._publish, staging, final, is_best, hf)
+            failure = attempt(work) if self._is_main else None
+            agree(explained(failure, self.folder, self._needed_bytes), group=self._group)
+        except CheckpointError:
+            if self._is_main:
+                shutil.rmtree(staging, ignore_errors=True)  # gives the room back; what is left goes at the next start
+            raise
+
+    def _publish(self, staging: Path, final: Path, is_best: bool, with_hf: bool) -> None:
+        if with_hf and self._form is not None:
+            self._form.write(staging)
+        if "model" not in self._parts:  # it was written for hf/ only
+            for path in staging.glob("*.safetensors"):
+                path.unlink()
         if final.exists():  # damaged, or it would have been gone on from
             final.rename(self.folder / f"{publish.STAGING_PREFIX}damaged-{final.name}")
         publish.publish_directory(staging, final)
+        publish.point(self.folder / resume.LATEST, final.name)
+        if is_best:
+            publish.point(self.folder / resume.BEST, final.name)
         publish.recover(self.folder)
         resume.prune(self.folder, self._keep)
 
-    def go_on(self, checkpoint: Path | None, model: SftModel, optimizer: Optimizer) -> int:
-        """Fill model and optimizer from a checkpoint, when there is one; the number of steps done. Collective.
+    def begin(self, checkpoint: Path | None, model: SftModel, optimizer: Optimizer) -> int:
+        """Fill model and optimizer from a checkpoint, when there is one; the number of steps done.
 
         Raises: ConfigError when the training data are others than then; CheckpointError.
         """
+        self._needed_bytes = num_bytes(model, self._parts) + (self._form.num_bytes if self._form else 0)
+        self._in_background = self._in_background and self._has_memory(num_bytes(model, self._parts, local=True))
         if checkpoint is None:
             return 0
         saved = read_facts(checkpoint)
-        if saved["data"] != self._facts["data"]:
+        if saved["data"] != self._facts["data"] and not self._allows_changes:
             raise ConfigError(
                 f"{checkpoint} was trained on other tokens than those that the data files give now",
                 found=f"token store {self._facts['data'][:16]}…",
@@ -73,4 +200,30 @@ class Checkpoints:
         if not same_ranks:
             torch.manual_seed(torch.initial_seed() + step)  # the saved random states belong to other ranks
         read_state(checkpoint, model, optimizer, step, same_ranks)
+        self.best, self._validations_since_best = saved["best"], saved["validations_since_best"]
         return step
+
+    def _has_memory(self, copy_bytes: int) -> bool:
+        """Whether the ranks of every host may each copy that much. Says what checkpoints cost."""
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        enough = torch.tensor(int(copy_bytes * ranks <= MEMORY_RATIO * available_memory()))
+        if self._group is not None:
+            dist.all_reduce(enough, op=dist.ReduceOp.MIN, group=self._group)
+        text = f"a checkpoint takes {decimal(self._needed_bytes)} on the disk"
+        if self._form is not None:
+            text += f", of which hf/ {decimal(self._form.num_bytes)}"
+        if enough:
+            say(f"{text}; while it is written, {decimal(copy_bytes)} of CPU memory on each rank")
+        else:
+            say(f"{text}; training waits while it is written, since the CPU memory holds no copy")
+        return bool(enough)
+
+
+def available_memory() -> int:
+    """Bytes of CPU memory that programs of this host may still take, as Linux estimates it.
+
+    Source: MemAvailable in proc(5).
+    """
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    (kibibytes,) = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(kibibytes) * 1024

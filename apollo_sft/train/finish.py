@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from apollo_sft.checkpoint.export import ExportOptions, save_adapter, save_model
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apollo_sft.checkpoint.agree import free_bytes
+from apollo_sft.checkpoint.export import (
+    AdapterForm,
+    ExportOptions,
+    ModelForm,
+    model_form,
+    save_adapter,
+    save_model,
+)
 from apollo_sft.checkpoint.layout import RunFolder
+from apollo_sft.checkpoint.resume import whole_checkpoints
+from apollo_sft.checkpoint.state import num_bytes as state_bytes
+from apollo_sft.checkpoint.tensor_files import num_bytes
 from apollo_sft.config.schema import SftConfig
-from apollo_sft.model.lora import adapter_tensors, lora_config, merge
+from apollo_sft.errors import ConfigError
+from apollo_sft.model import attention
+from apollo_sft.model.load import build_on_meta
+from apollo_sft.model.lora import adapter_tensors, file_name, inject, lora_config, merge
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World
 from apollo_sft.report.console import clock
 from apollo_sft.report.log import say, warn
+from apollo_sft.train.assemble import resolve_precision
 from apollo_sft.train.preflight import Prepared
 from apollo_sft.train.reporter import Reporter
+
+IN_CHECKPOINT = "model/causal_lm."
+"""What stands before a parameter's name in a checkpoint."""
 
 
 def export(config: SftConfig, prepared: Prepared, model: SftModel, folder: RunFolder | None, world: World) -> None:
@@ -19,14 +42,6 @@ def export(config: SftConfig, prepared: Prepared, model: SftModel, folder: RunFo
 
     Raises: CheckpointError when what was written is not what was to be written; nothing is visible then.
     """
-    own_template = prepared.tokenizer.chat_template == prepared.template.text
-    options = ExportOptions(
-        tokenizer=prepared.tokenizer,
-        chat_template=None if own_template else prepared.template.text,
-        stop_token_ids=tuple(prepared.train.summary.stop_tokens),
-        export_dtype=config.trainer.export_dtype,
-        trust_remote_code=config.model.trust_remote_code,
-    )
     root = folder.root if folder is not None else prepared.base.folder
     say("writing the model")
     adapter = lora_config(config.model, prepared.base.source)
@@ -35,10 +50,62 @@ def export(config: SftConfig, prepared: Prepared, model: SftModel, folder: RunFo
         if config.trainer.export == "adapter":
             return
         merge(model.causal_lm)
-    result = save_model(model.causal_lm, prepared.base, root, options, world.is_main)
+    result = save_model(model.causal_lm, prepared.base, root, export_options(config, prepared), world.is_main)
     if result.dropped:
         warn(
             f"the base model's files hold tensors that this architecture does not use: {', '.join(result.dropped[:5])}"
+        )
+
+
+def export_options(config: SftConfig, prepared: Prepared) -> ExportOptions:
+    own_template = prepared.tokenizer.chat_template == prepared.template.text
+    return ExportOptions(
+        tokenizer=prepared.tokenizer,
+        chat_template=None if own_template else prepared.template.text,
+        stop_token_ids=tuple(prepared.train.summary.stop_tokens),
+        export_dtype=config.trainer.export_dtype,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def hf_form(config: SftConfig, prepared: Prepared, causal_lm: Any) -> ModelForm | AdapterForm | None:
+    """How checkpoints make `hf/`, or None when they do not. `causal_lm`: live, or on meta to know sizes only."""
+    if "hf_model" not in config.trainer.checkpoint.save_contents:
+        return None
+    adapter = lora_config(config.model, prepared.base.source)
+    if adapter is None:
+        return model_form(causal_lm, IN_CHECKPOINT, prepared.base, export_options(config, prepared))
+    trained = {name: p for name, p in causal_lm.named_parameters() if p.requires_grad}
+    names = {file_name(name): f"{IN_CHECKPOINT}{name}" for name in trained}
+    return AdapterForm(names, adapter, sum(p.numel() * p.element_size() for p in trained.values()))
+
+
+def check_disk(config: SftConfig, prepared: Prepared, root: Path) -> None:
+    """Before a weight is read: the disk must hold two checkpoints and the finished model.
+
+    A run that goes on has one of them already.
+    Raises: ConfigError.
+    """
+    precision = resolve_precision(config.model, config.trainer.device != "cpu" and torch.cuda.is_available())
+    adapter = lora_config(config.model, prepared.base.source)
+    stored = precision.master if adapter is None else precision.compute
+    attention.register(attention.sdpa_kernel)  # its name must be known; nothing runs
+    causal_lm = build_on_meta(prepared.hf_config, stored, config.model.trust_remote_code)
+    model_bytes = sum(num_bytes(spec) for spec in prepared.base.tensors.values())
+    if adapter is not None:
+        inject(causal_lm, adapter, precision.master)
+        model_bytes = 0 if config.trainer.export == "adapter" else model_bytes
+    form = hf_form(config, prepared, causal_lm)
+    one = state_bytes(causal_lm, config.trainer.checkpoint.save_contents) + (form.num_bytes if form else 0)
+    has_one = any(whole_checkpoints(root / "checkpoints"))
+    needed = (1 if has_one else 2) * one + model_bytes
+    if free_bytes(root) < needed:
+        raise ConfigError(
+            f"trainer.default_local_dir={root} has no room for two checkpoints and the finished model",
+            found=f"{free_bytes(root):,} bytes free",
+            expected=f"{needed:,} bytes ({one:,} a checkpoint)",
+            fix="make room, choose another trainer.default_local_dir, or leave hf_model out of "
+            "trainer.checkpoint.save_contents",
         )
 
 
@@ -52,6 +119,8 @@ def summary(reporter: Reporter, config: SftConfig) -> str:
         lines.append(
             f"Validation loss: last {last['val/loss']:.4f}, best {best['val/loss']:.4f} at step {int(best['step'])}."
         )
+    if config.trainer.save_best_on is not None and reporter.validations:
+        lines.append(f"The best checkpoint is {folder}/checkpoints/best.")
     if config.trainer.export == "adapter":
         return "\n".join([*lines, f"The adapter lies in {folder}/adapter."])
     lines += [

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from dataclasses import dataclass
-from types import FrameType
 
 from torch.optim import Optimizer
 
@@ -20,31 +18,8 @@ from apollo_sft.train.checkpoints import Checkpoints
 from apollo_sft.train.evaluate import evaluate
 from apollo_sft.train.optim import Schedule
 from apollo_sft.train.reporter import Reporter
-from apollo_sft.train.step import train_step
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class StopFlag:
-    """A polite end: a signal sets a flag, the loop looks at it between steps, a second one ends the process at once.
-
-    Catches `SIGNALS` while it is in use as a context manager; `name` is the signal that came, or None."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-
-    def __enter__(self) -> StopFlag:
-        self._previous = {number: signal.signal(number, self._catch) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _catch(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        self.name = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+from apollo_sft.train.signals import StopFlag
+from apollo_sft.train.step import Vote, train_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +50,12 @@ class Run:
 
 
 def run_loop(run: Run, stop: StopFlag, first_step: int) -> None:
-    """Train from `first_step`, the number of steps done before, to the last.
+    """Train from `first_step`, the number of steps done before, to the last, or until validations show no progress.
 
     Raises: TrainingError when a step is not finite; Preempted when a signal asked for the end and the state is saved.
     """
+    if run.checkpoints.out_of_patience():  # the run had come to its end and was killed before it was whole
+        return
     if run.config.trainer.val_before_train and run.val is not None and first_step == 0:
         run.reporter.record({"step": 0} | validation_record(run))
     clip = run.config.optim.clip_grad
@@ -87,7 +64,8 @@ def run_loop(run: Run, stop: StopFlag, first_step: int) -> None:
         rate = run.schedule.rate(batch.step)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        result = train_step(run.model, run.optimizer, batch, run.world, clip, stop.name is not None)
+        vote = run.checkpoints.vote() | (Vote.STOP if stop.name is not None else Vote.NOTHING)
+        result = train_step(run.model, run.optimizer, batch, run.world, clip, vote)
         seconds = time.perf_counter() - began
         facts = StepFacts(
             step=batch.step + 1,
@@ -104,9 +82,10 @@ def run_loop(run: Run, stop: StopFlag, first_step: int) -> None:
         if run.validates_after(batch.step):
             record |= validation_record(run)
         run.reporter.record(record)
-        if result.stop or run.checkpoints.due(batch.step + 1, run.schedule.total_steps):
-            run.checkpoints.save(batch.step + 1, run.model, run.optimizer)
-        if result.stop and batch.step + 1 < run.schedule.total_steps:
+        run.checkpoints.after_step(batch.step + 1, record, result.votes, run.model, run.optimizer)
+        if run.checkpoints.out_of_patience():
+            return
+        if result.votes & Vote.STOP and batch.step + 1 < run.schedule.total_steps:
             raise Preempted(
                 f"stopped by {stop.name or 'a signal to another rank'} after step {batch.step + 1} of "
                 f"{run.schedule.total_steps}; the state is saved",

@@ -6,16 +6,17 @@ import gc
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from apollo_sft.checkpoint.layout import RunFolder, Status
-from apollo_sft.config.compose import to_yaml
+from apollo_sft.config.compose import recorded, to_yaml
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.loader import Loader
 from apollo_sft.data.plan import PlanSpec, attention_cost, steps_per_epoch
-from apollo_sft.errors import ApolloError
+from apollo_sft.errors import ApolloError, Stopped, TrainingError
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import Mesh, build_mesh
@@ -24,18 +25,19 @@ from apollo_sft.report.log import say, setup_logging
 from apollo_sft.report.sinks import RunInfo, check_backends
 from apollo_sft.train.assemble import assemble, needs_group
 from apollo_sft.train.checkpoints import Checkpoints
-from apollo_sft.train.finish import export, summary
-from apollo_sft.train.loop import Run, StopFlag, run_loop
+from apollo_sft.train.finish import check_disk, export, hf_form, summary
+from apollo_sft.train.loop import Run, run_loop
 from apollo_sft.train.opening import announce, check_shared, check_world, config_text, schedule_of
 from apollo_sft.train.optim import Schedule
 from apollo_sft.train.preflight import Prepared, load_external_lib, prepare, seed_everything
 from apollo_sft.train.reporter import Reporter
+from apollo_sft.train.signals import BEFORE_TRAINING, StopFlag
 
 
-def train(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str]) -> None:
-    """Run a whole training. Every rank calls it.
+def train(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str], stop: StopFlag | None = None) -> None:
+    """Run a whole training. Every rank calls it. Without `stop`, which is in use then, signals do what they always do.
 
-    Raises: ApolloError with one message for the user.
+    Raises: ApolloError with one message for the user; Stopped when a signal came where there was nothing to save.
     """
     place = read_place(os.environ)
     os.environ.update(place.variables)
@@ -46,7 +48,7 @@ def train(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str]
         say(f"waiting at {place.variables['MASTER_ADDR']} for the {place.size} processes of {place.starter}")
     world = launch.start(config.trainer.device, needs_group(config, on_cuda))
     try:
-        _in_folder(config, overridden, notes, world)
+        _in_folder(config, overridden, notes, world, stop or StopFlag())
     except BaseException:
         if world.size > 1:
             raise  # the group stays: the others must not lose their connections before this rank has said why
@@ -56,29 +58,45 @@ def train(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str]
     launch.stop()
 
 
-def _in_folder(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str], world: World) -> None:
+def _in_folder(
+    config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str], world: World, stop: StopFlag
+) -> None:
     """Claim the run folder, run, and write down in run.json how it ended."""
-    folder = launch.on_main(world, "claim", lambda: _claim(config, overridden, notes, world))
+    folder = launch.on_main(world, "claim", lambda: _claim(config, overridden, notes, world, stop))
     status: Status = "failed"
+    if folder is not None:
+        stop.last_words = folder.write_run
     try:
+        stop.at_once(BEFORE_TRAINING)
         check_shared(config.trainer.default_local_dir, world, folder)
-        _run(config, world, folder)
+        _run(config, world, folder, stop)
+        stop.never()
         status = "finished"
-    except ApolloError as error:
+    except (ApolloError, Stopped) as error:
         status = {2: "refused", 75: "preempted"}.get(error.exit_code, "failed")  # type: ignore[assignment]
         raise
     finally:
+        stop.never()
         if folder is not None:
             folder.write_run(status)
             folder.release()
 
 
-def _claim(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str], world: World) -> RunFolder:
+def _claim(
+    config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str], world: World, stop: StopFlag
+) -> RunFolder:
     check_backends(config.trainer.logger)
     check_world(config, world, overridden)
+    trainer = config.trainer
     folder = RunFolder.claim(
-        config.trainer.default_local_dir, config.trainer.resume_mode, config.model_dump(mode="json")
+        trainer.default_local_dir,
+        trainer.resume_mode,
+        recorded(config),
+        trainer.resume_from_path,
+        trainer.resume_with_changes,
+        say,
     )
+    stop.between_steps()  # from here on run.json has to say how the run ended
     folder.write_run(
         "running", overridden=dict(overridden), processes=world.size, hosts=world.num_hosts, device=world.device.type
     )
@@ -89,7 +107,7 @@ def _claim(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str
     return folder
 
 
-def _run(config: SftConfig, world: World, folder: RunFolder | None) -> None:
+def _run(config: SftConfig, world: World, folder: RunFolder | None, stop: StopFlag) -> None:
     """Prepare, assemble, train, export. `folder` is None off rank 0."""
     prepared = launch.once_per_host(world, "prepare", lambda: prepare(config))
     mesh = build_mesh(world, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
@@ -98,19 +116,25 @@ def _run(config: SftConfig, world: World, folder: RunFolder | None) -> None:
     schedule = schedule_of(config, in_epoch)
     if folder is not None:
         announce(config, prepared, schedule, train_loader, folder.audit)
+    launch.on_main(world, "disk", lambda: check_disk(config, prepared, Path(config.trainer.default_local_dir)))
     seed_everything(config.trainer.seed, world.rank)
     model, optimizer = assemble(config, prepared.base.folder, prepared.hf_config, world, mesh)
-    facts = {"processes": world.size, "data": prepared.train.key}
-    checkpoints = Checkpoints(config.trainer, in_epoch, facts, world.is_main)
+    facts = {"processes": world.size, "data": prepared.train.key, "config": recorded(config)}
+    form = hf_form(config, prepared, model.causal_lm)
+    checkpoints = Checkpoints(config.trainer, in_epoch, schedule.total_steps, facts, world.is_main, form)
     newest = launch.from_main(folder.resume_from if folder is not None else None, world)
-    first_step = checkpoints.go_on(newest, model, optimizer)
+    first_step = checkpoints.begin(newest, model, optimizer)
     reporter = _reporter(config, folder, schedule, first_step)
     run = Run(world, model, optimizer, schedule, train_loader, val_loader, config, checkpoints, reporter)
+    stop.between_steps()
     try:
-        with StopFlag() as stop:
-            run_loop(run, stop, first_step)
+        run_loop(run, stop, first_step)
+    except TrainingError:  # of all ranks alike: the save that is being written is a good one
+        checkpoints.settle()
+        raise
     finally:
         reporter.close()
+    stop.at_once("while the model was being written: its last checkpoint holds all steps")
     export(config, prepared, model, folder, world)
     say(summary(reporter, config))
 
@@ -143,6 +167,6 @@ def _reporter(config: SftConfig, folder: RunFolder | None, schedule: Schedule, f
     trainer = config.trainer
     info = None
     if folder is not None:
-        settings = config.model_dump(mode="json")
+        settings = recorded(config)
         info = RunInfo(folder.root, trainer.project_name, trainer.experiment_name, settings, first_step)
     return Reporter(trainer, info, schedule.total_steps)

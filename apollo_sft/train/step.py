@@ -4,37 +4,51 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import IntFlag
+from functools import reduce
+from operator import or_
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from apollo_sft.data.loader import StepBatch
 from apollo_sft.errors import TrainingError
 from apollo_sft.model.sft_model import SftModel
-from apollo_sft.parallel.fsdp2 import reduce_gradients
 from apollo_sft.parallel.launch import World
 from apollo_sft.report.metrics import peak_bytes
+from apollo_sft.train.assemble import strategy_of
+
+
+class Vote(IntFlag):
+    """What ranks tell each other with a step, so that all do the same after it: what one says holds for all."""
+
+    NOTHING = 0
+    STOP = 1
+    """A signal asked for the end."""
+    SAVE_FAILED = 2
+    """A save in the background failed."""
+    SAVE_DUE = 4
+    """Enough minutes have passed since the last save."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """The same on every rank. `loss`: token mean of the global batch. `grad_norm`: before clipping.
 
-    `peak_bytes`: the largest over ranks. `stop`: some rank was asked to stop.
+    `peak_bytes`: the largest over ranks. `votes`: those of any rank.
     """
 
     loss: float
     grad_norm: float
     peak_bytes: int
-    stop: bool
+    votes: Vote
 
 
 def train_step(
-    model: SftModel, optimizer: Optimizer, batch: StepBatch, world: World, clip: float | None, stop: bool = False
+    model: SftModel, optimizer: Optimizer, batch: StepBatch, world: World, clip: float | None, vote: Vote = Vote.NOTHING
 ) -> StepResult:
     """Run one step at the learning rate that the optimizer's groups hold.
 
@@ -42,25 +56,26 @@ def train_step(
     ranks, so what arrives is the gradient of the token mean of the global batch, however it was split.
     Raises: TrainingError when the loss or the gradient is not finite; no weight is changed then.
     """
+    strategy = strategy_of(model)
     optimizer.zero_grad(set_to_none=True)
     losses = []
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
-        reduce_gradients(model, not model.reduces_once or number == len(batch.micro_batches))
+        strategy.reduce_gradients(model, not model.reduces_once or number == len(batch.micro_batches))
         loss_sum = model.loss_sum(micro_batch, world.device)
         (loss_sum * (world.size / batch.num_targets)).backward()  # type: ignore[no-untyped-call]
         losses.append(loss_sum.detach())
-    facts = _from_all_ranks([float(torch.stack(losses).sum()), peak_bytes(world.device), float(stop)], world)
+    facts = _from_all_ranks([float(torch.stack(losses).sum()), peak_bytes(world.device), float(vote)], world)
     loss = float(facts[:, 0].sum()) / batch.num_targets
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = get_total_norm(grads, foreach=True)
-    grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = strategy.grad_norm(model, parameters)
+    grad_norm = float(norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise _not_finite(batch, losses, loss, grad_norm)
     if clip:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         clip_grads_with_norm_(parameters, clip, norm)
     optimizer.step()
-    return StepResult(loss, grad_norm, int(facts[:, 1].max()), bool(facts[:, 2].any()))
+    votes = reduce(or_, (Vote(int(value)) for value in facts[:, 2]))
+    return StepResult(loss, grad_norm, int(facts[:, 1].max()), votes)
 
 
 def _from_all_ranks(values: list[float], world: World) -> Tensor:

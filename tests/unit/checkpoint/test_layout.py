@@ -127,7 +127,8 @@ def test_an_unfinished_run_goes_on_from_its_newest_whole_checkpoint(tmp_path: Pa
     a_run(tmp_path, model=False)
     for step in (3, 6, 9):
         staging = publish.staging_folder(tmp_path / "checkpoints", f"step_{step:06}")
-        (staging / "state.json").write_text(str(step))
+        facts = {"step": step, "contents": ["model", "optimizer", "extra"], "config": CONFIG, "data": "x"}
+        (staging / "state.json").write_text(json.dumps(facts))
         publish.publish_directory(staging, tmp_path / "checkpoints" / f"step_{step:06}")
     (tmp_path / "checkpoints" / "step_000009" / "state.json").write_text("other")
     (tmp_path / "checkpoints" / "step_000012").mkdir()

@@ -79,14 +79,9 @@ def test_what_is_accepted_but_should_be_known_is_noted(argument: str, part: str)
 @pytest.mark.parametrize("key", [key for key, _, _ in PENDING])
 def test_pending_keys_say_so(key: str) -> None:
     used = {
-        "model.strategy": "fsdp",
         "model.use_liger": "true",
         "data.custom_cls.path": "x.py",
         "data.bad_rows": "skip",
-        "trainer.resume_mode": "resume_path",
-        "trainer.save_freq": "30min",
-        "trainer.max_ckpt_to_keep": "3",
-        "trainer.checkpoint.save_contents": "[model]",
         "trainer.generate_samples": "2",
         "trainer.default_hdfs_dir": "hdfs://x/y",
     }

@@ -13,7 +13,7 @@ from apollo_sft.errors import TrainingError
 from apollo_sft.model import attention
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World
-from apollo_sft.train.step import train_step
+from apollo_sft.train.step import Vote, train_step
 from apollo_sft.types import Sample
 from tests.support.models import tiny_config, tiny_model
 from tests.support.samples import random_samples, write_store
@@ -81,11 +81,11 @@ def test_no_clipping(model: SftModel, tmp_path: Path, clip: float | None) -> Non
     assert float(change) == pytest.approx(norm, rel=1e-12)
 
 
-def test_a_stop_is_passed_on(model: SftModel, tmp_path: Path) -> None:
+def test_votes_are_passed_on(model: SftModel, tmp_path: Path) -> None:
     batch = batch_of(tmp_path / "store", random_samples(2))
-    assert not train_step(model, descent(model, 0.0), batch, ALONE, None).stop
-    result = train_step(model, descent(model, 0.0), batch, ALONE, None, stop=True)
-    assert result.stop
+    assert train_step(model, descent(model, 0.0), batch, ALONE, None).votes == Vote.NOTHING
+    result = train_step(model, descent(model, 0.0), batch, ALONE, None, Vote.STOP | Vote.SAVE_DUE)
+    assert result.votes == Vote.STOP | Vote.SAVE_DUE
     assert result.peak_bytes > 2**20
 
 
