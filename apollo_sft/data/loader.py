@@ -42,7 +42,7 @@ class Loader:
 
     def batch(self, step: int) -> StepBatch:
         planned = plan(self.store.lengths, self.spec, step)
-        mine = planned.micro_batches[self.dp_rank]
+        mine = planned.micro_batches(self.dp_rank)
         return StepBatch(
             step=step,
             epoch=planned.epoch,

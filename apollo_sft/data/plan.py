@@ -4,8 +4,6 @@ The plan is a function of the sample lengths, the spec and the step alone. Every
 whole data state of a run is the step, and resuming on another number of ranks needs nothing else.
 """
 
-import bisect
-import heapq
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,6 +11,10 @@ import numpy as np
 
 Ids = np.ndarray
 """Sample ids, int64 of shape (samples,)."""
+
+LARGEST_PERMUTATION = 2**20
+"""Epochs of more samples are not shuffled as a list: the place of each sample is computed when it is asked for."""
+ROUNDS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +39,30 @@ class PlanSpec:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """`samples`: ids of the whole step, in order. `micro_batches[dp_rank][i]`: ids of one forward.
-
-    Every data rank has the same number of micro-batches; a rank that has fewer samples ends with empty ones.
+    """`samples`: ids of the whole step, in order; sample i goes into forward `forward_of[i]` of data rank `rank_of[i]`
+    and costs `costs[i]`, see `PlanSpec`. Every data rank runs `num_forwards` of them.
     """
 
     epoch: int
     samples: Ids
-    micro_batches: tuple[tuple[Ids, ...], ...]
+    rank_of: np.ndarray
+    forward_of: np.ndarray
+    costs: np.ndarray
+    dp_size: int
+
+    @property
+    def num_forwards(self) -> int:
+        return int(self.forward_of.max()) + 1
+
+    def micro_batches(self, dp_rank: int) -> list[Ids]:
+        """Ids of each forward of this rank; a rank that has fewer samples ends with empty ones."""
+        mine = np.flatnonzero(self.rank_of == dp_rank)
+        return [self.samples[mine[self.forward_of[mine] == forward]] for forward in range(self.num_forwards)]
+
+    def imbalance(self) -> float:
+        """Cost of the busiest data rank over that of the average one: 1.0 is even."""
+        of_ranks = np.bincount(self.rank_of, self.costs, self.dp_size)
+        return float(of_ranks.max() / of_ranks.mean())
 
 
 def steps_per_epoch(num_samples: int, spec: PlanSpec) -> int:
@@ -53,20 +71,65 @@ def steps_per_epoch(num_samples: int, spec: PlanSpec) -> int:
 
 
 def plan(lengths: np.ndarray, spec: PlanSpec, step: int) -> StepPlan:
-    """The plan of `step` (from 0). `lengths`: tokens of each sample, shape (samples,)."""
+    """The plan of `step` (from 0). `lengths`: tokens of each sample, shape (samples,); may be memory-mapped."""
     epoch, index = divmod(step, steps_per_epoch(len(lengths), spec))
-    order = _epoch_order(len(lengths), spec.seed, epoch) if spec.shuffle else np.arange(len(lengths))
-    samples = order[index * spec.batch_size : (index + 1) * spec.batch_size]
-    per_rank = [_micro_batches(ids, lengths, spec) for ids in _assign(samples, lengths, spec)]
-    num_forwards = max(1, *(len(forwards) for forwards in per_rank))
-    empty = np.empty(0, dtype=np.int64)
-    padded = (forwards + [empty] * (num_forwards - len(forwards)) for forwards in per_rank)
-    return StepPlan(epoch, samples, tuple(tuple(forwards) for forwards in padded))
+    places = np.arange(index * spec.batch_size, min((index + 1) * spec.batch_size, len(lengths)))
+    samples = _shuffled(places, len(lengths), spec.seed, epoch) if spec.shuffle else places
+    tokens = lengths[samples].astype(np.int64)
+    costs = tokens + spec.attention_cost * tokens.astype(np.float64) ** 2
+    rank_of = _even_costs(costs, spec.dp_size) if spec.balance else _even_counts(len(samples), spec.dp_size)
+    if spec.max_tokens is None:
+        forward_of = _place_in_rank(rank_of, np.arange(len(samples))) // spec.micro_batch_size
+    else:
+        forward_of = _best_fit(tokens, rank_of, spec.max_tokens)
+    return StepPlan(epoch, samples, rank_of, forward_of, costs, spec.dp_size)
+
+
+def _shuffled(places: np.ndarray, num_samples: int, seed: int, epoch: int) -> Ids:
+    """The samples that stand at these places of the epoch's order."""
+    if num_samples <= LARGEST_PERMUTATION:
+        order: Ids = _epoch_order(num_samples, seed, epoch)[places]
+        return order
+    return _scattered(places, num_samples, seed, epoch)
 
 
 @lru_cache(maxsize=2)
 def _epoch_order(num_samples: int, seed: int, epoch: int) -> Ids:
     return np.random.Generator(np.random.Philox([seed, epoch])).permutation(num_samples)
+
+
+def _scattered(places: np.ndarray, num_samples: int, seed: int, epoch: int) -> Ids:
+    """A pseudo-random permutation of range(num_samples) at these places, without the others.
+
+    Source: a Feistel network on the bits of the place, applied again while the result is no sample (cycle walking:
+    Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    """
+    bits = (num_samples - 1).bit_length()
+    low, high = np.uint64(bits // 2), np.uint64(bits - bits // 2)
+    keys = np.random.Generator(np.random.Philox([seed, epoch])).integers(2**32, size=ROUNDS, dtype=np.uint64)
+    values = places.astype(np.uint64)
+    outside = np.arange(len(values))
+    while len(outside):
+        walking = values[outside]
+        left, right = walking >> low, walking & _ones(low)
+        for first, second in zip(keys[::2], keys[1::2], strict=True):
+            left ^= _mixed(right ^ first) & _ones(high)
+            right ^= _mixed(left ^ second) & _ones(low)
+        values[outside] = (left << low) | right
+        outside = outside[values[outside] >= num_samples]
+    return values.astype(np.int64)
+
+
+def _ones(bits: np.uint64) -> np.uint64:
+    return np.uint64((1 << int(bits)) - 1)
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """Every bit of the result depends on every bit of the value. Source: the finaliser of SplitMix64."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = values ^ (values >> np.uint64(31))
+    return mixed
 
 
 def attention_cost(hidden_size: int) -> float:
@@ -77,40 +140,63 @@ def attention_cost(hidden_size: int) -> float:
     return 1 / (12 * hidden_size)
 
 
-def _assign(samples: Ids, lengths: np.ndarray, spec: PlanSpec) -> list[Ids]:
-    """Split a step over the data ranks: equal counts, the first ranks take the remainder; or equal costs."""
-    if not spec.balance:
-        return np.array_split(samples, spec.dp_size)
-    tokens = lengths[samples].astype(np.float64)
-    costs = tokens + spec.attention_cost * tokens**2
-    loads = [(0.0, rank) for rank in range(spec.dp_size)]
-    shares: list[list[int]] = [[] for _ in loads]
-    for index in np.argsort(-costs, kind="stable"):
-        load, rank = loads[0]
-        shares[rank].append(int(index))
-        heapq.heapreplace(loads, (load + float(costs[index]), rank))
-    return [samples[sorted(share)] for share in shares]
+def _even_counts(num_samples: int, dp_size: int) -> np.ndarray:
+    """The data rank of each sample of a step: neighbours together, the first ranks take the remainder."""
+    each, rest = divmod(num_samples, dp_size)
+    return np.repeat(np.arange(dp_size), [each + (rank < rest) for rank in range(dp_size)])
 
 
-def _micro_batches(samples: Ids, lengths: np.ndarray, spec: PlanSpec) -> list[Ids]:
-    """Split one rank's share of a step into forwards, by count or by tokens."""
-    if spec.max_tokens is None:
-        return [samples[i : i + spec.micro_batch_size] for i in range(0, len(samples), spec.micro_batch_size)]
-    return [samples[sorted(chosen)] for chosen in _best_fit(lengths[samples], spec.max_tokens)]
+def _even_costs(costs: np.ndarray, dp_size: int) -> np.ndarray:
+    """The same by cost: the most expensive sample first, each to the rank that has the least so far.
+
+    Done for many samples at a time: as long as every next rank has less than each rank that was just served.
+    Source: Graham's longest processing time rule, 1969.
+    """
+    descending = np.argsort(-costs, kind="stable")
+    rank_of, loads = np.empty(len(costs), dtype=np.int64), np.zeros(dp_size)
+    done = 0
+    while done < len(costs):
+        waiting = descending[done : done + dp_size]
+        ranks = np.argsort(loads, kind="stable")[: len(waiting)]
+        served = loads[ranks] + costs[waiting]
+        in_turn = loads[ranks][1:] < np.minimum.accumulate(served)[:-1]
+        number = len(waiting) if in_turn.all() else int(in_turn.argmin()) + 1
+        rank_of[waiting[:number]] = ranks[:number]
+        loads[ranks[:number]] = served[:number]
+        done += number
+    return rank_of
 
 
-def _best_fit(tokens: np.ndarray, capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: the longest first, each into the fullest forward that still holds it."""
-    forwards: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, forward), sorted
-    for index in np.argsort(-tokens, kind="stable"):
-        size = int(tokens[index])
-        place = bisect.bisect_left(room, (size, -1))
-        if place == len(room):
-            forwards.append([int(index)])
-            bisect.insort(room, (max(0, capacity - size), len(forwards) - 1))
-        else:
-            left, forward = room.pop(place)
-            forwards[forward].append(int(index))
-            bisect.insort(room, (left - size, forward))
-    return forwards
+def _place_in_rank(rank_of: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """How many samples of the same rank come before each sample. `order`: the samples in turn."""
+    by_rank = order[np.argsort(rank_of[order], kind="stable")]
+    ranks = rank_of[by_rank]
+    places = np.empty(len(order), dtype=np.int64)
+    places[by_rank] = np.arange(len(order)) - np.searchsorted(ranks, ranks)
+    return places
+
+
+def _best_fit(tokens: np.ndarray, rank_of: np.ndarray, capacity: int) -> np.ndarray:
+    """The forward of each sample in its rank: the longest first, each into the fullest forward that still holds it.
+
+    One sample of every rank at a time. `room[rank, forward]`: tokens left.
+    """
+    places = _place_in_rank(rank_of, np.argsort(-tokens, kind="stable"))
+    forward_of = np.empty(len(tokens), dtype=np.int64)
+    room = np.empty((int(rank_of.max()) + 1, 0), dtype=np.int64)
+    num_forwards = np.zeros(len(room), dtype=np.int64)
+    in_turn = np.argsort(places, kind="stable")
+    for samples in np.split(in_turn, np.cumsum(np.bincount(places))[:-1]):
+        if num_forwards.max() == room.shape[1]:
+            room = np.pad(room, ((0, 0), (0, 1)), constant_values=-1)
+        ranks, sizes = rank_of[samples], tokens[samples]
+        left = room[ranks]
+        fits = left >= sizes[:, None]
+        fullest = np.where(fits, left, np.iinfo(np.int64).max).argmin(axis=1)
+        opens = ~fits.any(axis=1)
+        chosen = np.where(opens, num_forwards[ranks], fullest)
+        before = np.where(opens, np.maximum(capacity, sizes), room[ranks, chosen])
+        room[ranks, chosen] = before - sizes
+        num_forwards[ranks] += opens
+        forward_of[samples] = chosen
+    return forward_of
