@@ -10,7 +10,8 @@ import traceback
 
 from apollo_sft.config.checks import check_paths
 from apollo_sft.config.compose import YAML_PATH, Composed, compose, to_yaml
-from apollo_sft.errors import ApolloError, CheckpointError, ConfigError, TrainingError
+from apollo_sft.errors import ApolloError, CheckpointError, ConfigError, Preempted, Stopped, TrainingError
+from apollo_sft.train.signals import StopFlag, end_with_parent
 
 USAGE = """Train: python -m apollo_sft key=value …
        torchrun --standalone --nnodes=1 --nproc_per_node=N -m apollo_sft key=value …
@@ -40,7 +41,7 @@ STORE_SECONDS = 1
 
 
 def main(arguments: list[str]) -> int:
-    """Run one rank. Returns the exit code: 0 done, 1 failed, 2 refused.
+    """Run one rank. Returns the exit code: 0 done, 1 failed, 2 refused, 75 stopped by a signal with the state saved.
 
     Raises: SystemExit with that code on a rank that leaves it to another one to say why.
     """
@@ -48,13 +49,14 @@ def main(arguments: list[str]) -> int:
         _say(USAGE + "\n" + YAML_PATH.read_text(encoding="utf-8"))
         return 0
     try:
-        composed = check(arguments)
-        if composed is None:
-            return 0
-        from apollo_sft.train.run import train
+        with StopFlag() as stop:
+            composed = check(arguments)
+            if composed is None:
+                return 0
+            from apollo_sft.train.run import train
 
-        train(composed.config, composed.overridden, composed.notes)
-    except ApolloError as error:
+            train(composed.config, composed.overridden, composed.notes, stop)
+    except (ApolloError, Stopped) as error:
         if _report(error):
             return error.exit_code
         raise SystemExit(error.exit_code) from None
@@ -94,12 +96,13 @@ def _say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _report(error: ApolloError) -> bool:
+def _report(error: ApolloError | Stopped) -> bool:
     """Whether this rank spoke: rank 0 does; so does one process of every other host, whose files may differ.
 
     A run that had to stop stops on all ranks alike. A file that cannot be written may be one rank's trouble.
     """
-    first_of_host = _variable("LOCAL_RANK", "SLURM_LOCALID") == "0" and not isinstance(error, TrainingError)
+    of_all = isinstance(error, TrainingError | Preempted | Stopped)
+    first_of_host = _variable("LOCAL_RANK", "SLURM_LOCALID") == "0" and not of_all
     if _is_main():
         print(f"apollo-sft: {error}", file=sys.stderr)
     elif first_of_host or isinstance(error, CheckpointError):
@@ -142,6 +145,8 @@ def run() -> None:
     """Never returns. With several processes the interpreter is left at once: threads of the process group may abort it
     while it shuts down."""
     silent = False
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     try:
         code = main(sys.argv[1:])
     except SystemExit as silenced:

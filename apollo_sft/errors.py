@@ -60,5 +60,11 @@ class Preempted(ApolloError):  # noqa: N818 - the run can go on
     exit_code = 75
 
 
+class Stopped(BaseException):
+    """A signal, raised where the main thread is. Not an Exception: no library may take it for a failure of its own."""
+
+    exit_code = Preempted.exit_code
+
+
 class TrainingError(ApolloError):
     """A run that had to stop: a loss or a gradient that is not finite."""

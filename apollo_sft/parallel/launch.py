@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from apollo_sft.errors import ApolloError, TopologyError
+from apollo_sft.errors import ApolloError, Stopped, TopologyError
 from apollo_sft.parallel.place import Place, read_place
 
 T = TypeVar("T")
-WAIT = timedelta(days=7)
-"""How long ranks wait for the one that prepares: its length is the data's, and torchrun ends all when it fails."""
+POLL_SECONDS = 0.5
+"""How often a rank that waits for another one looks again."""
 READY, FAILED = "ready", "1"
 """Verdicts at the rendezvous store: go on, or the exit code of a failure."""
 
@@ -87,8 +87,7 @@ def _meet(place: Place) -> int:
         store.set("place/all", f"{socket.gethostname()}: two processes with LOCAL_RANK={place.local_rank}")
     elif store.add("place/arrived", 1) == place.size:
         store.set("place/all", READY)
-    store.wait(["place/all"], WAIT)
-    verdict = store.get("place/all").decode()
+    verdict = _wait_for("place/all")
     if verdict == READY:
         return int(store.add("place/hosts", 0))
     if place.rank:
@@ -136,7 +135,7 @@ def ask_others(name: str, text: str) -> list[str]:
     store = _store()
     store.set(f"complaints/{name}", "")
     store.set(f"asked/{name}", text)
-    store.wait([f"answered/{name}"], WAIT)
+    _wait_for(f"answered/{name}")
     complaints = store.get(f"complaints/{name}").decode().splitlines()
     store.set(f"verdict/{name}", READY if not complaints else str(TopologyError.exit_code))
     return [str(line) for line in complaints]
@@ -145,8 +144,7 @@ def ask_others(name: str, text: str) -> list[str]:
 def answer(world: World, name: str, question: Callable[[str], str | None]) -> None:
     """Off rank 0: answer `ask_others` with None or one line of complaint; end in silence when anybody complained."""
     store = _store()
-    store.wait([f"asked/{name}"], WAIT)
-    complaint = question(store.get(f"asked/{name}").decode())
+    complaint = question(_wait_for(f"asked/{name}"))
     if complaint is not None:
         store.append(f"complaints/{name}", complaint + "\n")
     if store.add(f"answers/{name}", 1) == world.size - 1:
@@ -163,7 +161,7 @@ def _lead(world: World, key: str, work: Callable[[], T], all_hosts: str | None =
     try:
         result = work()
         code = READY
-    except ApolloError as error:
+    except (ApolloError, Stopped) as error:
         code = str(error.exit_code)
         raise
     finally:
@@ -174,11 +172,18 @@ def _lead(world: World, key: str, work: Callable[[], T], all_hosts: str | None =
 
 
 def _follow(key: str) -> None:
-    """Wait at the store, not in a collective: no timeout ends a long preparation."""
-    _store().wait([key], WAIT)
-    verdict = _store().get(key).decode()
+    verdict = _wait_for(key)
     if verdict != READY:
         raise SystemExit(int(verdict))
+
+
+def _wait_for(key: str) -> str:
+    """Wait at the store, not in a collective: no timeout ends a long preparation, and a signal is heard in between."""
+    store, pause = _store(), 0.01
+    while not store.check([key]):
+        time.sleep(pause)
+        pause = min(2 * pause, POLL_SECONDS)
+    return str(store.get(key).decode())
 
 
 def _store() -> Any:
