@@ -207,11 +207,15 @@ def sync_tree(folder: Path) -> None:
     """Make every file below `folder`, and the folders themselves, survive a power loss."""
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync_file(path)
         elif path.is_dir():
             sync_folder(path)
     sync_folder(folder)
+
+
+def sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

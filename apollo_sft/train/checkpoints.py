@@ -169,6 +169,10 @@ class Checkpoints:
         if "model" not in self._parts:  # it was written for hf/ only
             for path in staging.glob("*.safetensors"):
                 path.unlink()
+        metrics = self.folder.parent / "metrics.jsonl"
+        if metrics.is_file():  # no step that is done for good may be missing there
+            publish.sync_file(metrics)
+        publish.sync_folder(self.folder.parent)
         if final.exists():  # damaged, or it would have been gone on from
             final.rename(self.folder / f"{publish.STAGING_PREFIX}damaged-{final.name}")
         publish.publish_directory(staging, final)
