@@ -17,7 +17,7 @@ class SftModel(nn.Module):
 
     The head runs inside this forward, at target positions only. A micro-batch without a target still runs it, on no
     row: every rank then reduces the gradients of the same parameters. `reduces_once`: gradients are reduced over ranks
-    at the last micro-batch of a step only.
+    at the last micro-batch of a step only. `strategy`: how it is sharded, if it is.
     """
 
     def __init__(self, causal_lm: Any, sp_rank: int = 0, sp_size: int = 1) -> None:
@@ -26,6 +26,7 @@ class SftModel(nn.Module):
         self.sp_rank = sp_rank
         self.sp_size = sp_size
         self.reduces_once = False
+        self.strategy = "fsdp2"
         attach_loss(causal_lm.get_output_embeddings(), head_spec(causal_lm.config))
 
     def forward(

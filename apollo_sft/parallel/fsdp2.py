@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,8 +21,16 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
 
 from apollo_sft.errors import ConfigError
+
+M = TypeVar("M", bound=nn.Module)
+
+MIXES_DTYPES = True
+"""Whether parameters of different dtypes may lie in one group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +47,8 @@ class ShardSpec:
     offload: bool = False
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, spec: ShardSpec, head: nn.Module | None) -> None:
-    """Shard every block that the spec chooses, the untied `head` as a group of its own, and the rest as the root.
+def shard(model: M, mesh: DeviceMesh, spec: ShardSpec, head: nn.Module | None) -> M:
+    """Shard every block that the spec chooses, the untied `head` as a group of its own, the rest as the root; in place.
 
     `head` is None when it shares its weight with the embedding: it then belongs to the root.
     Raises: ConfigError when the spec chooses no block.
@@ -54,12 +64,14 @@ def shard(model: nn.Module, mesh: DeviceMesh, spec: ShardSpec, head: nn.Module |
         # Kept after the forward: its gradient is formed there, so a second gathering would serve nothing.
         group(head, reshard_after_forward=False)
         register_fsdp_forward_method(head, "loss")
-    for block in _blocks(model, spec, head):
+    for block in blocks(model, spec, head):
         group(block, reshard_after_forward=spec.reshard_after_forward)
     group(model, reshard_after_forward=False)
+    return model
 
 
-def _blocks(model: nn.Module, spec: ShardSpec, head: nn.Module | None) -> list[nn.Module]:
+def blocks(model: nn.Module, spec: ShardSpec, head: nn.Module | None) -> list[nn.Module]:
+    """The modules that are gathered one at a time. Raises: ConfigError when there is none."""
     if spec.min_num_params:
         return _large_modules(model, spec.min_num_params, head)
     blocks = [module for module in model.modules() if type(module).__name__ in spec.layer_names]
@@ -110,12 +122,19 @@ def fill(model: nn.Module, source: nn.Module | None, device: torch.device, offlo
     weights = {} if source is None else source.state_dict()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offload)
     set_model_state_dict(model, weights, options=options)
+    fill_buffers(model, source, device)
+
+
+def fill_buffers(
+    model: nn.Module, source: nn.Module | None, device: torch.device, plain: Callable[[str], str] = str
+) -> None:
+    """`plain` makes of a name in `model` the one in `source`."""
     full = dict(source.named_buffers()) if source is not None else {}
     for module_name, module in model.named_modules():
         for name, empty in module.named_buffers(recurse=False):
             buffer = torch.empty_like(empty, device=device)
             if source is not None:
-                buffer.copy_(full[f"{module_name}.{name}"])
+                buffer.copy_(full[plain(f"{module_name}.{name}")])
             dist.broadcast(buffer, src=0)
             setattr(module, name, buffer)
 
@@ -127,12 +146,42 @@ def reduce_gradients(model: nn.Module, wanted: bool) -> None:
         model.set_is_last_backward(wanted)
 
 
+def grad_norm(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """L2 norm over all ranks of the gradients that the parameters have."""
+    del model
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole
+
+
+def num_dims(model: nn.Module, parameter: nn.Parameter) -> int:
+    """Of the whole parameter."""
+    del model
+    return parameter.ndim
+
+
 def reshard(model: nn.Module) -> None:
     """Give up gathered weights. A forward without a backward leaves some, and the modules then show those, in the
     compute dtype, in the place of the shards that the optimizer knows."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def by_rows(model: M, gradients: bool = False) -> M:
+    """The model with parameters, and gradients, as DTensors cut along their first dim, to be saved or exported."""
+    del gradients
+    return model
+
+
+def optimizer_by_rows(model: nn.Module, rows: nn.Module, optimizer: Optimizer) -> Optimizer:
+    """The optimizer with its state in the same form, for the parameters that `by_rows` gave."""
+    del model, rows
+    return optimizer
+
+
+def take_rows(model: nn.Module, optimizer: Optimizer, rows: nn.Module, rows_optimizer: Optimizer) -> None:
+    """What was filled into `rows` and `rows_optimizer` is what the model is trained with."""
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

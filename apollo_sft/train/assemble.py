@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from apollo_sft.config.schema import ModelConfig, SftConfig
@@ -14,14 +18,41 @@ from apollo_sft.errors import ConfigError
 from apollo_sft.model import attention, load, lora
 from apollo_sft.model.proof import prove
 from apollo_sft.model.sft_model import SftModel
-from apollo_sft.parallel import fsdp2
+from apollo_sft.parallel import fsdp1, fsdp2
+from apollo_sft.parallel.fsdp2 import ShardSpec
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import Mesh
 from apollo_sft.parallel.ulysses import Ulysses
 from apollo_sft.report.log import say
 from apollo_sft.train.optim import build_optimizer
 
+M = TypeVar("M", bound=nn.Module)
+
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Strategy(Protocol):
+    """What `parallel.fsdp2` and `parallel.fsdp1` both have; the first says what each does."""
+
+    MIXES_DTYPES: bool
+
+    def shard(self, model: M, mesh: DeviceMesh, spec: ShardSpec, head: nn.Module | None) -> M: ...
+    def fill(self, model: nn.Module, source: nn.Module | None, device: torch.device, offload: bool) -> None: ...
+    def reduce_gradients(self, model: nn.Module, wanted: bool) -> None: ...
+    def grad_norm(self, model: nn.Module, parameters: Iterable[nn.Parameter]) -> Tensor: ...
+    def num_dims(self, model: nn.Module, parameter: nn.Parameter) -> int: ...
+    def reshard(self, model: nn.Module) -> None: ...
+    def by_rows(self, model: M, gradients: bool = False) -> M: ...
+    def optimizer_by_rows(self, model: nn.Module, rows: nn.Module, optimizer: Optimizer) -> Optimizer: ...
+    def take_rows(self, model: nn.Module, optimizer: Optimizer, rows: nn.Module, rows_optimizer: Optimizer) -> None: ...
+
+
+STRATEGIES: dict[str, Strategy] = {"fsdp2": fsdp2, "fsdp": fsdp1}
+
+
+def strategy_of(model: SftModel) -> Strategy:
+    """Its functions do nothing to a model that is not sharded."""
+    return STRATEGIES[model.strategy]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +84,15 @@ def assemble(config: SftConfig, folder: Path, hf_config: Any, world: World, mesh
     Rank 0 reads the weights and proves the architecture; the others build on meta and receive their shards.
     """
     precision = resolve_precision(config.model, world.device.type == "cuda")
+    # One process has nothing to shard; mixed precision and offload are FSDP2's then.
+    name = config.model.strategy if world.size > 1 else "fsdp2"
+    strategy = STRATEGIES[name]
     kernel, why = attention.choose_kernel(config.model.attn_implementation, world.device)
     say(why)
     attention.register(attention.sdpa_kernel)  # the proof runs on the CPU
     trust = config.model.trust_remote_code
     adapter = lora.lora_config(config.model, config.model.partial_pretrain)
-    stored = precision.master if adapter is None else precision.compute
+    stored = precision.compute if adapter is not None and strategy.MIXES_DTYPES else precision.master
     source = None
     if world.is_main:
         source = SftModel(load.load_with_weights(folder, hf_config, stored, trust))
@@ -77,10 +111,12 @@ def assemble(config: SftConfig, folder: Path, hf_config: Any, world: World, mesh
         model = SftModel(causal_lm, mesh.sp_rank, mesh.sp_size)
         _enable_checkpointing(model, config.model)
         spec = _shard_spec(model, config.model, precision)
-        fsdp2.shard(model, mesh.shard, spec, _own_head(model))
-        fsdp2.fill(model, source, world.device, spec.offload)
+        model = strategy.shard(model, mesh.shard, spec, _own_head(model))
+        model.strategy = name
+        strategy.fill(model, source, world.device, spec.offload)
     model.reduces_once = config.model.fsdp_config.use_no_sync_for_gradient_accumulation
-    return model, build_optimizer(model.parameters(), config.optim)
+    num_dims = partial(strategy_of(model).num_dims, model)
+    return model, build_optimizer(model.parameters(), config.optim, num_dims)
 
 
 def offloads(config: ModelConfig) -> bool:
@@ -102,7 +138,7 @@ def _enable_checkpointing(model: SftModel, config: ModelConfig) -> None:
         model.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def _shard_spec(model: SftModel, config: ModelConfig, precision: Precision) -> fsdp2.ShardSpec:
+def _shard_spec(model: SftModel, config: ModelConfig, precision: Precision) -> ShardSpec:
     wanted = config.fsdp_config.wrap_policy.transformer_layer_cls_to_wrap
     names = wanted or tuple(model.causal_lm._no_split_modules or ())
     if not names:
@@ -110,7 +146,7 @@ def _shard_spec(model: SftModel, config: ModelConfig, precision: Precision) -> f
             f"{type(model.causal_lm).__name__} does not say which of its modules are its layers",
             fix="model.fsdp_config.wrap_policy.transformer_layer_cls_to_wrap=[ClassName]",
         )
-    return fsdp2.ShardSpec(
+    return ShardSpec(
         layer_names=frozenset(names),
         compute_dtype=precision.compute,
         reduce_dtype=precision.reduce,
@@ -120,8 +156,8 @@ def _shard_spec(model: SftModel, config: ModelConfig, precision: Precision) -> f
     )
 
 
-def _own_head(model: SftModel) -> torch.nn.Module | None:
+def _own_head(model: SftModel) -> nn.Module | None:
     """The head when its weight is its own, None when it is the embedding's."""
-    head: torch.nn.Module = model.causal_lm.get_output_embeddings()
+    head: nn.Module = model.causal_lm.get_output_embeddings()
     tied = head.weight is model.causal_lm.get_input_embeddings().weight
     return None if tied else head

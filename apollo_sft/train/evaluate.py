@@ -10,8 +10,9 @@ from apollo_sft.data.loader import Loader
 from apollo_sft.data.plan import steps_per_epoch
 from apollo_sft.errors import TrainingError
 from apollo_sft.model.sft_model import SftModel
-from apollo_sft.parallel.fsdp2 import reshard, sum_over_ranks
+from apollo_sft.parallel.fsdp2 import sum_over_ranks
 from apollo_sft.parallel.launch import World
+from apollo_sft.train.assemble import strategy_of
 
 
 @torch.no_grad()
@@ -26,7 +27,7 @@ def evaluate(model: SftModel, loader: Loader, world: World) -> tuple[float, int]
         for micro_batch in batch.micro_batches:
             total += model.loss_sum(micro_batch, world.device)
     model.train()
-    reshard(model)
+    strategy_of(model).reshard(model)
     num_targets = int(loader.store.num_targets.sum(dtype="int64"))
     loss = float(sum_over_ranks(total)) / num_targets
     if not math.isfinite(loss):

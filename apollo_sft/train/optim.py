@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from apollo_sft.config.schema import OptimConfig
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> AdamW:
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], optim: OptimConfig, num_dims: Callable[[nn.Parameter], int] = Tensor.dim
+) -> AdamW:
     """AdamW over what is trainable. Norm gains and biases (fewer than two dims) are not decayed.
 
-    The learning rate is set before every step, see `schedule`.
+    `num_dims`: of a whole parameter, where its shard has others. The learning rate is set before every step, see
+    `schedule`.
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if num_dims(p) >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in trainable if num_dims(p) < 2], "weight_decay": 0.0},
     ]
     beta1, beta2 = optim.betas
     return AdamW([group for group in groups if group["params"]], lr=optim.lr, betas=(beta1, beta2), fused=True)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from apollo_sft.errors import ConfigError
-from apollo_sft.parallel.fsdp2 import ShardSpec, _blocks, reduce_gradients, sum_over_ranks
+from apollo_sft.parallel.fsdp2 import ShardSpec, blocks, reduce_gradients, sum_over_ranks
 from tests.support.models import tiny_config, tiny_model
 
 
@@ -17,24 +17,24 @@ def names(model: nn.Module, chosen: list[nn.Module]) -> list[str]:
     return [name for name, module in model.named_modules() if any(module is one for one in chosen)]
 
 
-def test_blocks_by_class_name() -> None:
+def testblocks_by_class_name() -> None:
     model = tiny_model(tiny_config("Qwen2"))
-    chosen = _blocks(model, spec("Qwen2DecoderLayer"), model.lm_head)
+    chosen = blocks(model, spec("Qwen2DecoderLayer"), model.lm_head)
     assert names(model, chosen) == ["model.layers.0", "model.layers.1"]
 
 
 def test_a_name_that_no_module_has() -> None:
     model = tiny_model(tiny_config("Qwen2"))
     with pytest.raises(ConfigError, match=r"names no module of this model[^$]*LlamaDecoderLayer[^$]*Qwen2DecoderLayer"):
-        _blocks(model, spec("LlamaDecoderLayer"), model.lm_head)
+        blocks(model, spec("LlamaDecoderLayer"), model.lm_head)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("min_num_params", [1, 1000, 1600, 5000, 10**9])
-def test_blocks_by_size(tied: bool, min_num_params: int) -> None:
+def testblocks_by_size(tied: bool, min_num_params: int) -> None:
     model = tiny_model(tiny_config("Qwen2", tie_word_embeddings=tied))
     head = None if tied else model.lm_head
-    chosen = _blocks(model, spec(min_num_params=min_num_params), head)
+    chosen = blocks(model, spec(min_num_params=min_num_params), head)
     shared = {id(model.lm_head.weight)}
     owned: list[int] = []
     for module in chosen:
