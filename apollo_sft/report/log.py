@@ -15,6 +15,8 @@ from typing import TextIO, cast
 from rich.console import Console
 from rich.text import Text
 
+from apollo_sft.errors import redact
+
 LOGGER = logging.getLogger("apollo_sft")
 
 
@@ -68,7 +70,7 @@ class _TerminalHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else ""
-        terminal().print(Text.from_ansi(self.format(record), style=style), soft_wrap=True)
+        terminal().print(Text.from_ansi(redact(self.format(record)), style=style), soft_wrap=True)
 
 
 def setup_logging(is_main: bool) -> None:

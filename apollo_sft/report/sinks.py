@@ -66,7 +66,8 @@ class Wandb:
             config=info.config,
             id=_wandb_id(info.folder / "wandb" / "run_id"),
             resume="allow",
-            settings=wandb.Settings(console="off", silent=True),
+            # Its own description of the process would hold the command line as it was given, secrets included.
+            settings=wandb.Settings(console="off", silent=True, x_disable_meta=True),
         )
         say(f"wandb: offline, in {Path(self._run.dir).parent}" if self._run.offline else f"wandb: {self._run.url}")
 
