@@ -85,6 +85,7 @@ class StoreWriter:
         self.ids = ArrayWriter(folder / "input_ids.npy", TOKEN_DTYPE)
         self.labels = ArrayWriter(folder / "labels.npy", TOKEN_DTYPE)
         self.offsets = array("q", [0])
+        self.lengths = array("i")
         self.num_targets = array("i")
         self.sources = array("i")
         self.rows = array("q")
@@ -95,6 +96,7 @@ class StoreWriter:
         self.ids.append(sample.input_ids)
         self.labels.append(sample.labels)
         self.offsets.append(self.ids.length)
+        self.lengths.append(len(sample.input_ids))
         self.num_targets.append(sample.num_targets)
         self.sources.append(self.file_index[sample.ref.file])
         self.rows.append(sample.ref.row)
@@ -107,6 +109,7 @@ class StoreWriter:
         self.labels.close()
         for name, values, code in (
             ("offsets", self.offsets, "<i8"),
+            ("lengths", self.lengths, "<i4"),
             ("num_targets", self.num_targets, "<i4"),
             ("sources", self.sources, "<i4"),
             ("rows", self.rows, "<i8"),
@@ -146,7 +149,7 @@ class SampleStore:
         self._rows = _open(folder, "rows")
         self._turns = _open(folder, "turns")
         self._turn_offsets = _open(folder, "turn_offsets")
-        self.lengths: np.ndarray = np.diff(self._offsets).astype(np.int32)
+        self.lengths: np.ndarray = _open(folder, "lengths")
         self.num_targets: np.ndarray = _open(folder, "num_targets")
         if len(self._ids) != self.summary.num_tokens or len(self.lengths) != self.summary.num_samples:
             raise ValueError(f"{folder}: arrays and summary disagree")

@@ -14,7 +14,7 @@ from apollo_sft.checkpoint.layout import RunFolder, sees_probe
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.audit import describe, to_json
 from apollo_sft.data.loader import Loader
-from apollo_sft.data.plan import steps_per_epoch
+from apollo_sft.data.plan import plan, steps_per_epoch
 from apollo_sft.errors import ConfigError, TopologyError
 from apollo_sft.parallel.launch import World, answer, ask_others
 from apollo_sft.parallel.mesh import check_mesh
@@ -25,6 +25,7 @@ from apollo_sft.train.preflight import Prepared
 LINE_WIDTH = 80
 TITLE_WIDTH = 9
 LONGEST_VALUE = 400
+IMBALANCE_STEPS = 16
 
 
 def check_world(config: SftConfig, world: World, overridden: Mapping[str, Any]) -> None:
@@ -132,6 +133,8 @@ def announce(config: SftConfig, prepared: Prepared, schedule: Schedule, loader: 
         ("warm-up steps", f"{schedule.warmup_steps:,}"),
         ("samples per step", f"{min(batch_size, num_samples):,}"),
     ]
+    if loader.spec.dp_size > 1:
+        rows.append(("imbalance", imbalance(loader)))
     if config.data.drop_last and num_samples % batch_size:
         rows.append(("dropped an epoch", f"{num_samples % batch_size:,} samples (data.drop_last)"))
     colour = terminal().is_terminal
@@ -141,6 +144,15 @@ def announce(config: SftConfig, prepared: Prepared, schedule: Schedule, loader: 
             f"an epoch is one step of {num_samples:,} samples, fewer than data.train_batch_size={batch_size:,}; "
             "the loss is exact all the same"
         )
+
+
+def imbalance(loader: Loader) -> str:
+    """Mean over steps that are spread over the first epoch."""
+    in_epoch = steps_per_epoch(len(loader.store), loader.spec)
+    wanted = range(0, in_epoch, -(-in_epoch // IMBALANCE_STEPS))
+    found = [plan(loader.store.lengths, loader.spec, step).imbalance() for step in wanted]
+    text = f"{sum(found) / len(found):.3f} (cost of the busiest of {loader.spec.dp_size:,} data ranks / mean)"
+    return text if loader.spec.balance else f"{text}; data.balance_dp_token=true evens it out"
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

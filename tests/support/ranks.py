@@ -10,8 +10,8 @@ from typing import Any
 TIMEOUT_SECONDS = 300
 
 
-def run_ranks(script: Path, size: int, folder: Path, *arguments: str) -> Any:
-    """Run `script OUT *arguments` on `size` ranks; return the JSON that it wrote to OUT."""
+def run_ranks(script: Path, size: int, folder: Path, *arguments: str, seconds: float = TIMEOUT_SECONDS) -> Any:
+    """Run `script OUT *arguments` on `size` ranks; return the JSON that it wrote to OUT. It may take `seconds`."""
     out = folder / f"{script.stem}-{size}.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
     finished = subprocess.run(
@@ -19,7 +19,7 @@ def run_ranks(script: Path, size: int, folder: Path, *arguments: str) -> Any:
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_SECONDS,
+        timeout=seconds,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr[-6000:]

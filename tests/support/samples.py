@@ -14,12 +14,23 @@ def random_samples(number: int, vocab_size: int = 97, most_targets: int = 30, se
     samples = []
     for row in range(number):
         targets = 0 if row % 5 == 0 else int(rng.integers(1, most_targets + 1))
-        tokens = int(rng.integers(2, 20)) + targets
-        ids = rng.integers(0, vocab_size, tokens).astype(np.int32)
-        labels = np.full(tokens, IGNORE_INDEX, np.int32)
-        labels[tokens - 1 - targets : tokens - 1] = ids[tokens - targets :]
-        samples.append(Sample(ids, labels, RowRef("rows", row), (1,)))
+        samples.append(_sample(rng, vocab_size, targets, row))
     return samples
+
+
+def _sample(rng: np.random.Generator, vocab_size: int, targets: int, row: int) -> Sample:
+    tokens = int(rng.integers(2, 20)) + targets
+    ids = rng.integers(0, vocab_size, tokens).astype(np.int32)
+    labels = np.full(tokens, IGNORE_INDEX, np.int32)
+    labels[tokens - 1 - targets : tokens - 1] = ids[tokens - targets :]
+    return Sample(ids, labels, RowRef("rows", row), (1,))
+
+
+def graded_samples(number: int, most_targets: int, vocab_size: int = 97, seed: int = 0) -> list[Sample]:
+    """Samples whose numbers of targets are spread evenly over 0 to `most_targets`, in random order."""
+    rng = np.random.default_rng(seed)
+    targets = rng.permutation(np.linspace(0, most_targets, number).round().astype(int)).tolist()
+    return [_sample(rng, vocab_size, count, row) for row, count in enumerate(targets)]
 
 
 def write_store(folder: Path, samples: list[Sample]) -> SampleStore:

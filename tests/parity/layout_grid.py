@@ -1,0 +1,125 @@
+"""The cells of `test_layouts`: what is laid out (models), and how (overrides of the config)."""
+
+MODELS = {
+    "gqa": ("Qwen2", {}),
+    "mha-tied": ("Qwen3", {"tie_word_embeddings": True, "head_dim": 8, "num_key_value_heads": 4}),
+    "mqa": ("Llama", {"num_key_value_heads": 1}),
+    "nine-heads": ("Llama", {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72}),
+    "window-tied": ("Mistral", {"sliding_window": 5, "tie_word_embeddings": True}),
+    "sinks-experts": ("GptOss", {"num_local_experts": 4, "head_dim": 8, "sliding_window": 5}),
+    "lora": ("Qwen2", {}),
+}
+WHOLE = "gqa"
+"""The model that has the product of all axes; the others have every mesh and strategy, the rest in turn."""
+
+CHECKPOINTING = "model.enable_gradient_checkpointing=true"
+NO_SYNC = "model.fsdp_config.use_no_sync_for_gradient_accumulation=true"
+OFFLOAD = "model.fsdp_config.cpu_offload=true"
+KEEP = "model.fsdp_config.reshard_after_forward=false"
+TOKENS = ["data.use_dynamic_bsz=true", "data.max_token_len_per_gpu=200"]
+BALANCE = "data.balance_dp_token=true"
+LARGE = "model.fsdp_config.wrap_policy.min_num_params=1500"
+HYBRID = "model.fsdp_config.fsdp_size=2"
+FSDP1 = "model.strategy=fsdp"
+
+STRATEGIES = {
+    "one process": [],
+    "fsdp2": [],
+    "fsdp": [FSDP1],
+    "hsdp": [HYBRID],
+    "fsdp, hybrid": [FSDP1, HYBRID],
+    "fsdp2 + offload": [OFFLOAD],
+    "fsdp + offload": [FSDP1, OFFLOAD],
+}
+Layout = tuple[int, int, str]
+"""Data ranks, sequence ranks, strategy."""
+Cells = dict[str, list[list[str]]]
+"""Name of a model -> overrides of each of its cells."""
+
+
+def sp(size: int) -> str:
+    return f"ulysses_sequence_parallel_size={size}"
+
+
+def micro(size: int) -> str:
+    return f"data.micro_batch_size_per_gpu={size}"
+
+
+BATCHING = [[micro(1)], [micro(2)], [micro(4)], [micro(8)], TOKENS]
+
+COVERING: dict[int, Cells] = {
+    1: {
+        "gqa": [[micro(1)], [micro(8), CHECKPOINTING], [*TOKENS]],
+        "mha-tied": [[micro(3)], [OFFLOAD, NO_SYNC, micro(2)]],
+        "mqa": [[micro(8)]],
+        "window-tied": [[micro(4)]],
+        "sinks-experts": [[micro(4)]],
+        "lora": [[micro(3), CHECKPOINTING], TOKENS],
+    },
+    2: {
+        "gqa": [
+            [micro(4)],
+            [micro(8), NO_SYNC, CHECKPOINTING],
+            [sp(2), micro(8)],
+            [LARGE, micro(8)],
+            [BALANCE, *TOKENS],
+        ],
+        "mha-tied": [[micro(3), OFFLOAD], [sp(2), NO_SYNC, KEEP, micro(8)], [LARGE, micro(8)]],
+        "nine-heads": [[sp(2), *TOKENS]],
+        "window-tied": [[sp(2), micro(8)]],
+        "sinks-experts": [[sp(2), micro(8)]],
+        "lora": [[micro(8)], [sp(2), OFFLOAD, micro(8)], [LARGE, CHECKPOINTING, NO_SYNC, micro(8)]],
+    },
+    4: {
+        "gqa": [
+            [sp(4), micro(8)],
+            [sp(2), HYBRID, micro(8), CHECKPOINTING],
+            [HYBRID, OFFLOAD, NO_SYNC, micro(4)],
+        ],
+        "mha-tied": [[micro(4), BALANCE], [sp(2), *TOKENS, BALANCE, NO_SYNC]],
+        "mqa": [[sp(4), *TOKENS]],
+        "nine-heads": [[sp(4), micro(8)]],
+        "lora": [[sp(2), HYBRID, NO_SYNC, micro(8)], [BALANCE, *TOKENS]],
+    },
+}
+"""Processes -> cells; each choice at least once, with others beside it."""
+
+
+def layouts(processes: int) -> list[Layout]:
+    """Every mesh of that many processes with every strategy that can be made of it. At 8, one set."""
+    if processes == 1:
+        return [(1, 1, "one process"), (1, 1, "fsdp2 + offload")]
+    names = ["fsdp2", "fsdp", "fsdp2 + offload", "fsdp + offload"]
+    if processes >= 4:
+        names += ["hsdp", "fsdp, hybrid"]
+    if processes == 8:
+        names = ["fsdp2", "fsdp", "hsdp"]
+    sizes = [size for size in (1, 2, 4, 8) if size <= processes]
+    return [(processes // size, size, name) for size in sizes for name in names]
+
+
+def layout_of(processes: int, overrides: list[str]) -> Layout:
+    """The reverse: which of the layouts a cell belongs to."""
+    size = next((int(text.partition("=")[2]) for text in overrides if text.startswith("ulysses")), 1)
+    chosen = [text for text in overrides if text in (FSDP1, HYBRID, OFFLOAD)]
+    alone = processes == 1 and not chosen
+    names = [name for name, keys in STRATEGIES.items() if sorted(keys) == sorted(chosen)]
+    return processes // size, size, "one process" if alone else names[-1]
+
+
+def full_grid(processes: int) -> Cells:
+    """All of it, for the long run."""
+    switches: list[list[str]] = [[], [CHECKPOINTING], [NO_SYNC], [CHECKPOINTING, NO_SYNC]]
+    placed = [[sp(size), *STRATEGIES[name]] for _, size, name in layouts(processes)]
+    if processes == 8:
+        return {WHOLE: [[*place, *how] for place in placed for how in ([micro(2), NO_SYNC], TOKENS)]}
+    cells: Cells = {WHOLE: [[*place, *more, *how] for place in placed for more in switches for how in BATCHING]}
+    cells[WHOLE] += [[*place, *more, *TOKENS] for place in placed for more in ([KEEP], [LARGE], [BALANCE])]
+    for turn, name in enumerate(MODELS):
+        if name != WHOLE:
+            cells[name] = [
+                [*place, *switches[(number + turn) % 4], *how]
+                for number, place in enumerate(placed)
+                for how in (BATCHING[(number + turn) % 4], TOKENS)
+            ]
+    return cells
