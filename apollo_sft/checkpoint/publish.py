@@ -239,7 +239,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read", found=error) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON", found=error) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object", found=type(content).__name__)

@@ -52,6 +52,7 @@ FREE = [
     "data.max_token_len_per_gpu",
     "data.balance_dp_token",
     "model.strategy",
+    "model.follow_links",
     "model.enable_gradient_checkpointing",
     "model.attn_implementation",
     "model.fsdp_config.wrap_policy.",

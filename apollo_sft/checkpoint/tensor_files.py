@@ -24,6 +24,9 @@ from apollo_sft.types import TensorSpec
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
+FOREIGN_FORMS = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf", ".npz")
+"""Weights that are not read: pickles run code when they are opened, and the rest is of other libraries."""
+READ_FORMS = (".json", ".safetensors", ".txt", ".model", ".jinja", ".py", ".tiktoken")
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -52,32 +55,37 @@ class StoredTensor:
     end: int
 
 
-def read_base_tensors(folder: Path) -> dict[str, TensorSpec]:
+def read_base_tensors(folder: Path, follow_links: bool = False) -> dict[str, TensorSpec]:
     """What the safetensors files of a model folder hold, by name; empty when it has none. No weight is read.
 
-    Raises: ModelError for a damaged file, or an index that names files outside the folder.
+    Every file that may be read of the folder must lie in it; `follow_links`: or be a link to anywhere.
+    Raises: ModelError for a damaged file, an index or a link that leaves the folder.
     """
     try:
-        return {name: stored.spec for name, stored in read_tensors(folder).items()}
+        if not follow_links:
+            for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
+                if path.suffix in READ_FORMS and not path.is_dir():
+                    safe_path(folder, path.relative_to(folder).as_posix())
+        return {name: stored.spec for name, stored in read_tensors(folder, follow_links).items()}
     except CheckpointError as error:
         raise ModelError(str(error)) from error
 
 
-def read_tensors(folder: Path) -> dict[str, StoredTensor]:
+def read_tensors(folder: Path, follow_links: bool = False) -> dict[str, StoredTensor]:
     """Every tensor of the safetensors files that transformers would load from `folder`.
 
     Raises: CheckpointError for a damaged file, an index that does not fit its files, or one that leaves the folder.
     """
     if (folder / SINGLE_FILE).is_file():
-        return read_header(safe_path(folder, SINGLE_FILE))
+        return read_header(safe_path(folder, SINGLE_FILE, follow_links))
     if not (folder / INDEX_FILE).is_file():
         return {}
-    weight_map = read_json(safe_path(folder, INDEX_FILE)).get("weight_map")
+    weight_map = read_json(safe_path(folder, INDEX_FILE, follow_links)).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map from tensor names to file names")
     tensors: dict[str, StoredTensor] = {}
     for file_name in sorted(set(weight_map.values())):
-        held = read_header(safe_path(folder, file_name))
+        held = read_header(safe_path(folder, file_name, follow_links))
         mapped = {name for name, mapped_file in weight_map.items() if mapped_file == file_name}
         if mapped != set(held):
             raise CheckpointError(
@@ -88,8 +96,8 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def safe_path(folder: Path, name: str) -> Path:
-    """The path of a file that a model folder names.
+def safe_path(folder: Path, name: str, follow_links: bool = False) -> Path:
+    """The path of a file that a folder of others names.
 
     Raises: CheckpointError when it would lie outside the folder, by its name or through a link, or does not exist.
     """
@@ -99,8 +107,13 @@ def safe_path(folder: Path, name: str) -> Path:
     if folder.absolute().parent.name == "snapshots":  # the hub's cache: a snapshot links to the blobs beside it
         root = folder.absolute().parent.parent.resolve()
     path = folder / name
-    if not path.resolve().is_relative_to(root):
-        raise CheckpointError(f"{path} is a link out of its folder", found=path.resolve(), expected=f"below {root}")
+    if not follow_links and not path.resolve().is_relative_to(root):
+        raise CheckpointError(
+            f"{path} is a link out of its folder",
+            found=path.resolve(),
+            expected=f"below {root}",
+            fix="copy the file; or model.follow_links=true if you made the link",
+        )
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     return path
@@ -121,7 +134,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         tensors = {name: _stored(path, entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} has a damaged safetensors header", found=f"{error!r}") from error
     position = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):

@@ -123,6 +123,7 @@ class ModelConfig(Section):
     external_lib: Text | None
     enable_gradient_checkpointing: bool
     trust_remote_code: bool
+    follow_links: bool
     attn_implementation: Literal["auto", "sdpa", "varlen", "flash"]
     lora_rank: Annotated[int, Field(ge=0)]
     lora_alpha: Count

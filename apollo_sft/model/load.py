@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,10 @@ from apollo_sft.model import attention
 
 EXACT_LAYERS = {"full_attention", "sliding_attention", "attention"}
 """Layer types whose only mixing of positions is the attention function that we hand in."""
+
+MAX_JSON_BYTES = 100_000_000
+IMPLEMENTATION = re.compile(r"_?\w+_implementation(?:_internal)?")
+"""Keys that name a function for attention or experts. One with a slash in it would be fetched from the hub."""
 
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
 
@@ -46,28 +52,71 @@ def find_model(source: str) -> Path:
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> Any:
-    """The transformers config of a model folder. Raises: ModelError when there is none that transformers can read."""
+    """The transformers config of a model folder.
+
+    Raises: ModelError when there is none that transformers can read, or when the folder wants foreign code to be run.
+    """
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
         raise ModelError("model.partial_pretrain has no config.json", found=folder, expected="a Hugging Face folder")
     raw = _read_json(folder / "config.json")
-    if "auto_map" in raw and not trust_remote_code:
+    _refuse_code(folder, raw, trust_remote_code)
+    if raw.get("quantization_config"):
         raise ModelError(
-            f"{folder} brings its own model code, which is not run by default",
-            found=f"auto_map in config.json: {raw['auto_map']}",
-            fix="read that code, then set model.trust_remote_code=true",
+            f"{folder} holds quantised weights, which cannot be trained",
+            found=f"quantization_config in config.json: {str(raw['quantization_config'])[:200]}",
+            fix="start from the unquantised model",
         )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelError(f"{folder / 'config.json'} cannot be read", found=str(error).splitlines()[0]) from error
+    except Exception as error:  # a foreign file in a library: it may raise anything
+        raise ModelError(f"{folder / 'config.json'} cannot be used", found=in_short(error)) from error
+
+
+def in_short(error: BaseException) -> str:
+    """What a library says, in one line with the kind of its error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}" if lines else type(error).__name__
+
+
+def _refuse_code(folder: Path, raw: dict[str, Any], trust_remote_code: bool) -> None:
+    """What would make transformers import code that is not its own. Raises: ModelError."""
+    tokenizer = folder / "tokenizer_config.json"
+    files = {"config.json": raw, tokenizer.name: _read_json(tokenizer) if tokenizer.is_file() else {}}
+    for name, content in files.items():
+        for key, value in _items(content):
+            if key == "auto_map" and value and not trust_remote_code:
+                raise ModelError(
+                    f"{folder} brings its own code, which is not run by default",
+                    found=f"auto_map in {name}: {str(value)[:200]}",
+                    fix="read that code, then set model.trust_remote_code=true; or take auto_map out of that file, "
+                    "if transformers knows the model without it",
+                )
+            if IMPLEMENTATION.fullmatch(key) and "/" in str(value):
+                raise ModelError(
+                    f"{folder} names code on the hub, which is never fetched",
+                    found=f"{key}={value} in {name}",
+                    fix=f"take {key} out of that file; model.attn_implementation chooses the attention",
+                )
+
+
+def _items(tree: Any) -> Iterator[tuple[str, Any]]:
+    """(key, value) of every object inside."""
+    waiting = [tree]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ModelError(f"{path} is too large", found=f"{path.stat().st_size:,} bytes")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON", found=error) from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} is not a JSON object", found=type(value).__name__)
@@ -79,7 +128,8 @@ def check_architecture(config: Any, trust_remote_code: bool) -> None:
 
     Raises: ModelError naming the architecture and the reason.
     """
-    name = ", ".join(config.architectures or [type(config).__name__])
+    named = config.architectures if isinstance(config.architectures, list) else []
+    name = ", ".join(map(str, named)) or type(config).__name__
     model_class = _model_class(config, trust_remote_code)
     if model_class is None:
         raise ModelError(
@@ -175,10 +225,10 @@ def load_with_weights(folder: Path, config: Any, dtype: torch.dtype, trust_remot
             use_safetensors=True,
             output_loading_info=True,
         )
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"{folder} has no weights that can be loaded",
-            found=str(error).splitlines()[0],
+            found=in_short(error),
             expected="model.safetensors, or shards with model.safetensors.index.json (pickled weights are not read)",
         ) from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
@@ -192,16 +242,22 @@ def load_with_weights(folder: Path, config: Any, dtype: torch.dtype, trust_remot
 
 
 def build_on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The same model without memory: every parameter and buffer on the meta device."""
+    """The same model without memory: every parameter and buffer on the meta device.
+
+    Raises: ModelError when transformers can build none from this config.
+    """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            _own_config(config, dtype),
-            dtype=dtype,
-            attn_implementation=attention.NAME,
-            trust_remote_code=trust_remote_code,
-        )
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                _own_config(config, dtype),
+                dtype=dtype,
+                attn_implementation=attention.NAME,
+                trust_remote_code=trust_remote_code,
+            )
+    except Exception as error:  # a foreign config in a library: it may raise anything
+        raise ModelError(f"{type(config).__name__}: no model can be built from it", found=in_short(error)) from error
     return _checked(model)
 
 

@@ -5,6 +5,7 @@ Source: LoRA, arXiv:2106.09685.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,14 @@ from apollo_sft.config.schema import ModelConfig
 from apollo_sft.errors import ConfigError, ModelError
 
 ADAPTER = "default"
+ADAPTER_FILE = "adapter_model.safetensors"
+TAKEN = (
+    "r", "lora_alpha", "target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "task_type", "base_model_name_or_path",
+)  # fmt: skip
+"""Settings of a saved adapter that are followed."""
+IGNORED = ("peft_type", "peft_version", "auto_mapping", "revision", "inference_mode", "init_lora_weights")
+"""Those that say nothing about what the adapter computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,30 +69,49 @@ def lora_config(model: ModelConfig, source: str) -> Any | None:
 
 
 def _saved_config(model: ModelConfig, path: str) -> Any:
-    from peft import LoraConfig, PeftConfig
+    """Of what the file says only what a plain LoRA adapter needs: other settings may name modules to import."""
+    from peft import LoraConfig
 
-    try:
-        saved = PeftConfig.from_pretrained(path)
-    except (ValueError, OSError, TypeError) as error:
-        raise ConfigError(
-            "model.lora_adapter_path is no adapter folder",
-            found=f"{path}: {str(error).splitlines()[0]}",
-            expected="a folder with adapter_config.json and adapter_model.safetensors",
-        ) from error
-    if not isinstance(saved, LoraConfig) or saved.use_dora or saved.modules_to_save:
+    raw = _read_adapter_json(path)
+    plain = LoraConfig().to_dict()
+    odd = sorted(
+        key
+        for key, value in raw.items()
+        if key not in (*TAKEN, *IGNORED) and value not in (plain.get(key), None, False, {}, [])
+    )
+    if raw.get("peft_type") != "LORA" or odd:
         raise ConfigError(
             "model.lora_adapter_path is not a plain LoRA adapter",
-            found=f"{path}: {saved.peft_type}",
-            expected="LoRA without DoRA and without modules_to_save",
+            found=f"{path}: {raw.get('peft_type')}" + "".join(f", {key}={str(raw[key])[:80]}" for key in odd[:3]),
+            expected="LoRA without DoRA, without modules_to_save and without other additions",
         )
-    if model.lora_rank not in (0, saved.r):
+    try:
+        saved = LoraConfig(**{key: raw[key] for key in TAKEN if raw.get(key) is not None})
+        fits = model.lora_rank in (0, saved.r)
+    except Exception as error:  # a foreign file in a library: it may raise anything
+        found = f"{path}: {type(error).__name__}: {error}"
+        raise ConfigError("model.lora_adapter_path holds settings that PEFT cannot use", found=found) from error
+    if not fits:
         raise ConfigError(
             "model.lora_rank is not that of the adapter that is continued",
             found=f"{model.lora_rank}, and {saved.r} in {path}",
             fix=f"model.lora_rank={saved.r}, or leave it out",
         )
-    saved.inference_mode = False
     return saved
+
+
+def _read_adapter_json(path: str) -> dict[str, Any]:
+    try:
+        raw = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError("adapter_config.json is no JSON object")
+    except (ValueError, OSError, RecursionError) as error:
+        raise ConfigError(
+            "model.lora_adapter_path is no adapter folder",
+            found=f"{path}: {str(error).splitlines()[0]}",
+            expected="a folder with adapter_config.json and adapter_model.safetensors",
+        ) from error
+    return raw
 
 
 def inject(causal_lm: Any, config: Any, master: torch.dtype, adapter_path: str | None = None) -> Adapted:
@@ -117,17 +145,37 @@ def inject(causal_lm: Any, config: Any, master: torch.dtype, adapter_path: str |
 def _fill_from(causal_lm: Any, path: str) -> None:
     from safetensors.torch import load_file
 
-    file = Path(path) / "adapter_model.safetensors"
-    if not file.is_file():
-        raise ModelError(f"{path} holds no adapter_model.safetensors", expected="safetensors; pickles are not read")
-    saved = load_file(file)
-    wanted = {file_name(name): p for name, p in causal_lm.named_parameters() if p.requires_grad}
-    if saved.keys() != wanted.keys():
-        odd = sorted(saved.keys() ^ wanted.keys())
-        raise ModelError(f"{file} does not fit this model", found=f"{len(odd)} names differ: {', '.join(odd[:3])}")
+    check_adapter_file(causal_lm, path)
+    saved = load_file(Path(path) / ADAPTER_FILE)
     with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(saved[name])
+        for name, parameter in causal_lm.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(saved[file_name(name)])
+
+
+def check_adapter_file(causal_lm: Any, path: str) -> None:
+    """The file of the adapter in the folder `path` fits the adapters of a model, which may be on meta.
+
+    Raises: ModelError.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = Path(path) / ADAPTER_FILE
+    if not file.is_file():
+        raise ModelError(f"{path} holds no {ADAPTER_FILE}", expected="safetensors; pickles are not read")
+    try:
+        with safe_open(file, "pt") as opened:
+            held = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} is no whole safetensors file", found=error) from error
+    wanted = {file_name(name): tuple(p.shape) for name, p in causal_lm.named_parameters() if p.requires_grad}
+    if held.keys() != wanted.keys():
+        odd = sorted(held.keys() ^ wanted.keys())
+        raise ModelError(f"{file} does not fit this model", found=f"{len(odd)} names differ: {', '.join(odd[:3])}")
+    for name, shape in wanted.items():
+        if held[name] != shape:
+            what = f"{file} is the adapter of another model: {name}"
+            raise ModelError(what, found=f"shape {held[name]}", expected=f"shape {shape}")
 
 
 def file_name(name: str) -> str:

@@ -11,13 +11,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from apollo_sft.checkpoint.conversion import plan_export
 from apollo_sft.checkpoint.publish import read_json
-from apollo_sft.checkpoint.tensor_files import read_base_tensors
+from apollo_sft.checkpoint.tensor_files import FOREIGN_FORMS, read_base_tensors, safe_path
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.store import SampleStore, StoreRequest, prepare_store
 from apollo_sft.data.template import ChatTemplate, resolve_template
-from apollo_sft.errors import ConfigError, DataError, ModelError
-from apollo_sft.model.load import check_architecture, check_longest, find_model, read_config
+from apollo_sft.errors import CheckpointError, ConfigError, DataError, ModelError
+from apollo_sft.model import attention
+from apollo_sft.model.load import build_on_meta, check_architecture, check_longest, find_model, in_short, read_config
+from apollo_sft.model.lora import ADAPTER_FILE, check_adapter_file, inject, lora_config
 from apollo_sft.report.log import say
 from apollo_sft.types import BaseModel
 
@@ -60,21 +63,81 @@ def prepare(config: SftConfig) -> Prepared:
 
     Raises: ConfigError, ModelError, DataError.
     """
-    folder = find_model(config.model.partial_pretrain)
-    hf_config = read_config(folder, config.model.trust_remote_code)
-    check_architecture(hf_config, config.model.trust_remote_code)
-    tensors = read_base_tensors(folder)
+    base, hf_config = _open_base(config)
+    trust = config.model.trust_remote_code
     _check_positions(config, hf_config)
     check_longest(hf_config, config.data.max_length)
-    tokenizer = _load_tokenizer(folder, config.model.trust_remote_code)
+    tokenizer = _load_tokenizer(base.folder, trust)
     template = resolve_template(tokenizer, config.data)
     train = _store(config, "train", tokenizer, template)
     val = _store(config, "val", tokenizer, template) if config.data.val_files else None
     for store in (train, val):
         if store is not None:
             _check_token_ids(store, hf_config)
-    base = BaseModel(config.model.partial_pretrain, folder, read_json(folder / "config.json"), tensors)
     return Prepared(base, hf_config, tokenizer, template, train, val)
+
+
+def _open_base(config: SftConfig) -> tuple[BaseModel, Any]:
+    """What lies in the model folder, and transformers' config of it. Files are looked at before a library reads them.
+
+    Raises: ModelError.
+    """
+    model = config.model
+    folder = find_model(model.partial_pretrain)
+    tensors = read_base_tensors(folder, model.follow_links)
+    hf_config = read_config(folder, model.trust_remote_code)
+    check_architecture(hf_config, model.trust_remote_code)
+    return BaseModel(model.partial_pretrain, folder, read_json(folder / "config.json"), tensors), hf_config
+
+
+def check_model(config: SftConfig) -> None:
+    """Build the model without memory and hold it against its files: what would else fail once the weights are read.
+
+    Raises: ModelError, ConfigError.
+    """
+    base, hf_config = _open_base(config)
+    if not base.tensors:
+        raise _no_weights(base.folder)
+    attention.register(attention.sdpa_kernel)  # its name must be known; nothing runs
+    causal_lm = build_on_meta(hf_config, torch.float32, config.model.trust_remote_code)
+    try:
+        if (base.folder / "generation_config.json").is_file():
+            read_json(base.folder / "generation_config.json")
+        plan_export(causal_lm, base, config.trainer.export_dtype)
+        _check_layer_names(config, causal_lm)
+        adapter = config.model.lora_adapter_path
+        for name in (ADAPTER_FILE, "adapter_config.json") if adapter is not None else ():
+            safe_path(Path(str(adapter)), name, config.model.follow_links)
+    except CheckpointError as error:  # of these files, not of a checkpoint
+        raise ModelError(str(error)) from error
+    wanted = lora_config(config.model, base.source)
+    if wanted is not None:
+        inject(causal_lm, wanted, torch.float32)
+    if adapter is not None:
+        check_adapter_file(causal_lm, adapter)
+
+
+def _no_weights(folder: Path) -> ModelError:
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in FOREIGN_FORMS)
+    return ModelError(
+        f"{folder} has no weights that can be loaded",
+        found=f"only {', '.join(others[:5])}" if others else "no weight file",
+        expected="model.safetensors, or shards with model.safetensors.index.json (pickled weights are not read: "
+        "opening a pickle can run code)",
+        fix="where you trust the files, convert them once: "
+        "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)",
+    )
+
+
+def _check_layer_names(config: SftConfig, causal_lm: Any) -> None:
+    wanted = config.model.fsdp_config.wrap_policy.transformer_layer_cls_to_wrap
+    known = {type(module).__name__ for module in causal_lm.modules()}
+    if wanted and not known & set(wanted):
+        raise ConfigError(
+            "model.fsdp_config.wrap_policy.transformer_layer_cls_to_wrap names no module of this model",
+            found=", ".join(wanted),
+            expected=f"one of {', '.join(sorted(known))}",
+        )
 
 
 def _store(config: SftConfig, split: Literal["train", "val"], tokenizer: Any, template: ChatTemplate) -> SampleStore:
@@ -89,8 +152,8 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        raise _no_tokenizer(folder, str(error).splitlines()[0]) from error
+    except Exception as error:  # foreign files in a library: it may raise anything
+        raise _no_tokenizer(folder, in_short(error)) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes some from no file at all
         raise _no_tokenizer(folder, f"a {type(tokenizer).__name__} without a vocabulary")
     return tokenizer

@@ -29,7 +29,7 @@ from apollo_sft.train.finish import check_disk, export, hf_form, summary
 from apollo_sft.train.loop import Run, run_loop
 from apollo_sft.train.opening import announce, check_shared, check_world, config_text, schedule_of
 from apollo_sft.train.optim import Schedule
-from apollo_sft.train.preflight import Prepared, load_external_lib, prepare, seed_everything
+from apollo_sft.train.preflight import Prepared, check_model, load_external_lib, prepare, seed_everything
 from apollo_sft.train.reporter import Reporter
 from apollo_sft.train.signals import BEFORE_TRAINING, StopFlag
 
@@ -109,6 +109,7 @@ def _claim(
 
 def _run(config: SftConfig, world: World, folder: RunFolder | None, stop: StopFlag) -> None:
     """Prepare, assemble, train, export. `folder` is None off rank 0."""
+    launch.on_main(world, "model", lambda: check_model(config))
     prepared = launch.once_per_host(world, "prepare", lambda: prepare(config))
     mesh = build_mesh(world, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
     train_loader, val_loader = _loaders(config, prepared, mesh)
