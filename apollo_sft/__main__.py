@@ -10,7 +10,7 @@ import traceback
 
 from apollo_sft.config.checks import check_paths
 from apollo_sft.config.compose import YAML_PATH, Composed, compose, to_yaml
-from apollo_sft.errors import ApolloError, CheckpointError, ConfigError, Preempted, Stopped, TrainingError
+from apollo_sft.errors import ApolloError, CheckpointError, ConfigError, Preempted, Stopped, TrainingError, redact
 from apollo_sft.train.signals import StopFlag, end_with_parent
 
 USAGE = """Train: python -m apollo_sft key=value …
@@ -124,7 +124,7 @@ def _report_unexpected(error: Exception) -> bool:
         sys.stderr.write(f"apollo-sft: {who}lost another rank, which failed first ({reason})\n")
         return False
     cause = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    sys.stderr.write("".join(traceback.format_exception(error)) + f"apollo-sft: {who}{cause}\n")
+    sys.stderr.write(redact("".join(traceback.format_exception(error)) + f"apollo-sft: {who}{cause}\n"))
     return True
 
 
