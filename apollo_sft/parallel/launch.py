@@ -196,6 +196,15 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def any_rank(flag: bool, world: World) -> bool:
+    """Whether the flag is set on some rank. Collective; on the CPU, so that it waits for no kernel of a GPU."""
+    if world.size == 1:
+        return flag
+    told = torch.tensor(int(flag))
+    dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    return bool(told)
+
+
 def from_main(value: T, world: World) -> T:
     """The value that rank 0 has, on every rank."""
     if world.size == 1:

@@ -52,6 +52,7 @@ class Checkpoints:
     ) -> None:
         self.folder = Path(trainer.default_local_dir).absolute() / "checkpoints"
         self.best: dict[str, Any] | None = None
+        self.unfinished: Record | None = None
         self._validations_since_best = 0
         self._keep = trainer.max_ckpt_to_keep
         self._patience = trainer.early_stop_patience
@@ -87,9 +88,12 @@ class Checkpoints:
             vote |= Vote.SAVE_DUE
         return vote
 
-    def after_step(self, step: int, record: Record, votes: Vote, model: SftModel, optimizer: Optimizer) -> None:
-        """Save if it is time after `step` steps. `record`: the metrics of the step; `votes`: of all ranks.
+    def after_step(
+        self, step: int, record: Record, votes: Vote, model: SftModel, optimizer: Optimizer, unfinished: bool = False
+    ) -> bool:
+        """Save if it is time after `step` steps; whether it was. `record`: metrics of the step; `votes`: of all ranks.
 
+        `unfinished`: its validation was cut short. The checkpoint then keeps the record for the run that goes on.
         Raises: CheckpointError on every rank when a save could not be written; earlier checkpoints are untouched.
         """
         if votes & Vote.SAVE_FAILED:
@@ -99,11 +103,22 @@ class Checkpoints:
         by_time = self._seconds is not None
         due = bool(votes & Vote.SAVE_DUE) if by_time else step % self._every == 0
         if not (due or is_best or is_last or votes & Vote.STOP):
-            return
-        with_hf = is_best or is_last or self._hf_at_every
+            return False
+        self.unfinished = record if unfinished else None
+        with_hf = is_best or is_last or self._hf_at_every or (unfinished and self._keeps_best)
         self.save(step, model, optimizer, is_best, with_hf)
         if is_last or votes & Vote.STOP:
             self.settle()
+        return True
+
+    def make_up(self, record: Record) -> None:
+        """`record` is that of `unfinished` with its validation: its checkpoint may turn out to be the best one."""
+        self.unfinished = None
+        step = int(record["step"])
+        if self.judge(step, record) and self._keeps_best:
+            target = resume.folder_of(self.folder, step).name
+            point = partial(publish.point, self.folder / resume.BEST, target)
+            agree(attempt(point) if self._is_main else None, group=self._group)
 
     def judge(self, step: int, record: Record) -> bool:
         """Whether the validation in `record`, if there is one, is the best so far; counts those that are not."""
@@ -133,6 +148,7 @@ class Checkpoints:
             "contents": list(self._contents),
             "best": self.best,
             "validations_since_best": self._validations_since_best,
+            "unfinished": self.unfinished,
         }
         write = partial(self._write, final, tensors, facts, is_best, with_hf)
         if self._in_background:
@@ -205,6 +221,8 @@ class Checkpoints:
             torch.manual_seed(torch.initial_seed() + step)  # the saved random states belong to other ranks
         read_state(checkpoint, model, optimizer, step, same_ranks)
         self.best, self._validations_since_best = saved["best"], saved["validations_since_best"]
+        if checkpoint.parent == self.folder:
+            self.unfinished = saved.get("unfinished")
         return step
 
     def _has_memory(self, copy_bytes: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -16,18 +17,27 @@ from apollo_sft.train.assemble import strategy_of
 
 
 @torch.no_grad()
-def evaluate(model: SftModel, loader: Loader, world: World) -> tuple[float, int]:
+def evaluate(
+    model: SftModel, loader: Loader, world: World, stopped: Callable[[], bool] = lambda: False
+) -> tuple[float, int] | None:
     """Loss and number of targets over the loader's whole store. The loader's plan must not shuffle or drop.
+
+    `stopped` is asked after each batch, on all ranks, and says the same on all: whether to end here, with None.
 
     Raises: TrainingError on every rank when the loss is not finite.
     """
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=world.device)
+    interrupted = False
     for batch in loader.batches(range(steps_per_epoch(len(loader.store), loader.spec))):
         for micro_batch in batch.micro_batches:
             total += model.loss_sum(micro_batch, world.device)
+        if interrupted := stopped():
+            break
     model.train()
     strategy_of(model).reshard(model)
+    if interrupted:
+        return None
     num_targets = int(loader.store.num_targets.sum(dtype="int64"))
     loss = float(sum_over_ranks(total)) / num_targets
     if not math.isfinite(loss):

@@ -12,7 +12,7 @@ from apollo_sft.data.loader import Loader
 from apollo_sft.data.plan import steps_per_epoch
 from apollo_sft.errors import Preempted
 from apollo_sft.model.sft_model import SftModel
-from apollo_sft.parallel.launch import World
+from apollo_sft.parallel.launch import World, any_rank
 from apollo_sft.report.metrics import Record, StepFacts, train_record, val_record
 from apollo_sft.train.checkpoints import Checkpoints
 from apollo_sft.train.evaluate import evaluate
@@ -54,10 +54,15 @@ def run_loop(run: Run, stop: StopFlag, first_step: int) -> None:
 
     Raises: TrainingError when a step is not finite; Preempted when a signal asked for the end and the state is saved.
     """
-    if run.checkpoints.out_of_patience():  # the run had come to its end and was killed before it was whole
+    if run.checkpoints.unfinished is not None:
+        _make_up_validation(run, stop, run.checkpoints.unfinished)
+    if run.checkpoints.out_of_patience():  # the run had come to its end and was stopped before it was whole
         return
     if run.config.trainer.val_before_train and run.val is not None and first_step == 0:
-        run.reporter.record({"step": 0} | validation_record(run))
+        validation = validation_record(run, stop)
+        if validation is None:
+            raise _preempted(run, stop, 0)
+        run.reporter.record({"step": 0} | validation)
     clip = run.config.optim.clip_grad
     began = time.perf_counter()
     for batch in run.train.batches(range(first_step, run.schedule.total_steps)):
@@ -78,25 +83,51 @@ def run_loop(run: Run, stop: StopFlag, first_step: int) -> None:
             epoch=(batch.step + 1) / run.steps_per_epoch,
             peak_bytes=result.peak_bytes,
         )
-        record = train_record(facts)
-        if run.validates_after(batch.step):
-            record |= validation_record(run)
-        run.reporter.record(record)
-        run.checkpoints.after_step(batch.step + 1, record, result.votes, run.model, run.optimizer)
+        _after_step(run, stop, train_record(facts), result.votes)
         if run.checkpoints.out_of_patience():
             return
-        if result.votes & Vote.STOP and batch.step + 1 < run.schedule.total_steps:
-            raise Preempted(
-                f"stopped by {stop.name or 'a signal to another rank'} after step {batch.step + 1} of "
-                f"{run.schedule.total_steps}; the state is saved",
-                fix="the same command goes on from there",
-            )
         began = time.perf_counter()
 
 
-def validation_record(run: Run) -> Record:
-    """`val/…` metrics over the whole validation store; empty without one."""
+def _after_step(run: Run, stop: StopFlag, record: Record, votes: Vote) -> None:
+    """Validate, write down, save, each when it is time.
+
+    A stop during the validation saves the state without it; the run that goes on makes up for it. Raises: Preempted.
+    """
+    step = int(record["step"])
+    validation = validation_record(run, stop) if run.validates_after(step - 1) else {}
+    if validation is not None:
+        record |= validation
+        run.reporter.record(record)
+    else:
+        votes |= Vote.STOP
+    saved = run.checkpoints.after_step(step, record, votes, run.model, run.optimizer, validation is None)
+    if votes & Vote.STOP or (saved and any_rank(stop.name is not None, run.world)):
+        run.checkpoints.settle()
+        raise _preempted(run, stop, step)
+
+
+def _make_up_validation(run: Run, stop: StopFlag, record: Record) -> None:
+    """Run the validation that a stop cut short, and write down its step. Raises: Preempted."""
+    step = int(record["step"])
+    validation = validation_record(run, stop) if run.validates_after(step - 1) else {}
+    if validation is None:
+        raise _preempted(run, stop, step)
+    run.reporter.record(record | validation)
+    run.checkpoints.make_up(record | validation)
+
+
+def validation_record(run: Run, stop: StopFlag) -> Record | None:
+    """`val/…` metrics over the whole validation store; empty without one; None when a signal stopped it."""
     if run.val is None:
         return {}
-    loss, targets = evaluate(run.model, run.val, run.world)
-    return val_record(loss=loss, targets=targets)
+    found = evaluate(run.model, run.val, run.world, lambda: any_rank(stop.name is not None, run.world))
+    return None if found is None else val_record(loss=found[0], targets=found[1])
+
+
+def _preempted(run: Run, stop: StopFlag, step: int) -> Preempted:
+    return Preempted(
+        f"stopped by {stop.name or 'a signal to another rank'} after step {step} of {run.schedule.total_steps}; "
+        f"{'the state is saved' if step else 'there was nothing to save'}",
+        fix="the same command goes on from there",
+    )
