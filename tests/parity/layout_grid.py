@@ -10,7 +10,8 @@ MODELS = {
     "lora": ("Qwen2", {}),
 }
 WHOLE = "gqa"
-"""The model that has the product of all axes; the others have every mesh and strategy, the rest in turn."""
+WHOLE_STRATEGIES = ("one process", "fsdp2", "fsdp", "hsdp", "fsdp2 + offload")
+"""The model and the strategies that have the product of all axes; the rest have some in turn."""
 
 CHECKPOINTING = "model.enable_gradient_checkpointing=true"
 NO_SYNC = "model.fsdp_config.use_no_sync_for_gradient_accumulation=true"
@@ -45,6 +46,7 @@ def micro(size: int) -> str:
     return f"data.micro_batch_size_per_gpu={size}"
 
 
+SWITCHES: list[list[str]] = [[], [CHECKPOINTING], [NO_SYNC], [CHECKPOINTING, NO_SYNC]]
 BATCHING = [[micro(1)], [micro(2)], [micro(4)], [micro(8)], TOKENS]
 
 COVERING: dict[int, Cells] = {
@@ -63,18 +65,32 @@ COVERING: dict[int, Cells] = {
             [sp(2), micro(8)],
             [LARGE, micro(8)],
             [BALANCE, *TOKENS],
+            [FSDP1, *TOKENS],
+            [FSDP1, sp(2), NO_SYNC, micro(8)],
+            [FSDP1, OFFLOAD, CHECKPOINTING, micro(8)],
         ],
-        "mha-tied": [[micro(3), OFFLOAD], [sp(2), NO_SYNC, KEEP, micro(8)], [LARGE, micro(8)]],
+        "mha-tied": [
+            [micro(3), OFFLOAD],
+            [sp(2), NO_SYNC, KEEP, micro(8)],
+            [LARGE, micro(8)],
+            [FSDP1, LARGE, KEEP, micro(8)],
+        ],
         "nine-heads": [[sp(2), *TOKENS]],
         "window-tied": [[sp(2), micro(8)]],
         "sinks-experts": [[sp(2), micro(8)]],
-        "lora": [[micro(8)], [sp(2), OFFLOAD, micro(8)], [LARGE, CHECKPOINTING, NO_SYNC, micro(8)]],
+        "lora": [
+            [micro(8)],
+            [sp(2), OFFLOAD, micro(8)],
+            [LARGE, CHECKPOINTING, NO_SYNC, micro(8)],
+            [FSDP1, *TOKENS],
+        ],
     },
     4: {
         "gqa": [
             [sp(4), micro(8)],
             [sp(2), HYBRID, micro(8), CHECKPOINTING],
             [HYBRID, OFFLOAD, NO_SYNC, micro(4)],
+            [FSDP1, HYBRID, sp(2), *TOKENS],
         ],
         "mha-tied": [[micro(4), BALANCE], [sp(2), *TOKENS, BALANCE, NO_SYNC]],
         "mqa": [[sp(4), *TOKENS]],
@@ -109,17 +125,22 @@ def layout_of(processes: int, overrides: list[str]) -> Layout:
 
 def full_grid(processes: int) -> Cells:
     """All of it, for the long run."""
-    switches: list[list[str]] = [[], [CHECKPOINTING], [NO_SYNC], [CHECKPOINTING, NO_SYNC]]
-    placed = [[sp(size), *STRATEGIES[name]] for _, size, name in layouts(processes)]
     if processes == 8:
-        return {WHOLE: [[*place, *how] for place in placed for how in ([micro(2), NO_SYNC], TOKENS)]}
-    cells: Cells = {WHOLE: [[*place, *more, *how] for place in placed for more in switches for how in BATCHING]}
-    cells[WHOLE] += [[*place, *more, *TOKENS] for place in placed for more in ([KEEP], [LARGE], [BALANCE])]
+        placed = [place(layout) for layout in layouts(8)]
+        return {WHOLE: [[*where, *how] for where in placed for how in ([micro(2), NO_SYNC], TOKENS)]}
+    cells: Cells = {WHOLE: []}
+    for layout in layouts(processes):
+        batching = BATCHING if layout[2] in WHOLE_STRATEGIES else [TOKENS]
+        cells[WHOLE] += [[*place(layout), *more, *how] for more in SWITCHES for how in batching]
+        cells[WHOLE] += [[*place(layout), *more, *TOKENS] for more in ([KEEP], [LARGE], [BALANCE])]
     for turn, name in enumerate(MODELS):
         if name != WHOLE:
             cells[name] = [
-                [*place, *switches[(number + turn) % 4], *how]
-                for number, place in enumerate(placed)
-                for how in (BATCHING[(number + turn) % 4], TOKENS)
+                [*place(layout), *SWITCHES[(number + turn) % 4], *BATCHING[(number + turn) % 5]]
+                for number, layout in enumerate(layouts(processes))
             ]
     return cells
+
+
+def place(layout: Layout) -> list[str]:
+    return [sp(layout[1]), *STRATEGIES[layout[2]]]

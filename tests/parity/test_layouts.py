@@ -71,7 +71,7 @@ def test_full_grid(folder: Path, note: Callable[[str], None]) -> None:
     every = [figure for figures in by_model.values() for figure in figures]
     cells, *worst = summary(every)
     text += f"\nIn all {cells} layouts; the worst figures: gradient {worst[0]}, loss {worst[1]}, norm {worst[2]}.\n"
-    assert counts(section("exactness.md", "grid", text)) == counts(text), "write it anew: APOLLO_WRITE_DOCS=1"
+    assert counts(section("layouts.md", "grid", text)) == counts(text), "write it anew: APOLLO_WRITE_DOCS=1"
 
 
 COLUMNS = ["layouts", "gradient", "loss", "gradient norm"]

@@ -9,8 +9,8 @@ WRITE = os.environ.get("APOLLO_WRITE_DOCS") == "1"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines).replace("| --- |", "|---|")
+    lines = [f"| {' | '.join(map(str, cells))} |\n" for cells in (columns, *rows)]
+    return "".join([lines[0], "|---" * len(columns), "|\n", *lines[1:]])
 
 
 def section(document: str, name: str, text: str) -> str:

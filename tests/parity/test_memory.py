@@ -1,0 +1,60 @@
+"""What a rank holds falls with the number of sequence ranks: bytes counted tensor by tensor, in fp32.
+
+`APOLLO_WRITE_DOCS=1 pytest tests/parity/test_memory.py` writes the table in the docs.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from apollo_sft.types import IGNORE_INDEX, RowRef, Sample
+from tests.support.documents import section, table
+from tests.support.models import save_tiny_model, tiny_config
+from tests.support.ranks import run_ranks
+from tests.support.samples import write_store
+
+WORKER = Path(__file__).with_name("memory_worker.py")
+SIZES = {"vocab_size": 1024, "num_hidden_layers": 4, "max_position_embeddings": 1024}
+MODELS = {"MHA": 4, "GQA": 2}
+"""Four ranks hold each of two key heads twice."""
+
+
+def documents() -> list[Sample]:
+    """1024 tokens in four documents; all but the last of each predict the next one."""
+    rng = np.random.default_rng(0)
+    samples = []
+    for row, tokens in enumerate((100, 300, 600, 24)):
+        ids = rng.integers(0, SIZES["vocab_size"], tokens).astype(np.int32)
+        samples.append(Sample(ids, np.append(ids[1:], np.int32(IGNORE_INDEX)), RowRef("rows", row), (1,)))
+    return samples
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[int]]]:
+    """Model -> sequence ranks -> bytes of activations, of logits, and of all that a step allocates."""
+    folder = tmp_path_factory.mktemp("memory")
+    write_store(folder / "store", documents())
+    for name, kv_heads in MODELS.items():
+        save_tiny_model(folder / name, tiny_config("Qwen2", num_key_value_heads=kv_heads, **SIZES))
+    found: dict[str, dict[str, list[int]]] = run_ranks(WORKER, 4, folder, str(folder), json.dumps(list(MODELS)))
+    return found
+
+
+@pytest.mark.parametrize("sp", ["2", "4"])
+def test_activations_and_logits_fall_as_the_sequence_is_cut(figures: dict[str, dict[str, list[int]]], sp: str) -> None:
+    (whole, part), (_, repeated) = ((figures[name]["1"], figures[name][sp]) for name in MODELS)
+    for before, after in zip(whole[:2], part[:2], strict=True):
+        assert before / after == pytest.approx(int(sp), rel=0.01)
+    assert repeated[0] <= part[0], "repeated key heads cost no more than heads of their own"
+
+
+def test_the_table_in_the_docs_is_current(figures: dict[str, dict[str, list[int]]]) -> None:
+    rows = [
+        [name, sp, *(f"{count:,} ({count / by_size['1'][i]:.2f})" for i, count in enumerate(counts[:2]))]
+        for name, by_size in figures.items()
+        for sp, counts in by_size.items()
+    ]
+    text = table(["model", "sp", "activations (bytes)", "logits (bytes)"], rows)
+    assert section("layouts.md", "memory", text) == text, "write it anew: APOLLO_WRITE_DOCS=1"
