@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ KEY = "trainer.default_local_dir"
 MARKER = "apollo-sft run"
 """What run.json says in `kind`: a folder with it is ours."""
 RUN_JSON = "run.json"
+TIME = "%Y-%m-%dT%H:%M:%S%z"
 OWN_NAMES = frozenset(
     {RUN_JSON, "metrics.jsonl", "config.yaml", "data_audit.json", "adapter", "checkpoints", "tensorboard", "wandb"}
 )
@@ -181,6 +183,23 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) and content.get("kind") == MARKER else None
 
 
+def settle_run(folder: Path, code: int, since: float) -> int:
+    """Make run.json say what the exit code says, of a run that began after `since` (seconds since 1970) and is over.
+
+    Rank 0 may have been killed before it could. Returns the exit code: 0 when run.json says that the run was finished.
+    """
+    run = read_run(folder)
+    if run is None or datetime.strptime(run["started"], TIME).timestamp() < int(since):
+        return code
+    if run["status"] == "finished":
+        return 0
+    status = {2: "refused", 75: "preempted"}.get(code, "failed")
+    if run["status"] != status:
+        changed = run | {"status": status, "finished": run["finished"] or _now()}
+        publish.write_durably(folder / RUN_JSON, json.dumps(changed, indent=2, ensure_ascii=False) + "\n")
+    return code
+
+
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that the numbers depend on; imports none of them."""
     found: dict[str, str | None] = {"python": platform.python_version()}
@@ -284,4 +303,4 @@ def _move_run(root: Path, hidden: Path) -> Path:
 
 
 def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    return time.strftime(TIME)

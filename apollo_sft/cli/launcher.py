@@ -1,32 +1,69 @@
 """torchrun, as `apollo-sft train` starts it: the ranks say what happened, and their exit code is ours.
 
-torchrun itself prints a page about the failure of a rank, and ends with 1 whatever the rank's code was.
+torchrun itself prints a page about the failure of a rank, and ends with 1 whatever the rank's code was. On a signal it
+would kill ranks that need more than its timeout to save; here they get the signal and take the time that they need.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
+from pathlib import Path
+from types import FrameType
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import get_args_parser, run
+from apollo_sft.errors import Preempted
+from apollo_sft.train.signals import SIGNALS, end_with_parent
+
+SHUTDOWN_SECONDS = 15
+"""How long the other ranks may live on after one has ended; they have nothing left to save then."""
+
+
+class Passed:
+    """Passes signals on to the ranks. `numbers`: those that came."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        for number in (*SIGNALS, signal.SIGHUP):
+            signal.signal(number, self._pass_on)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.numbers.append(number)
+        ranks = running_ranks()
+        if not ranks:
+            raise SystemExit(Preempted.exit_code)
+        for pid in ranks:
+            os.kill(pid, number)
+
+
+def running_ranks() -> list[int]:
+    """torchrun starts every rank in a session of its own."""
+    children = [task / "children" for task in Path("/proc/self/task").iterdir()]
+    pids = [int(pid) for file in children for pid in file.read_text().split()]
+    return [pid for pid in pids if os.getsid(pid) == pid]
 
 
 def main(arguments: list[str]) -> int:
     """`arguments` are torchrun's. Returns the exit code of the rank that failed first, 1 when it was killed."""
+    end_with_parent()
+    passed = Passed()
+    # From here on a signal is heard; importing torch takes seconds.
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser, run
+
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    ours = ["--signals-to-handle=SIGQUIT", f"--shutdown-timeout={SHUTDOWN_SECONDS}"]
     try:
-        run(get_args_parser().parse_args(arguments))  # type: ignore[no-untyped-call]
+        run(get_args_parser().parse_args([*ours, *arguments]))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
             return int(failure.exitcode)
+        if -failure.exitcode in passed.numbers and -failure.exitcode in SIGNALS:
+            return Preempted.exit_code  # it did not listen yet: nothing had begun
         print(f"apollo-sft: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
-        return 1
-    except SignalException as error:
-        print(f"apollo-sft: ended by {signal.Signals(error.sigval).name}", file=sys.stderr)
         return 1
     return 0
 

@@ -6,15 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 
 from apollo_sft import __main__ as entry
-from apollo_sft.checkpoint.layout import read_run
+from apollo_sft.checkpoint.layout import settle_run
 from apollo_sft.config.schema import TrainerConfig
 from apollo_sft.errors import ConfigError, Preempted
+from apollo_sft.train import signals
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (*signals.SIGNALS, signal.SIGHUP)
 
 
 def main(arguments: list[str]) -> int:
@@ -33,9 +35,9 @@ def main(arguments: list[str]) -> int:
     processes = _num_processes(composed.config.trainer, nproc)
     if processes == 1:
         return entry.main(overrides)
+    began = time.time()
     code = _torchrun(processes, overrides)
-    stopped = (read_run(Path(composed.config.trainer.default_local_dir)) or {}).get("status") == "preempted"
-    return Preempted.exit_code if code == 1 and stopped else code
+    return settle_run(Path(composed.config.trainer.default_local_dir), code, began)
 
 
 def _take_nproc(arguments: list[str]) -> tuple[int | None, list[str]]:
@@ -77,18 +79,23 @@ def _torchrun(processes: int, overrides: list[str]) -> int:
     command += [f"--nproc_per_node={processes}", "-m", "apollo_sft", *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(processes)))}
     launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+    passed: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         del frame
+        passed.append(number)
         launcher.send_signal(number)
 
     passed_on = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, forward) for number in passed_on}
     try:
-        return launcher.wait()
+        code = launcher.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if code >= 0:
+        return code
+    return Preempted.exit_code if -code in passed else 1  # it did not listen yet: no rank had been started
 
 
 def _threads(processes: int) -> int:
