@@ -50,12 +50,25 @@ def start(device: str, needs_group: bool) -> World:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if place.size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        _join(place, "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     elif needs_group:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     num_hosts = _meet(place) if place.size > 1 else 1
     return World(place.rank, place.size, place.local_rank, chosen, place.host, num_hosts)
+
+
+def _join(place: Place, backend: str) -> None:
+    where = f"{place.variables['MASTER_ADDR']}:{place.variables['MASTER_PORT']}"
+    try:
+        dist.init_process_group(backend)
+    except dist.DistNetworkError as error:
+        raise TopologyError(
+            f"the processes of this run cannot meet at {where} (MASTER_ADDR:MASTER_PORT)",
+            found=str(error).splitlines()[0],
+            expected="an address of the host of rank 0 and a port that is free there",
+            fix="another MASTER_PORT, or torchrun --standalone, which finds a free one",
+        ) from error
 
 
 def _device(wanted: str, place: Place) -> torch.device:

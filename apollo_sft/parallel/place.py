@@ -18,6 +18,7 @@ PORTS = range(10_000, 30_000)
 """Ports for SLURM jobs: below those that Linux gives out by itself."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 NODELISTS = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+EVERY_INTERFACE = ("0.0.0.0", "::", "[::]", "*")
 SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 """Our names of what srun calls otherwise."""
 
@@ -63,6 +64,13 @@ def read_place(environ: Mapping[str, str]) -> Place:
     if size > 1:
         variables = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
         variables |= _rendezvous(environ, by_slurm)
+        if local_size == size and variables["MASTER_ADDR"] in EVERY_INTERFACE:
+            raise TopologyError(
+                "the processes of one host would meet at an address that other hosts can reach",
+                found=f"MASTER_ADDR={variables['MASTER_ADDR']}",
+                expected="127.0.0.1: whoever reaches the rendezvous can take part in the run",
+                fix="MASTER_ADDR=127.0.0.1, or torchrun --standalone",
+            )
     if group:
         variables["GROUP_RANK"] = group
     return Place(rank, size, local_rank, local_size, _host(group), _starter(environ, by_slurm), variables)

@@ -103,7 +103,7 @@ BACKENDS: dict[str, tuple[str, Callable[[RunInfo], Sink]]] = {
 
 
 def check_backends(names: Sequence[str]) -> None:
-    """Raises: ConfigError when the package of a wanted logger is not installed."""
+    """Raises: ConfigError when the package of a wanted logger is not installed, or wandb cannot log in."""
     for name in names:
         if name in BACKENDS and not _is_installed(BACKENDS[name][0]):
             raise ConfigError(
@@ -111,6 +111,24 @@ def check_backends(names: Sequence[str]) -> None:
                 found=list(names),
                 fix=f"pip install 'apollo-sft[{name}]', or leave {name} out of trainer.logger",
             )
+    if "wandb" in names and not _wandb_may_log_in():
+        raise ConfigError(
+            "trainer.logger: wandb has no key to log in with",
+            found="neither WANDB_API_KEY nor a file that `wandb login` writes",
+            fix="wandb login; or WANDB_MODE=offline, and later `wandb sync`; or leave wandb out of trainer.logger",
+        )
+
+
+def _wandb_may_log_in() -> bool:
+    """False only when there is no sign of a key at all. wandb itself would say so after the model is loaded."""
+    environ = os.environ
+    if environ.get("WANDB_MODE", "online") != "online":
+        return True
+    if any(environ.get(f"WANDB_{name}") for name in ("API_KEY", "IDENTITY_TOKEN_FILE")):
+        return True
+    home = environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
+    files = (environ.get("NETRC") or "~/.netrc", "~/_netrc", f"{home}/settings", "wandb/settings")
+    return any(Path(file).expanduser().is_file() for file in files)
 
 
 def _is_installed(package: str) -> bool:
