@@ -60,6 +60,7 @@ class _Root(FullyShardedDataParallel):
 def check(shard_size: int, compute_dtype: torch.dtype, reduces_once: bool) -> None:
     """What FSDP1 cannot do right, refused before a weight is read. `shard_size`: ranks that share one copy, or -1.
 
+    Offload without the last of these is made right in `reduce_gradients`.
     Raises: ConfigError.
     """
     if shard_size == 1:
@@ -224,6 +225,13 @@ def by_rows(model: M, gradients: bool = False) -> M:
         if gradients and parameter.requires_grad:
             rows[parameter].grad = _rows(root, parameter, parameter.grad)
     return cast(M, _bare(root, rows))
+
+
+def outline(model: M) -> M:
+    """A copy of the model for its names, shapes and buffers: without wrappers, its parameters on meta."""
+    cuts = cast(_Root, model).cuts
+    empty = {p: torch.empty(cut.shape, dtype=p.dtype, device="meta") for p, cut in cuts.items()}
+    return cast(M, _bare(model, {p: nn.Parameter(empty[p], p.requires_grad) for p in cuts}))
 
 
 def _bare(module: nn.Module, parameters: dict[nn.Parameter, nn.Parameter]) -> nn.Module:

@@ -47,6 +47,11 @@ class ShardSpec:
     offload: bool = False
 
 
+def check(shard_size: int, compute_dtype: torch.dtype, reduces_once: bool) -> None:
+    """What cannot be done right: here nothing. `shard_size`: ranks that share one copy, or -1."""
+    del shard_size, compute_dtype, reduces_once
+
+
 def shard(model: M, mesh: DeviceMesh, spec: ShardSpec, head: nn.Module | None) -> M:
     """Shard every block that the spec chooses, the untied `head` as a group of its own, the rest as the root; in place.
 
@@ -171,6 +176,11 @@ def reshard(model: nn.Module) -> None:
 def by_rows(model: M, gradients: bool = False) -> M:
     """The model with parameters, and gradients, as DTensors cut along their first dim, to be saved or exported."""
     del gradients
+    return model
+
+
+def outline(model: M) -> M:
+    """The model for its names, shapes and buffers; no collective."""
     return model
 
 

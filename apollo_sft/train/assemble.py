@@ -36,6 +36,7 @@ class Strategy(Protocol):
 
     MIXES_DTYPES: bool
 
+    def check(self, shard_size: int, compute_dtype: torch.dtype, reduces_once: bool) -> None: ...
     def shard(self, model: M, mesh: DeviceMesh, spec: ShardSpec, head: nn.Module | None) -> M: ...
     def fill(self, model: nn.Module, source: nn.Module | None, device: torch.device, offload: bool) -> None: ...
     def reduce_gradients(self, model: nn.Module, wanted: bool) -> None: ...
@@ -43,6 +44,7 @@ class Strategy(Protocol):
     def num_dims(self, model: nn.Module, parameter: nn.Parameter) -> int: ...
     def reshard(self, model: nn.Module) -> None: ...
     def by_rows(self, model: M, gradients: bool = False) -> M: ...
+    def outline(self, model: M) -> M: ...
     def optimizer_by_rows(self, model: nn.Module, rows: nn.Module, optimizer: Optimizer) -> Optimizer: ...
     def take_rows(self, model: nn.Module, optimizer: Optimizer, rows: nn.Module, rows_optimizer: Optimizer) -> None: ...
 
@@ -68,6 +70,18 @@ class Precision:
         return self.master != self.compute
 
 
+def check_strategy(config: SftConfig, world: World) -> None:
+    """Raises: ConfigError when the strategy cannot train exactly what is asked for."""
+    fsdp, precision = config.model.fsdp_config, resolve_precision(config.model, world.device.type == "cuda")
+    reduces_once = fsdp.use_no_sync_for_gradient_accumulation
+    STRATEGIES[_strategy_name(config, world)].check(fsdp.fsdp_size, precision.compute, reduces_once)
+
+
+def _strategy_name(config: SftConfig, world: World) -> str:
+    """One process has nothing to shard: mixed precision and offload are FSDP2's then."""
+    return config.model.strategy if world.size > 1 else "fsdp2"
+
+
 def resolve_precision(model: ModelConfig, on_cuda: bool) -> Precision:
     """`model.fsdp_config.dtype=auto` is bf16 on CUDA and fp32 on CPU; everything is fp64 when the masters are."""
     master = DTYPES[model.fsdp_config.model_dtype]
@@ -84,8 +98,7 @@ def assemble(config: SftConfig, folder: Path, hf_config: Any, world: World, mesh
     Rank 0 reads the weights and proves the architecture; the others build on meta and receive their shards.
     """
     precision = resolve_precision(config.model, world.device.type == "cuda")
-    # One process has nothing to shard; mixed precision and offload are FSDP2's then.
-    name = config.model.strategy if world.size > 1 else "fsdp2"
+    name = _strategy_name(config, world)
     strategy = STRATEGIES[name]
     kernel, why = attention.choose_kernel(config.model.attn_implementation, world.device)
     say(why)

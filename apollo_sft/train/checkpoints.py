@@ -27,6 +27,7 @@ from apollo_sft.errors import CheckpointError, ConfigError
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.report.log import say
 from apollo_sft.report.metrics import Record
+from apollo_sft.train.assemble import strategy_of
 from apollo_sft.train.step import Vote
 
 WAIT = timedelta(days=7)
@@ -142,7 +143,10 @@ class Checkpoints:
         with_hf = with_hf and self._form is not None
         parts = self._parts | ({"model"} if with_hf else set())
         agree(attempt(partial(self._open, final.name)) if self._is_main else None, group=self._group)
-        tensors = snapshot(model, optimizer, parts, copy=self._in_background)
+        strategy = strategy_of(model)
+        rows = strategy.by_rows(model)
+        moments = strategy.optimizer_by_rows(model, rows, optimizer)
+        tensors = snapshot(rows, moments, parts, copy=self._in_background)
         facts = self._facts | {
             "step": step,
             "contents": list(self._contents),
@@ -203,8 +207,10 @@ class Checkpoints:
 
         Raises: ConfigError when the training data are others than then; CheckpointError.
         """
-        self._needed_bytes = num_bytes(model, self._parts) + (self._form.num_bytes if self._form else 0)
-        self._in_background = self._in_background and self._has_memory(num_bytes(model, self._parts, local=True))
+        strategy = strategy_of(model)
+        rows = strategy.by_rows(model)
+        self._needed_bytes = num_bytes(rows, self._parts) + (self._form.num_bytes if self._form else 0)
+        self._in_background = self._in_background and self._has_memory(num_bytes(rows, self._parts, local=True))
         if checkpoint is None:
             return 0
         saved = read_facts(checkpoint)
@@ -219,7 +225,9 @@ class Checkpoints:
         same_ranks = saved["processes"] == self._facts["processes"]
         if not same_ranks:
             torch.manual_seed(torch.initial_seed() + step)  # the saved random states belong to other ranks
-        read_state(checkpoint, model, optimizer, step, same_ranks)
+        moments = strategy.optimizer_by_rows(model, rows, optimizer)
+        read_state(checkpoint, rows, moments, step, same_ranks)
+        strategy.take_rows(model, optimizer, rows, moments)
         self.best, self._validations_since_best = saved["best"], saved["validations_since_best"]
         if checkpoint.parent == self.folder:
             self.unfinished = saved.get("unfinished")

@@ -29,7 +29,7 @@ from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World
 from apollo_sft.report.console import clock
 from apollo_sft.report.log import say, warn
-from apollo_sft.train.assemble import resolve_precision
+from apollo_sft.train.assemble import resolve_precision, strategy_of
 from apollo_sft.train.preflight import Prepared
 from apollo_sft.train.reporter import Reporter
 
@@ -44,6 +44,7 @@ def export(config: SftConfig, prepared: Prepared, model: SftModel, folder: RunFo
     """
     root = folder.root if folder is not None else prepared.base.folder
     say("writing the model")
+    model = strategy_of(model).by_rows(model)
     adapter = lora_config(config.model, prepared.base.source)
     if adapter is not None:
         save_adapter(adapter_tensors(model.causal_lm), adapter, root, model, world.is_main)

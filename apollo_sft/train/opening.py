@@ -19,6 +19,7 @@ from apollo_sft.errors import ConfigError, TopologyError
 from apollo_sft.parallel.launch import World, answer, ask_others
 from apollo_sft.parallel.mesh import check_mesh
 from apollo_sft.report.log import say, terminal, warn
+from apollo_sft.train.assemble import check_strategy
 from apollo_sft.train.optim import Schedule, warmup_steps
 from apollo_sft.train.preflight import Prepared
 
@@ -29,12 +30,15 @@ IMBALANCE_STEPS = 16
 
 
 def check_world(config: SftConfig, world: World, overridden: Mapping[str, Any]) -> None:
-    """The hosts and processes that were started are those that the config speaks of. `overridden`: keys that were set.
+    """The hosts and processes that were started are those that the config speaks of, and its strategy can serve them.
+
+    `overridden`: keys that were set.
 
     `trainer.nnodes` is checked only when it was set: its default says nothing about what the user started.
-    Raises: TopologyError.
+    Raises: TopologyError, ConfigError.
     """
     check_mesh(world.size, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
+    check_strategy(config, world)
     nnodes, per_node = config.trainer.nnodes, config.trainer.n_gpus_per_node
     if nnodes != world.num_hosts and "trainer.nnodes" in overridden:
         raise TopologyError(

@@ -23,7 +23,7 @@ from apollo_sft.parallel.mesh import Mesh, build_mesh
 from apollo_sft.parallel.place import read_place
 from apollo_sft.report.log import say, setup_logging
 from apollo_sft.report.sinks import RunInfo, check_backends
-from apollo_sft.train.assemble import assemble, needs_group
+from apollo_sft.train.assemble import assemble, needs_group, strategy_of
 from apollo_sft.train.checkpoints import Checkpoints
 from apollo_sft.train.finish import check_disk, export, hf_form, summary
 from apollo_sft.train.loop import Run, run_loop
@@ -121,7 +121,7 @@ def _run(config: SftConfig, world: World, folder: RunFolder | None, stop: StopFl
     seed_everything(config.trainer.seed, world.rank)
     model, optimizer = assemble(config, prepared.base.folder, prepared.hf_config, world, mesh)
     facts = {"processes": world.size, "data": prepared.train.key, "config": recorded(config)}
-    form = hf_form(config, prepared, model.causal_lm)
+    form = hf_form(config, prepared, strategy_of(model).outline(model).causal_lm)
     checkpoints = Checkpoints(config.trainer, in_epoch, schedule.total_steps, facts, world.is_main, form)
     newest = launch.from_main(folder.resume_from if folder is not None else None, world)
     first_step = checkpoints.begin(newest, model, optimizer)

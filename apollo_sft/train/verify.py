@@ -37,7 +37,7 @@ from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import Mesh, build_mesh
 from apollo_sft.report.log import setup_logging
-from apollo_sft.train.assemble import assemble, needs_group
+from apollo_sft.train.assemble import assemble, needs_group, strategy_of
 from apollo_sft.train.layouts import BOUNDS, ORACLE_FILE, STEPS, Figures, Layout, with_values
 from apollo_sft.train.optim import build_optimizer
 from apollo_sft.train.preflight import load_external_lib, seed_everything
@@ -125,7 +125,7 @@ def measure(job: Job, index: int, store: SampleStore, folder: Path, world: World
 
 def _whole(model: SftModel, gradients: bool) -> Iterator[tuple[str, Tensor]]:
     """Every trained parameter, or its gradient, gathered from its shards. A collective: to be read to its end."""
-    for name, parameter in model.causal_lm.named_parameters():
+    for name, parameter in strategy_of(model).by_rows(model, gradients).causal_lm.named_parameters():
         if parameter.requires_grad:
             tensor = parameter.detach()
             if gradients:
