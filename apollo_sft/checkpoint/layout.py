@@ -221,7 +221,9 @@ def _refuse_foreign_files(root: Path) -> None:
     except OSError as error:
         raise ConfigError(f"{KEY}={root} cannot be read", found=error) from error
     ours = _own_names(root)
-    foreign = [path.name for path in entries if path.name not in ours and not _is_kept(path)]
+    links = [f"{path.name} (a link)" for path in entries if path.is_symlink()]  # we make none here, and follow none
+    plain = [path for path in entries if not path.is_symlink()]
+    foreign = links + [path.name for path in plain if path.name not in ours and not _is_kept(path)]
     if foreign:
         more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
         raise ConfigError(
@@ -287,12 +289,12 @@ def _finish_archiving(root: Path) -> list[str]:
 
 
 def _move_run(root: Path, hidden: Path) -> Path:
-    """config.json first, so that no half of a model loads; run.json last: until then it says that the rest is ours."""
+    """config.json first, so that no half of a model loads; the lists of what is ours after that, run.json last."""
     files = publish.model_files(root)
     aside = [path.name for path in root.glob("model-*") if _is_kept(path)]
     for name in [*files[:-1], *sorted(OWN_NAMES - {RUN_JSON}), *aside, *files[-1:], RUN_JSON]:
-        if name == RUN_JSON:
-            publish.sync_folder(hidden)
+        if name in (publish.MANIFEST, RUN_JSON):
+            publish.sync_folder(hidden)  # what they say is ours must have gone before they do
         if os.path.lexists(root / name):
             (root / name).rename(hidden / name)
     final = root / hidden.name.removeprefix(publish.PREFIX)

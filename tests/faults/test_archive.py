@@ -9,7 +9,8 @@ import pytest
 
 from apollo_sft.checkpoint import publish
 from apollo_sft.checkpoint.layout import RunFolder, read_run
-from tests.support.file_operations import Crash, FileOperations
+from tests.support.file_operations import LOSSES, FileOperations
+from tests.support.interrupted import bury_owner
 
 
 @pytest.fixture
@@ -31,29 +32,27 @@ def prepared(tmp_path: Path) -> Path:
 
 def run_files(root: Path) -> dict[str, bytes]:
     files = (path for path in root.rglob("*") if path.is_file())
-    passing = (".apollo-lock", ".apollo-probe")
+    passing = (".apollo-lock", ".apollo-owner", ".apollo-probe")
     return {str(p.relative_to(root)): p.read_bytes() for p in files if not p.name.startswith(passing)}
 
 
-@pytest.mark.parametrize("lose", [None, "all"])
+@pytest.mark.parametrize("lose", [None, *LOSSES])
 @pytest.mark.parametrize("next_mode", ["auto", "disable"])
 def test_the_earlier_run_is_whole_in_one_place(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lose: str | None, next_mode: str
 ) -> None:
     expected = run_files(prepared)
-    for crash_at in range(1000):
-        root = shutil.copytree(prepared, tmp_path / f"at-{crash_at}")
-        operations = FileOperations(crash_at)
-        with operations.active(monkeypatch):
-            try:
-                RunFolder.claim(root, "disable", {}).release()
-                crashed = False
-            except Crash:
-                crashed = True
-        if not crashed:
-            break
+    root = shutil.copytree(prepared, tmp_path / "run")
+    operations = FileOperations(None, root, copies=tmp_path / "copies")
+    with operations.active(monkeypatch):
+        RunFolder.claim(root, "disable", {}).release()
+    for moment in operations.moments:
+        shutil.rmtree(root)
+        assert moment.copy is not None
+        shutil.copytree(moment.copy, root)
         if lose:
-            operations.lose(lose)
+            moment.lose(lose)
+        bury_owner(root)
         decided = bool(list(root.glob(".apollo-previous-*")) or list(root.glob("previous-*")))
         if not decided:
             assert run_files(root) == expected
@@ -62,4 +61,4 @@ def test_the_earlier_run_is_whole_in_one_place(
         (previous,) = root.glob("previous-*")
         assert run_files(previous) == expected
         assert read_run(root) is None
-    assert crash_at > 12
+    assert len(operations.moments) > 12

@@ -33,32 +33,57 @@ class Pending:
     is_new: bool = False
 
 
+@dataclass(frozen=True)
+class Moment:
+    """Between two operations: what was done, and what a power loss may take of it. `copy`: the folder as it was."""
+
+    log: tuple[str, ...]
+    pending: tuple[Pending, ...]
+    unsynced_files: frozenset[Path]
+    copy: Path | None = None
+
+    def lose(self, what: str, at: At = lambda path: path) -> None:
+        """Take what was not synced since. `at`: where the folder was copied to.
+
+        all: the content of files, new entries, renames and removals; content: half of each file, while all names
+        stay; oldest: the oldest rename or removal alone, since a disk need not keep the order.
+        """
+        oldest = [pending for pending in self.pending if not pending.is_new][:1]
+        for pending in {"all": self.pending[::-1], "oldest": oldest, "content": ()}[what]:
+            pending.undo(at)
+        for path in map(at, self.unsynced_files if what != "oldest" else ()):
+            if path.is_file():
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if what == "content" else b"")
+
+
 class FileOperations:
     """Counts, from any thread, opens for writing, syncs, renames, links, removals and new folders.
 
     Before number `crash_at` it raises `fault` (a `Crash` when there is none), and before every later one: a world that
-    has ended does not go on. With `heals` a fault comes once. With a `root` only operations below it count, and files
-    that appear there by other ways (libraries in Rust write by themselves) are found and taken as not synced.
+    has ended does not go on. With a `root` only operations below it count, and files that appear there by other ways
+    (libraries in Rust write by themselves) are found and taken as not synced. With `copies` nothing is raised: before
+    every operation the root is copied there, so that `moments` holds the state after every prefix of one run. Nothing
+    is really synced then.
     """
 
     def __init__(
         self,
         crash_at: int | None,
         root: Path | None = None,
-        fault: Callable[[], BaseException] = Crash,
-        heals: bool = False,
+        fault: Callable[[str], BaseException | None] = lambda operation: Crash(operation),
+        copies: Path | None = None,
     ) -> None:
         self.crash_at = crash_at
         self.count = 0
         self.log: list[str] = []
         self.crashed = False
-        self._root, self._fault, self._heals = root, fault, heals
+        self.moments: list[Moment] = []
+        self._root, self._fault, self._copies = root, fault, copies
         self._lock = threading.RLock()
         self._unsynced_files: set[Path] = set()
         self._pending: list[Pending] = []
         self._known = set(_files(root))
         self._move = os.replace
-        self._is_counting = True
 
     @contextmanager
     def active(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileOperations]:
@@ -77,34 +102,40 @@ class FileOperations:
             for name in ("replace", "rename"):
                 patch.setattr(os, name, self._moving)
             yield self
-        self._find_files_of_others()
+            self._find_files_of_others()
+            if self._copies is not None:
+                self._take_copy()
 
-    def lose(self, what: str, at: At = lambda path: path) -> None:
-        """What a power loss may take of that which was not synced since. `at`: where the folder was copied to.
+    def now(self, copy: Path | None = None) -> Moment:
+        return Moment(tuple(self.log), tuple(self._pending), frozenset(self._unsynced_files), copy)
 
-        all: the content of files, new entries, renames and removals; content: half of each file, while all names
-        stay; oldest: the oldest rename or removal alone, since a disk need not keep the order.
-        """
-        self._is_counting = False
-        oldest = [pending for pending in self._pending if not pending.is_new][:1]
-        for pending in {"all": self._pending[::-1], "oldest": oldest, "content": []}[what]:
-            pending.undo(at)
-        for path in map(at, self._unsynced_files if what != "oldest" else ()):
-            if path.is_file():
-                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if what == "content" else b"")
+    def lose(self, what: str) -> None:
+        self.now().lose(what)
 
     def _tick(self, operation: str, path: Any) -> Path | None:
         """The path in full when the operation is one of ours. Raises: the fault."""
-        full = Path(path).absolute() if self._is_counting else None
-        if full is None or (self._root is not None and not full.is_relative_to(self._root)):
+        full = Path(path).absolute()
+        if self._root is not None and not full.is_relative_to(self._root):
             return None
         self._find_files_of_others()
-        if self.crash_at is not None and self.count >= self.crash_at and not (self._heals and self.crashed):
+        if self.crash_at is not None and self.count >= self.crash_at and (fault := self._fault(operation)) is not None:
             self.crashed = True
-            raise self._fault()
+            raise fault
+        if self._copies is not None:
+            self._take_copy()
         self.count += 1
         self.log.append(f"{operation} {full if self._root is None else full.relative_to(self._root)}")
         return full
+
+    def _take_copy(self) -> None:
+        assert self._root is not None
+        assert self._copies is not None
+        copy = self._copies / str(self.count)
+        if self._root.exists():
+            shutil.copytree(self._root, copy, symlinks=True)
+        else:
+            copy.mkdir(parents=True)
+        self.moments.append(self.now(copy))
 
     def _find_files_of_others(self) -> None:
         for path in _files(self._root):
@@ -182,7 +213,8 @@ class FileOperations:
         def synced(descriptor: int) -> None:
             with self._lock:
                 full = self._tick("fsync", Path(f"/proc/self/fd/{descriptor}").readlink())
-                sync(descriptor)
+                if self._copies is None:
+                    sync(descriptor)
                 if full is not None:
                     self._unsynced_files.discard(full)
                     self._pending = [pending for pending in self._pending if pending.folder != full]
