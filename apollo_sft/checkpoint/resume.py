@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,9 @@ def folder_of(checkpoints: Path, step: int) -> Path:
 
 
 def whole_checkpoints(checkpoints: Path) -> Iterator[Path]:
-    """Folders with a manifest, the newest first. One without was never finished and does not count."""
-    found = [path for path in checkpoints.glob("step_*") if NAME.fullmatch(path.name) and path.is_dir()]
+    """Folders with a manifest, the newest first. One without was never finished and does not count; nor does a link."""
+    named = [path for path in checkpoints.glob("step_*") if NAME.fullmatch(path.name)]
+    found = [path for path in named if path.is_dir() and not path.is_symlink()]
     for path in sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True):
         if (path / publish.DIRECTORY_MANIFEST).is_file():
             yield path
@@ -92,6 +94,7 @@ def newest_checkpoint(checkpoints: Path, notes: list[str]) -> Path | None:
             notes.append(f"passed over a damaged checkpoint: {error}")
             continue
         if resumable:
+            _warn_of_others(path, notes)
             return path
         notes.append(f"passed over {path.name}: trainer.checkpoint.save_contents left out what going on needs")
     return None
@@ -112,8 +115,8 @@ def check_files(folder: Path) -> None:
     Raises: CheckpointError naming the first that differs.
     """
     try:
-        listed = json.loads((folder / publish.DIRECTORY_MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        listed = dict(publish.read_json(folder / publish.DIRECTORY_MANIFEST)["files"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / publish.DIRECTORY_MANIFEST} cannot be read", found=error) from error
     missing = [folder / name for name in listed if not (folder / name).is_file()]
     if missing:
@@ -122,6 +125,20 @@ def check_files(folder: Path) -> None:
     for name, facts in listed.items():
         if found.get(name) != facts:
             raise CheckpointError(f"{folder / name} is not what was written", found=found.get(name), expected=facts)
+    added = sorted(name for name in found.keys() - listed.keys() if name.endswith(".safetensors"))
+    if added:
+        raise CheckpointError(f"{folder / added[0]} was added: its tensors would be read for those that were saved")
+
+
+def _warn_of_others(folder: Path, notes: list[str]) -> None:
+    """Hashes show what was damaged, not what somebody wrote who could write the hashes too."""
+    for path in (folder, *folder.rglob("*")):
+        facts = path.lstat()
+        is_open = bool(facts.st_mode & stat.S_IWOTH) and not path.is_symlink()
+        if is_open or facts.st_uid != os.geteuid():
+            reason = "can be written by every user" if is_open else f"belongs to another user (id {facts.st_uid})"
+            notes.append(f"warning: {path} {reason}; go on from it only if you trust what it holds")
+            return
 
 
 def prune(checkpoints: Path, keep: int) -> None:
@@ -147,6 +164,7 @@ def fork_point(path: str, present: Mapping[str, Any], allow_changes: bool, notes
             expected="a folder such as checkpoints/step_000200 of an earlier run, or checkpoints/latest",
         )
     check_files(folder)
+    _warn_of_others(folder, notes)
     check_same(read_facts(folder)["config"], present, f"trainer.resume_from_path={path}", allow_changes, notes)
     return folder
 
