@@ -29,12 +29,16 @@ class RowRef:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One validated row. `template_kwargs` are this row's own template arguments (for example `enable_thinking`)."""
+    """One validated row. `template_kwargs` are this row's own template arguments (for example `enable_thinking`).
+
+    `untrained`: indices of messages that the row itself takes out of training.
+    """
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None
     template_kwargs: dict[str, Any]
     ref: RowRef
+    untrained: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

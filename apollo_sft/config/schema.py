@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -36,6 +37,11 @@ def _save_frequency(value: Any) -> Any:
 def _all_or_some(value: int) -> int:
     if value != -1 and value < 1:
         raise ValueError("-1, or 1 and more")
+    return value
+
+
+def _day(value: str) -> str:
+    date.fromisoformat(value)
     return value
 
 
@@ -88,13 +94,18 @@ class DataConfig(Section):
     response_dict_keys: Strings
     multiturn: MultiturnConfig
     max_length: Annotated[int, Field(ge=2)]
-    truncation: Literal["error", "left", "right"]
+    truncation: Literal["error", "left", "right", "drop"]
     use_dynamic_bsz: bool
     max_token_len_per_gpu: Count | None
     balance_dp_token: bool
     drop_last: bool
     chat_template: Text | None
     apply_chat_template_kwargs: dict[str, Any]
+    template_date: Annotated[str, AfterValidator(_day)]
+    history: Literal["expand", "last_turn", "as_rendered"]
+    train_on: Literal["assistant", "all", "last"]
+    train_key: str
+    special_tokens_in_content: Literal["error", "drop", "allow"]
     bad_rows: Literal["error", "skip"]
     store_dir: PathText | None
     custom_cls: CustomClsConfig

@@ -17,6 +17,25 @@ GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"
 CONTEXT_CHARS = 400
 TARGET_CHARS = 1200
 
+FINDINGS = {
+    "expanded_rows": "{count} rows give several samples: the template rewrites earlier turns once others follow",
+    "turns_left_out": "{count} turns not trained (data.history): the template rewrites them once others follow",
+    "rewritten_turns": "{count} turns trained as the template rewrites them, as no inference does (data.history)",
+    "cut_turns": "{count} of {turns} replies would share a token with their prompt: tokenised apart, as at inference",
+    "turns_without_stop": "{count} replies without a stop token: the model does not learn where to end them",
+    "second_stops": "{count} replies end in two marks, the second of them the tokenizer's eos: both are trained",
+    "unopened_turns": "{count} replies stand after the role header, without the opening (such as <think>) with which "
+    "the template ends the prompt at inference: it writes none in a reply",
+    "unwritten_turns": "{count} replies lose content, reasoning or tool calls: the template does not write them, "
+    "first {rows}",
+    "unmarked_turns": "{count} turns not trained: the template's generation tags leave them out",
+    "control_tokens_dropped": "{count} rows not trained, their text spells control tokens, first {rows}",
+    "control_tokens": "{count} rows whose text spells control tokens, trained as they are, first {rows}",
+    "empty_replies": "{count} empty replies",
+    "unpredictable_targets": "{count} targets at position 0, with nothing before them to predict them from",
+}
+"""What a renderer counts, in words."""
+
 
 def describe(
     train: SampleStore,
@@ -68,28 +87,23 @@ def remarks(summary: StoreSummary) -> list[str]:
     over, cut = summary.rows_over_max_length, summary.tokens_cut
     found = [
         (over, f"{over:,} rows over data.max_length, first {summary.first_over_max_length}"),
-        (cut, f"{summary.samples_truncated:,} samples truncated: {cut:,} tokens, {summary.targets_cut:,} targets cut"),
+        (cut, f"{summary.samples_truncated:,} samples truncated: {cut:,} tokens cut"),
         (
-            summary.rows_without_target,
-            f"{summary.rows_without_target:,} rows not trained, no target is left in them: "
-            f"{', '.join(summary.first_without_target)}",
+            summary.samples_not_trained,
+            f"{summary.samples_not_trained:,} samples with {summary.tokens_not_trained:,} tokens not trained",
         ),
+        (summary.targets_lost, f"{summary.targets_lost:,} targets cut or dropped in all"),
         (
-            summary.cut_turns,
-            f"{summary.cut_turns:,} of {summary.num_turns:,} replies would share a token with their prompt: "
-            "tokenised apart, as at inference",
-        ),
-        (
-            summary.turns_without_stop,
-            f"{summary.turns_without_stop:,} replies without a stop token: the model does not learn where to end them",
-        ),
-        (summary.empty_replies, f"{summary.empty_replies:,} empty replies"),
-        (
-            summary.unpredictable_targets,
-            f"{summary.unpredictable_targets:,} targets at position 0, with nothing before them to predict them from",
+            summary.rows_not_trained,
+            f"{summary.rows_not_trained:,} rows not trained, first {', '.join(summary.first_not_trained)}",
         ),
     ]
-    return [text for count, text in found if count]
+    texts = [text for count, text in found if count]
+    for name, text in FINDINGS.items():
+        if summary.found.get(name):
+            rows = ", ".join(summary.first.get(name, []))
+            texts.append(text.format(count=f"{summary.found[name]:,}", turns=f"{summary.num_turns:,}", rows=rows))
+    return texts
 
 
 def _table(stores: list[tuple[str, StoreSummary]], plan: Sequence[tuple[str, str]], tokenizer: Any) -> list[str]:

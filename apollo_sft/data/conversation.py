@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from apollo_sft.config.schema import DataConfig
@@ -19,11 +21,15 @@ def needed_columns(data: DataConfig) -> Columns:
     if multiturn.enable:
         return Columns(
             required=(multiturn.messages_key,),
-            optional=tuple(key for key in (multiturn.tools_key, multiturn.enable_thinking_key) if key),
+            optional=_named(multiturn.tools_key, multiturn.enable_thinking_key, data.train_key),
             keys={multiturn.messages_key: "data.multiturn.messages_key"},
         )
     keys = {data.response_key: "data.response_key", data.prompt_key: "data.prompt_key"}
-    return Columns(required=(data.prompt_key, data.response_key), optional=(), keys=keys)
+    return Columns(required=(data.prompt_key, data.response_key), optional=_named(data.train_key), keys=keys)
+
+
+def _named(*names: str) -> tuple[str, ...]:
+    return tuple(name for name in names if name)
 
 
 def parse_row(row: Row, ref: RowRef, data: DataConfig) -> Conversation:
@@ -31,10 +37,16 @@ def parse_row(row: Row, ref: RowRef, data: DataConfig) -> Conversation:
 
     Raises: DataError naming file, row, column and message.
     """
-    return _multi_turn(row, ref, data) if data.multiturn.enable else _single_turn(row, ref, data)
+    messages = _multi_turn(row, ref, data) if data.multiturn.enable else _single_turn(row, ref, data)
+    untrained = frozenset(i for i, message in enumerate(messages) if not message.pop("train", True))
+    other_column = "data.train_key='' where the column means something else"
+    if not _truth(row.get(data.train_key), _Place(ref, data.train_key), True, other_column):
+        untrained = frozenset(range(len(messages)))
+    tools, kwargs = _tools_and_kwargs(row, ref, data) if data.multiturn.enable else (None, {})
+    return Conversation(messages, tools, kwargs, ref, untrained)
 
 
-def _single_turn(row: Row, ref: RowRef, data: DataConfig) -> Conversation:
+def _single_turn(row: Row, ref: RowRef, data: DataConfig) -> list[Message]:
     prompt_at = _Place(ref, data.prompt_key)
     prompt = _descend(row[data.prompt_key], tuple(data.prompt_dict_keys or ()), prompt_at, "data.prompt_dict_keys")
     if isinstance(prompt, str):
@@ -52,7 +64,7 @@ def _single_turn(row: Row, ref: RowRef, data: DataConfig) -> Conversation:
         messages += answer
     else:
         messages.append(_text_message("assistant", response, at))
-    return Conversation(messages, None, {}, ref)
+    return messages
 
 
 def _descend(cell: Any, path: tuple[str, ...], at: _Place, key: str) -> str | list[Any]:
@@ -97,24 +109,29 @@ def _text_message(role: str, text: str, at: _Place) -> Message:
     return {"role": role, "content": text}
 
 
-def _multi_turn(row: Row, ref: RowRef, data: DataConfig) -> Conversation:
-    multiturn = data.multiturn
-    at = _Place(ref, multiturn.messages_key)
-    cell = row[multiturn.messages_key]
+def _multi_turn(row: Row, ref: RowRef, data: DataConfig) -> list[Message]:
+    at = _Place(ref, data.multiturn.messages_key)
+    cell = row[data.multiturn.messages_key]
     messages = _messages(_from_json(cell, at) if isinstance(cell, str) else cell, at)
     if not any(message["role"] == "assistant" for message in messages):
         roles = ", ".join(sorted({message["role"] for message in messages}))
         at.fail("no message of the assistant: nothing to train on", found=f"roles {roles}", expected="assistant")
-    tools = _tools(row.get(multiturn.tools_key), _Place(ref, multiturn.tools_key))
-    kwargs: dict[str, Any] = {}
-    thinking = row.get(multiturn.enable_thinking_key)
-    if thinking is not None:
-        if not isinstance(thinking, bool):
-            _Place(ref, multiturn.enable_thinking_key).fail(
-                "not a truth value", found=_brief(thinking), expected="true, false or null"
-            )
-        kwargs["enable_thinking"] = thinking
-    return Conversation(messages, tools, kwargs, ref)
+    return messages
+
+
+def _tools_and_kwargs(row: Row, ref: RowRef, data: DataConfig) -> tuple[list[dict[str, Any]] | None, dict[str, Any]]:
+    tools_key, thinking_key = data.multiturn.tools_key, data.multiturn.enable_thinking_key
+    thinking = _truth(row.get(thinking_key), _Place(ref, thinking_key), default=None)
+    kwargs = {} if thinking is None else {"enable_thinking": thinking}
+    return _tools(row.get(tools_key), _Place(ref, tools_key)), kwargs
+
+
+def _truth(cell: Any, at: _Place, default: bool | None, fix: str | None = None) -> bool | None:
+    if cell is None:
+        return default
+    if not isinstance(cell, bool):
+        at.fail("not a truth value", found=_brief(cell), expected="true, false or null", fix=fix)
+    return cell
 
 
 def _messages(cell: Any, at: _Place) -> list[Message]:
@@ -149,6 +166,7 @@ def _message(entry: Any, at: _Place) -> Message:
             at.fail(f"the {role} message has no content", found="null" if "content" in entry else "no such key")
         message["content"] = ""
     message["content"] = _content(message["content"], at)
+    _truth(message.get("train"), at, default=True)
     _check_value(message, at)
     return message
 
@@ -206,6 +224,28 @@ def _tools(cell: Any, at: _Place) -> list[dict[str, Any]] | None:
         parsed = [_drop_nulls(tool) for tool in parsed]
     _check_value(parsed, at)
     return parsed
+
+
+def forged_token(conversation: Conversation, controls: re.Pattern[str]) -> str | None:
+    """The first control token that a text of the row spells, and where, in words; None where there is none."""
+    for index, message in enumerate(conversation.messages):
+        found = next((match for text in _texts(message) if (match := controls.search(text))), None)
+        if found is not None:
+            return f"message {index} spells {found.group()}"
+    found = next((match for text in _texts(conversation.tools) if (match := controls.search(text))), None)
+    return None if found is None else f"the tools spell {found.group()}"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
 
 
 def _drop_nulls(value: Any) -> Any:

@@ -16,7 +16,7 @@ from apollo_sft.config.schema import DataConfig
 from apollo_sft.data.template import ChatTemplate
 from apollo_sft.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same inputs give other samples or another layout of the files."""
 
 SETTLED_SECONDS = 2.0
@@ -30,6 +30,11 @@ CONTENT_KEYS = (
     "max_length",
     "truncation",
     "apply_chat_template_kwargs",
+    "template_date",
+    "history",
+    "train_on",
+    "train_key",
+    "special_tokens_in_content",
     "bad_rows",
 )
 """The `data` keys that change what is in a store, besides files, template and the multi-turn section."""

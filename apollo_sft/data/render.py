@@ -1,33 +1,62 @@
-"""Conversation -> Samples: text once, spans of targets, tokens once, and the one shift."""
+"""Conversation -> Samples: text, spans of targets, tokens once, and the one shift."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import date, datetime, time
 from typing import Any
 
 import numpy as np
 
 from apollo_sft.config.schema import DataConfig
+from apollo_sft.data.conversation import forged_token
 from apollo_sft.data.sandbox import RenderError, Sandbox, with_reasoning_names
-from apollo_sft.data.spans import UnprovableError, find_spans
+from apollo_sft.data.spans import Dialogue, Habits, Text, UnprovableError, lay_out
 from apollo_sft.data.template import ChatTemplate
-from apollo_sft.data.tokens import Encoder, Text, TokenSpans
+from apollo_sft.data.tokens import Encoder, TokenSpans
 from apollo_sft.errors import DataError
-from apollo_sft.types import IGNORE_INDEX, Conversation, RowRef, Sample
+from apollo_sft.types import IGNORE_INDEX, Conversation, Message, RowRef, Sample
+
+NAMED_EXAMPLES = 5
+WAYS = ((False, False), (True, False), (False, True), (True, True))
+"""How a tool-calling turn is handed over: (empty content as null, arguments as JSON text). The first is what most
+templates want; the others are tried where a template refuses it, or leaves the calls out."""
 
 
 @dataclass(slots=True)
 class RenderCounts:
-    """What was met so far. `stop_tokens`: how often each token id ended a turn."""
+    """What was met so far. `stop_tokens`: how often each token id ended a turn.
+
+    `found`: how often each of the names in `audit.FINDINGS`; `first`: the first rows of each.
+    """
 
     turns: int = 0
-    cut_turns: int = 0
-    turns_without_stop: int = 0
-    unpredictable_targets: int = 0
-    empty_replies: int = 0
+    found: Counter[str] = field(default_factory=Counter)
+    first: dict[str, list[str]] = field(default_factory=dict)
     stop_tokens: Counter[int] = field(default_factory=Counter)
+
+    def add(self, name: str, ref: RowRef, count: int = 1) -> None:
+        if count:
+            self.found[name] += count
+            examples = self.first.setdefault(name, [])
+            if len(examples) < NAMED_EXAMPLES and str(ref) not in examples:
+                examples.append(str(ref))
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """One row: its samples, before truncation. `dropped`: why it is not to be trained, None where it is.
+
+    `left_out`: the turns that should have been trained and are in no sample.
+    """
+
+    samples: list[Sample]
+    dropped: str | None = None
+    left_out: tuple[int, ...] = ()
 
 
 class Renderer:
@@ -38,55 +67,91 @@ class Renderer:
 
     def __init__(self, tokenizer: Any, template: ChatTemplate, data: DataConfig) -> None:
         self.template = template
+        self.data = data
         self.encoder = Encoder(tokenizer)
-        self.sandbox = Sandbox(template, dict(tokenizer.special_tokens_map) | dict(data.apply_chat_template_kwargs))
-        self.stops = stop_candidates(tokenizer, template)
+        day = datetime.combine(date.fromisoformat(data.template_date), time())
+        kwargs = {"strftime_now": lambda form: day.strftime(form)} | dict(tokenizer.special_tokens_map)
+        self.sandbox = Sandbox(template, kwargs | dict(data.apply_chat_template_kwargs))
         self.counts = RenderCounts()
+        self.way: tuple[bool, bool] | None = None
+        self.forged = _special_tokens(tokenizer)
+        with self.sandbox.bounded():
+            controls = control_tokens(tokenizer, template)
+            self.habits = Habits.of(lambda m, g: self.sandbox.render(m, None, {}, g), controls, tokenizer.eos_token)
 
     def render(self, conversations: Sequence[Conversation]) -> list[list[Sample]]:
-        """The samples of each conversation, before truncation; today always one.
+        """The samples of each conversation, before truncation.
 
         Raises: DataError naming file, row, turn and template, for the first conversation that cannot be rendered.
         """
-        samples = []
+        rows = []
         for result in self.try_render(conversations):
             if isinstance(result, DataError):
                 raise result
-            samples.append(result)
-        return samples
+            rows.append(result.samples)
+        return rows
 
-    def try_render(self, conversations: Sequence[Conversation]) -> list[list[Sample] | DataError]:
+    def try_render(self, conversations: Sequence[Conversation]) -> list[Rendered | DataError]:
         """As `render`, with the error of a conversation in its place."""
+        forged = [forged_token(conversation, self.forged) for conversation in conversations]
         with self.sandbox.bounded():
-            laid_out = [self._try_lay_out(conversation) for conversation in conversations]
-        encoded = iter(self.encoder.encode([text for text in laid_out if isinstance(text, Text)]))
-        results: list[list[Sample] | DataError] = []
-        for conversation, text in zip(conversations, laid_out, strict=True):
-            if isinstance(text, DataError):
-                results.append(text)
-                continue
-            tokens = next(encoded)
-            if isinstance(tokens, UnprovableError):
-                results.append(self._refusal(conversation.ref, tokens))
+            laid_out = [self._try_lay_out(*pair) for pair in zip(conversations, forged, strict=True)]
+        encoded = iter(self.encoder.encode([text for texts in laid_out if isinstance(texts, list) for text in texts]))
+        results: list[Rendered | DataError] = []
+        for conversation, why, texts in zip(conversations, forged, laid_out, strict=True):
+            tokens = [next(encoded) for _ in texts] if isinstance(texts, list) else []
+            error = next((item for item in tokens if isinstance(item, UnprovableError)), None)
+            if isinstance(texts, DataError):
+                results.append(texts)
+            elif error is not None:
+                results.append(self._refusal(conversation.ref, error))
             else:
-                results.append([self._sample(conversation, text, tokens)])
+                pairs = [(text, item) for text, item in zip(texts, tokens, strict=True) if isinstance(item, TokenSpans)]
+                results.append(self._rendered(conversation, pairs, why))
         return results
 
-    def lay_out(self, conversation: Conversation) -> Text:
-        """The whole rendering and its target spans.
+    def lay_out(self, conversation: Conversation) -> list[Text]:
+        """The renderings of one row and their target spans.
 
         Raises: RenderError, UnprovableError.
         """
-        messages = with_reasoning_names(conversation.messages)
+        has_calls = any("tool_calls" in message for message in conversation.messages)
+        ways = (self.way, *WAYS) if self.way is not None else WAYS if has_calls else WAYS[:1]
+        failed: RenderError | UnprovableError | None = None
+        poor: tuple[tuple[bool, bool], list[Text]] | None = None
+        for way in ways:
+            try:
+                texts = self._lay_out(conversation, way)
+            except (RenderError, UnprovableError) as error:
+                failed = failed or error
+                continue
+            if not has_calls or self.way == way or _writes_calls(conversation, texts):
+                self.way = way if has_calls else self.way
+                return texts
+            poor = poor or (way, texts)
+        if poor is None:
+            assert failed is not None, "every way either fails or gives texts"
+            raise failed
+        self.way = poor[0]
+        return poor[1]
 
-        def render(num_messages: int, add_generation_prompt: bool) -> str:
-            return self.sandbox.render(
-                messages[:num_messages], conversation.tools, conversation.template_kwargs, add_generation_prompt
+    def _lay_out(self, conversation: Conversation, way: tuple[bool, bool]) -> list[Text]:
+        messages = [_handed_over(message, *way) for message in with_reasoning_names(conversation.messages)]
+
+        def render(some: Sequence[Message], add_generation_prompt: bool) -> str:
+            return self.sandbox.render(some, conversation.tools, conversation.template_kwargs, add_generation_prompt)
+
+        dialogue = Dialogue(messages, render, self.habits)
+        return lay_out(dialogue, trained_turns(conversation, self.data.train_on), self.data.history)
+
+    def _try_lay_out(self, conversation: Conversation, forged: str | None) -> list[Text] | DataError:
+        if forged is not None and self.data.special_tokens_in_content == "error":
+            return DataError(
+                f"{conversation.ref}: the text spells a control token of the tokenizer",
+                found=forged,
+                expected="text that cannot forge a turn",
+                fix="data.special_tokens_in_content=drop (leaves such rows out) or allow (trains them as they are)",
             )
-
-        return Text(*find_spans(messages, render, self.stops))
-
-    def _try_lay_out(self, conversation: Conversation) -> Text | DataError:
         try:
             return self.lay_out(conversation)
         except UnprovableError as error:
@@ -107,23 +172,96 @@ class Renderer:
             fix="another data.chat_template, other data.apply_chat_template_kwargs, or rows of one turn",
         )
 
-    def _sample(self, conversation: Conversation, text: Text, tokens: TokenSpans) -> Sample:
-        self._count(conversation, text, tokens)
-        turns = tuple(span.turn for span in text.spans)
-        return Sample(tokens.ids, shifted_labels(tokens.ids, tokens.ranges), conversation.ref, turns)
+    def _rendered(
+        self, conversation: Conversation, pairs: Sequence[tuple[Text, TokenSpans]], forged: str | None
+    ) -> Rendered:
+        drop = forged is not None and self.data.special_tokens_in_content == "drop"
+        samples = [_sample(conversation.ref, text, tokens) for text, tokens in pairs]
+        if drop:
+            self.counts.add("control_tokens_dropped", conversation.ref)
+            return Rendered(samples, f"{forged} (data.special_tokens_in_content=drop)")
+        self.counts.add("control_tokens", conversation.ref, forged is not None)
+        self.counts.add("expanded_rows", conversation.ref, len(pairs) > 1)
+        for text, tokens in pairs:
+            self._count(conversation, text, tokens)
+        done = {turn for sample in samples for turn in sample.turns}
+        left_out = tuple(i for i in trained_turns(conversation, self.data.train_on) if i not in done)
+        self.counts.add("turns_left_out", conversation.ref, len(left_out))
+        return Rendered(samples, None, left_out)
 
     def _count(self, conversation: Conversation, text: Text, tokens: TokenSpans) -> None:
-        counts = self.counts
+        counts, ref = self.counts, conversation.ref
         counts.turns += len(text.spans)
-        counts.cut_turns += tokens.num_cuts
+        counts.add("cut_turns", ref, tokens.num_cuts)
         for span, (first, end) in zip(text.spans, tokens.ranges, strict=True):
-            counts.unpredictable_targets += first == 0 and end > 0
-            if span.stop is None:
-                counts.turns_without_stop += 1
-            else:
+            message, said = conversation.messages[span.turn], text.text[span.start : span.end]
+            counts.add("unpredictable_targets", ref, first == 0 and end > 0)
+            counts.add("turns_without_stop", ref, span.stop is None)
+            counts.add("second_stops", ref, span.second_stop)
+            counts.add("unopened_turns", ref, span.unopened)
+            counts.add("rewritten_turns", ref, span.rewritten)
+            counts.add("unwritten_turns", ref, not _is_written(message, said))
+            counts.add("empty_replies", ref, not message["content"].strip() and "tool_calls" not in message)
+            if span.stop is not None:
                 counts.stop_tokens[int(tokens.ids[end - 1])] += 1
-            message = conversation.messages[span.turn]
-            counts.empty_replies += not message["content"].strip() and "tool_calls" not in message
+
+
+def _sample(ref: RowRef, text: Text, tokens: TokenSpans) -> Sample:
+    turns = tuple(dict.fromkeys(span.turn for span in text.spans))
+    return Sample(tokens.ids, shifted_labels(tokens.ids, tokens.ranges), ref, turns)
+
+
+def trained_turns(conversation: Conversation, train_on: str) -> list[int]:
+    """The messages that are trained: `data.train_on`, without those that the row takes out."""
+    everyone = range(len(conversation.messages))
+    assistant = [i for i in everyone if conversation.messages[i]["role"] == "assistant"]
+    chosen = {"assistant": assistant, "last": assistant[-1:], "all": everyone}[train_on]
+    return [i for i in chosen if i not in conversation.untrained]
+
+
+def _handed_over(message: Message, null_content: bool, json_arguments: bool) -> Message:
+    """A message in one of WAYS."""
+    if "tool_calls" not in message or not (null_content or json_arguments):
+        return message
+    message = dict(message)
+    if null_content and not message["content"]:
+        message["content"] = None
+    if json_arguments:
+        message["tool_calls"] = [_with_json_arguments(call) for call in message["tool_calls"]]
+    return message
+
+
+def _with_json_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    inner = call.get("function", call)
+    inner = inner | {"arguments": json.dumps(inner["arguments"], ensure_ascii=False)}
+    return call | {"function": inner} if "function" in call else inner
+
+
+def _writes_calls(conversation: Conversation, texts: Sequence[Text]) -> bool:
+    """Whether every trained tool call is in its target."""
+    spans = [(span, text.text) for text in texts for span in text.spans]
+    return all(
+        name in text[span.start : span.end]
+        for span, text in spans
+        for name in _call_names(conversation.messages[span.turn])
+    )
+
+
+def _call_names(message: Message) -> list[str]:
+    return [call.get("function", call)["name"] for call in message.get("tool_calls", ())]
+
+
+def _is_written(message: Message, said: str) -> bool:
+    """Whether content, reasoning and calls of a message are in what the template wrote, but for white space."""
+    parts = [part for part in _spoken(message) if part not in said]
+    together = "".join(said.split()) if parts else ""
+    return all("".join(part.split()) in together for part in parts)
+
+
+def _spoken(message: Message) -> Iterator[str]:
+    yield message["content"]
+    yield next((message[name] for name in ("reasoning_content", "thinking", "reasoning") if name in message), "")
+    yield from _call_names(message)
 
 
 def shifted_labels(ids: np.ndarray, ranges: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -138,21 +276,26 @@ def shifted_labels(ids: np.ndarray, ranges: Sequence[tuple[int, int]]) -> np.nda
     return labels
 
 
-def truncate(sample: Sample, max_length: int, side: str) -> Sample:
+def truncate(sample: Sample, max_length: int, side: str, bos: int | None = None) -> Sample:
     """At most `max_length` tokens, cut on `side` (left or right), labels with them.
 
-    On the right the last position that stays predicts nothing: what it would predict is cut.
+    On the right the last position that stays predicts nothing: what it would predict is cut. On the left a first
+    token `bos` stays, and predicts nothing.
     """
-    if len(sample.input_ids) <= max_length:
+    ids, labels = sample.input_ids, sample.labels
+    if len(ids) <= max_length:
         return sample
-    if side == "left":
-        return Sample(sample.input_ids[-max_length:], sample.labels[-max_length:], sample.ref, sample.turns)
-    labels = sample.labels[:max_length].copy()
-    labels[-1] = IGNORE_INDEX
-    return Sample(sample.input_ids[:max_length], labels, sample.ref, sample.turns)
+    if side == "right":
+        labels = labels[:max_length].copy()
+        labels[-1] = IGNORE_INDEX
+        return Sample(ids[:max_length], labels, sample.ref, sample.turns)
+    if ids[0] == bos:
+        ids = np.concatenate([ids[:1], ids[1 - max_length :]])
+        labels = np.concatenate([[np.int32(IGNORE_INDEX)], labels[1 - max_length :]]).astype(np.int32)
+    return Sample(ids[-max_length:], labels[-max_length:], sample.ref, sample.turns)
 
 
-def stop_candidates(tokenizer: Any, template: ChatTemplate) -> tuple[str, ...]:
+def control_tokens(tokenizer: Any, template: ChatTemplate) -> tuple[str, ...]:
     """The tokens that can end a turn, longest first: special tokens, and added ones that the template writes."""
     texts = template.text + template.text_for(True)
     found = set(tokenizer.all_special_tokens)
@@ -160,3 +303,13 @@ def stop_candidates(tokenizer: Any, template: ChatTemplate) -> tuple[str, ...]:
         if token.special or token.content in texts:
             found.add(token.content)
     return tuple(sorted(found - {""}, key=lambda text: (-len(text), text)))
+
+
+def _special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Matches the special tokens that text can spell, longest first."""
+    found = set(tokenizer.all_special_tokens)
+    found |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if getattr(tokenizer, "split_special_tokens", False):
+        found = set()
+    longest_first = sorted(found - {""}, key=lambda text: (-len(text), text))
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Literal
 
+from apollo_sft.data.sandbox import RenderError
 from apollo_sft.types import Message
 
-Render = Callable[[int, bool], str]
-"""(number of messages, add_generation_prompt) -> text, always with the same template arguments."""
+Render = Callable[[Sequence[Message], bool], str]
+"""(messages, add_generation_prompt) -> text, always with the same template arguments."""
+History = Literal["expand", "last_turn", "as_rendered"]
+
+MARK = "\ue000"
+"""Stands for the content of a message; a character of nobody's text, and no white space."""
+OTHER_MARK = "\ue001"
+WRITTEN = ("content", "reasoning_content", "thinking", "reasoning")
+"""The keys of a message that a mark replaces."""
 
 
 class UnprovableError(Exception):
@@ -21,122 +31,246 @@ class UnprovableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Characters [start, end) of the whole rendering: what the model says in message `turn`, through its stop token.
+    """Characters [start, end) of a rendering: what the model says in message `turn`, through its stop token.
 
-    `stop` is the text of the stop token, None where the template writes none.
+    `stop` is the text of the stop token, None where the template writes none. `second_stop`: the span goes on to a
+    second end mark, the tokenizer's eos. `unopened`: the generation prompt goes on behind `start`, with an opening
+    that the template does not write in a reply. `rewritten`: not what the model says at inference, but what the
+    template makes of it once other messages follow.
     """
 
     turn: int
     start: int
     end: int
     stop: str | None
+    second_stop: bool = False
+    unopened: bool = False
+    rewritten: bool = False
 
 
-def find_spans(messages: Sequence[Message], render: Render, stops: tuple[str, ...]) -> tuple[str, list[Span]]:
-    """The whole rendering and the span of every turn of the assistant.
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One rendering and the spans of its targets, in order. It holds the first `num_messages` messages."""
 
-    A span starts where the generation prompt of its turn ends. The turn rendered as the last one must be what the
-    whole rendering holds: else the template rewrites history, and the model would say something else at inference.
-    `stops` are the texts of the tokens that can end a turn, longest first.
+    text: str
+    spans: Sequence[Span]
+    num_messages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """How a template ends a reply. `controls`: tokens that can be an end mark, longest first.
+
+    `stops`: a reply ends with such a token of its own; else the start of the next message may be its end (GLM).
+    `closing`: the mark that closes the whole text behind the stop of its last reply (Phi-3), None where there is none.
+    """
+
+    controls: tuple[str, ...]
+    eos: str | None
+    stops: bool
+    closing: str | None
+
+    @classmethod
+    def of(cls, render: Render, controls: tuple[str, ...], eos: str | None) -> Habits:
+        """Found out on a conversation of two marks."""
+        probe = [{"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}]
+        try:
+            tails = [render(probe, going_on).rpartition(MARK)[2] for going_on in (False, True)]
+        except RenderError:
+            return cls(controls, eos, True, None)
+        tail, going_on = (_marks_at_start(text, controls) for text in tails)
+        closing = tail[1] if len(tail) == 2 and going_on[:1] == tail[:1] and going_on[1:2] != tail[1:] else None
+        return cls(controls, eos, bool(tail), closing)
+
+    def stop_of(self, text: str) -> str | None:
+        """The token at the end of `text` that ends a reply."""
+        return _token_at_end(text, self.controls) if self.stops else None
+
+
+class Dialogue:
+    """The renderings of one conversation, each made once."""
+
+    def __init__(self, messages: Sequence[Message], render: Render, habits: Habits) -> None:
+        self.messages = messages
+        self.render = render
+        self.habits = habits
+        self.text = cache(self._text)
+
+    def _text(self, num_messages: int) -> str:
+        return self.render(self.messages[:num_messages], False)
+
+    def marked(self, index: int, mark: str, num_messages: int) -> str:
+        """The rendering of so many messages, content and reasoning of message `index` replaced by `mark`."""
+        marked = self.messages[index] | {key: mark for key in WRITTEN if key in self.messages[index]}
+        return self.render([*self.messages[:index], marked, *self.messages[index + 1 : num_messages]], False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Turn:
+    """Message `index` as the template writes it when nothing follows: what the model says at inference.
+
+    `said` is that rendering through the stop token; the target starts at its character `start`.
+    """
+
+    index: int
+    said: str
+    start: int
+    stop: str | None
+    unopened: bool
+
+
+def lay_out(dialogue: Dialogue, trained: Sequence[int], history: History) -> list[Text]:
+    """The fewest renderings that hold each trained turn as inference would produce it, and its span in one of them.
+
+    A rendering holds a turn when it starts with what the model sees and says in it. A template that rewrites earlier
+    turns once others follow needs several renderings, each of which ends with one of the turns.
+
+    Raises: UnprovableError, RenderError.
+    """
+    num_messages = len(dialogue.messages)
+    left = [find_turn(dialogue, index) for index in trained]
+    if history == "as_rendered":
+        return [_as_rendered(dialogue, left)]
+    texts: list[Text] = []
+    while left or not texts:
+        end = left[-1].index + 1 if left else num_messages
+        held = _held(dialogue.text(end), left)
+        if not texts and end < num_messages:
+            in_whole = _held(dialogue.text(num_messages), left)
+            end, held = (num_messages, in_whole) if set(held) <= set(in_whole) else (end, held)
+        texts.append(_with_spans(dialogue, end, held))
+        left = [turn for turn in left if turn not in held]
+        if history != "expand":
+            break
+    return texts[::-1]
+
+
+def _held(text: str, turns: Sequence[Turn]) -> list[Turn]:
+    return [turn for turn in turns if text.startswith(turn.said)]
+
+
+def find_turn(dialogue: Dialogue, index: int) -> Turn:
+    """Raises: UnprovableError, RenderError."""
+    alone = dialogue.text(index + 1)
+    start, unopened = _start(dialogue, index, alone)
+    habits = dialogue.habits
+    said = alone.rstrip()
+    if habits.closing is not None and said.endswith(habits.closing):
+        inner = said.removesuffix(habits.closing).rstrip()
+        said = inner if habits.stop_of(inner) else said
+    if len(said) < start:
+        if alone[:start].rstrip() != said:
+            raise UnprovableError(index, "the turn ends inside its own prompt")
+        said = alone[:start]
+    return Turn(index, said, start, habits.stop_of(said[start:]), unopened)
+
+
+def _start(dialogue: Dialogue, index: int, alone: str) -> tuple[int, bool]:
+    """Where the target starts in `alone`, and whether the generation prompt goes on with another opening there.
+
+    Behind the generation prompt, where the rendering has it. Some templates end the prompt with an opening
+    (`<think>\\n`) that they write in no reply: then it starts where the two part, after the same earlier messages and
+    the same role header. For a turn that is not the assistant's it starts with its content.
+    """
+    before = dialogue.messages[:index]
+    if dialogue.messages[index]["role"] != "assistant":
+        return _start_of_content(dialogue, index, alone), False
+    prompt = dialogue.render(before, True)
+    if alone.startswith(prompt):
+        return len(prompt), False
+    parts = _not_inside_a_token((prompt, alone), _common_length(prompt, alone), dialogue.habits.controls)
+    start = min(parts, _start_of_content(dialogue, index, alone))
+    earlier = dialogue.text(index).rstrip()
+    if dialogue.habits.closing is not None:
+        earlier = earlier.removesuffix(dialogue.habits.closing).rstrip()
+    if len(earlier) > start or not alone.startswith(earlier):
+        raise UnprovableError(index, "the template writes the messages before the turn in another way once it follows")
+    return start, True
+
+
+def _start_of_content(dialogue: Dialogue, index: int, alone: str) -> int:
+    """Where replacing the content changes the rendering."""
+    content = dialogue.messages[index].get("content") or ""
+    marked = dialogue.marked(index, OTHER_MARK if content.startswith(MARK) else MARK, index + 1)
+    start = _common_length(alone, marked)
+    if start == len(alone):
+        raise UnprovableError(index, "the template does not write the content of the turn")
+    return _not_inside_a_token((alone, marked), start, dialogue.habits.controls)
+
+
+def _with_spans(dialogue: Dialogue, num_messages: int, held: Sequence[Turn]) -> Text:
+    text = dialogue.text(num_messages)
+    return Text(text, [_span(turn, text, num_messages, dialogue.habits) for turn in held], num_messages)
+
+
+def _as_rendered(dialogue: Dialogue, turns: Sequence[Turn]) -> Text:
+    """The whole conversation, with each turn as it stands there."""
+    num_messages = len(dialogue.messages)
+    whole = dialogue.text(num_messages)
+    held = _held(whole, turns)
+    spans = [
+        _span(turn, whole, num_messages, dialogue.habits) if turn in held else _rewritten(dialogue, turn, whole)
+        for turn in turns
+    ]
+    return Text(whole, spans, num_messages)
+
+
+def _rewritten(dialogue: Dialogue, turn: Turn, whole: str) -> Span:
+    """A turn in the whole text, found by its content: from the role header before it to the stop behind it.
 
     Raises: UnprovableError.
     """
-    whole = render(len(messages), False)
-    spans = []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = render(turn, True)
-        if not whole.startswith(prompt):
-            raise UnprovableError(
-                turn, "this template rewrites history: the prompt of the turn is not in the whole text"
-            )
-        if turn + 1 < len(messages):
-            end = _end_of_earlier_turn(whole, render(turn + 1, False), turn, stops)
-        else:
-            end = _end_of_last_turn(whole, len(prompt), render, len(messages), stops)
-        spans.append(_through_stop(whole, turn, len(prompt), end, stops))
-    _check_stops(whole, spans, stops)
-    return whole, spans
-
-
-def _end_of_earlier_turn(whole: str, alone: str, turn: int, stops: tuple[str, ...]) -> int:
-    """Where `alone`, the rendering that ends with the turn, stops agreeing with `whole`.
-
-    It may differ only by marks that close the whole text (Phi-3 ends it with `<|endoftext|>`).
-    """
-    if whole.startswith(alone):
-        return len(alone)
-    end = _not_inside_a_token((whole, alone), _common_length(whole, alone), stops)
-    if not _only_marks(alone[end:], stops):
+    marked = dialogue.marked(turn.index, MARK, len(dialogue.messages))
+    first = _common_length(whole, marked)
+    last = len(whole) - min(_common_length(whole[::-1], marked[::-1]), len(whole) - first)
+    earlier = _common_length(dialogue.text(turn.index), turn.said)
+    header = turn.said[earlier : turn.start]
+    start = whole.rfind(header, 0, first) + len(header)
+    end = whole.find(turn.stop or MARK, last)
+    if turn.stop is None or start < len(header) or end < 0:
         raise UnprovableError(
-            turn, "this template rewrites history: the turn is written differently once others follow"
+            turn.index, "the template rewrites the turn once others follow, and marks its end otherwise"
         )
-    return end
+    return Span(turn.index, start, end + len(turn.stop), turn.stop, unopened=turn.unopened, rewritten=True)
 
 
-def _end_of_last_turn(whole: str, start: int, render: Render, num_messages: int, stops: tuple[str, ...]) -> int:
-    """The end of `whole`, without a mark that closes the text rather than the turn.
-
-    Such a mark stands behind the stop token and is missing when the text goes on with a generation prompt.
-    """
-    text = whole[start:].rstrip()
-    last = _token_at_end(text, stops)
-    if last is None or _token_at_end(text[: -len(last)].rstrip(), stops) is None:
-        return len(whole)
-    going_on = render(num_messages, True)
-    if going_on.startswith(whole):
-        return len(whole)
-    end = _not_inside_a_token((whole, going_on), _common_length(whole, going_on), stops)
-    return end if end > start and _only_marks(whole[end:], stops) else len(whole)
+def _span(turn: Turn, text: str, num_messages: int, habits: Habits) -> Span:
+    """The span of a turn in a text that holds it, through the second end mark, or the one of the next message."""
+    end, stop, second = len(turn.said), turn.stop, False
+    following = text[end:].lstrip()
+    if stop is not None and turn.index + 1 == num_messages and habits.closing == habits.eos != stop:
+        second = habits.eos is not None and following.rstrip() == habits.eos
+    next_mark = next((mark for mark in habits.controls if following.startswith(mark)), None)
+    if second or (not habits.stops and next_mark is not None):
+        stop = next_mark or stop
+        end = len(text) - len(following) + len(stop or "")
+    return Span(turn.index, turn.start, end, stop, second, turn.unopened)
 
 
-def _through_stop(whole: str, turn: int, start: int, end: int, stops: tuple[str, ...]) -> Span:
-    """The span without white space after the stop token; without a stop token all of it but white space."""
-    if end < start:
-        raise UnprovableError(turn, "this template rewrites history: the turn ends inside its own prompt")
-    text = whole[start:end].rstrip()
-    return Span(turn, start, start + len(text), _token_at_end(text, stops))
+def _marks_at_start(text: str, controls: tuple[str, ...]) -> list[str]:
+    """The tokens that `text` starts with, white space between them."""
+    found: list[str] = []
+    text = text.lstrip()
+    while mark := next((control for control in controls if text.startswith(control)), None):
+        found.append(mark)
+        text = text.removeprefix(mark).lstrip()
+    return found
 
 
-def _check_stops(whole: str, spans: list[Span], stops: tuple[str, ...]) -> None:
-    """A turn without a stop token is accepted only where the template writes none at all."""
-    stopped = any(span.stop is not None for span in spans)
-    for span in spans:
-        if span.stop is not None:
-            continue
-        if stopped:
-            raise UnprovableError(span.turn, "the turn has no stop token, although other turns have one")
-        if whole[span.end :].lstrip().startswith(stops):
-            raise UnprovableError(
-                span.turn, "the stop token of the turn is the start of the next message, which is not built yet"
-            )
-
-
-def _token_at_end(text: str, stops: tuple[str, ...]) -> str | None:
-    if not text.endswith(stops):
+def _token_at_end(text: str, controls: tuple[str, ...]) -> str | None:
+    if not text.endswith(controls):
         return None
-    return next(stop for stop in stops if text.endswith(stop))
+    return next(control for control in controls if text.endswith(control))
 
 
-def _only_marks(text: str, stops: tuple[str, ...]) -> bool:
-    text = text.strip()
-    while text:
-        last = _token_at_end(text, stops)
-        if last is None:
-            return False
-        text = text[: -len(last)].rstrip()
-    return True
-
-
-def _not_inside_a_token(texts: tuple[str, str], end: int, stops: tuple[str, ...]) -> int:
+def _not_inside_a_token(texts: tuple[str, str], end: int, controls: tuple[str, ...]) -> int:
     """`end`, moved to the start of a token that it would cut in one of the texts."""
     earliest = end
-    for stop in stops:
-        reach = len(stop) - 1
+    for control in controls:
+        reach = len(control) - 1
         low = max(end - reach, 0)
         for text in texts:
-            at = text[low : end + reach].find(stop)
+            at = text[low : end + reach].find(control)
             if at >= 0:
                 earliest = min(earliest, low + at)
     return earliest

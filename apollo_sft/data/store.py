@@ -19,8 +19,8 @@ from apollo_sft.config.schema import DataConfig
 from apollo_sft.data.conversation import needed_columns, parse_row
 from apollo_sft.data.fingerprint import store_key
 from apollo_sft.data.parquet import Row, expand_paths, num_rows, read_rows
-from apollo_sft.data.render import Renderer, truncate
-from apollo_sft.data.store_files import SampleStore, StoreSummary, StoreWriter
+from apollo_sft.data.render import Rendered, Renderer, truncate
+from apollo_sft.data.store_files import Rejected, SampleStore, StoreSummary, StoreWriter
 from apollo_sft.data.template import ChatTemplate
 from apollo_sft.errors import DataError
 from apollo_sft.types import RowRef, Sample
@@ -183,9 +183,9 @@ class _Builder:
         rendered = iter(self.renderer.try_render([c for c in parsed if not isinstance(c, DataError)]))
         results = [c if isinstance(c, DataError) else next(rendered) for c in parsed]
         self._refuse_bad_rows([result for result in results if isinstance(result, DataError)], len(chunk))
-        for (ref, _), samples in zip(chunk, results, strict=True):
-            if not isinstance(samples, DataError):
-                self._row(ref, samples)
+        for (ref, _), result in zip(chunk, results, strict=True):
+            if isinstance(result, Rendered):
+                self._row(ref, result)
 
     def _try_parse(self, row: Row, ref: RowRef) -> Any:
         try:
@@ -200,10 +200,10 @@ class _Builder:
             raise errors[0]
         raise DataError(f"{errors[0]}\n  besides:  {len(errors) - 1} more of the {num_read} rows read with it fail")
 
-    def _row(self, ref: RowRef, samples: Sequence[Sample]) -> None:
+    def _row(self, ref: RowRef, row: Rendered) -> None:
         summary = self.summary
         summary.num_rows += 1
-        longest = max((len(sample.input_ids) for sample in samples), default=0)
+        longest = max((len(sample.input_ids) for sample in row.samples), default=0)
         if longest > summary.longest_tokens:
             summary.longest_tokens, summary.longest_row = longest, str(ref)
         if longest > self.data.max_length:
@@ -211,39 +211,54 @@ class _Builder:
             summary.first_over_max_length = summary.first_over_max_length or f"{ref} ({longest:,} tokens)"
             if self.data.truncation == "error":
                 return
-        if not [self._sample(sample) for sample in samples if self._has_target(sample)]:
-            summary.rows_without_target += 1
-            if len(summary.first_without_target) < NAMED_EXAMPLES:
-                summary.first_without_target.append(str(ref))
+        if row.left_out:
+            reason = "turns that the template rewrites once others follow are not trained (data.history)"
+            self.writer.reject(Rejected(ref.file, ref.row, row.left_out, True, reason, 0, 0))
+        trained = [self._sample(sample, row.dropped) for sample in row.samples]
+        if not any(trained):
+            summary.rows_not_trained += 1
+            if len(summary.first_not_trained) < NAMED_EXAMPLES:
+                summary.first_not_trained.append(str(ref))
 
-    def _has_target(self, sample: Sample) -> bool:
-        cut = truncate(sample, self.data.max_length, self.data.truncation)
-        if cut.num_targets:
-            return True
-        self.summary.targets_cut += sample.num_targets
-        self.summary.tokens_without_target += len(sample.input_ids)
-        return False
-
-    def _sample(self, whole: Sample) -> Sample:
-        sample = truncate(whole, self.data.max_length, self.data.truncation)
-        summary = self.summary
+    def _sample(self, whole: Sample, dropped: str | None) -> bool:
+        """Whether the sample is trained. What is not trained of it is counted and kept in the ledger."""
+        data, summary, writer = self.data, self.summary, self.writer
+        sample = truncate(whole, data.max_length, data.truncation, self.request.tokenizer.bos_token_id)
+        tokens, targets = len(whole.input_ids), whole.num_targets
+        if sample is not whole and data.truncation == "drop":
+            dropped = dropped or f"{tokens:,} tokens, more than data.max_length (data.truncation=drop)"
+        elif not sample.num_targets:
+            dropped = dropped or (
+                f"no target is left (data.truncation={data.truncation})" if targets else "nothing in it is trained"
+            )
+        where = (whole.ref.file, whole.ref.row, whole.turns)
+        if dropped is not None:
+            summary.samples_not_trained += 1
+            summary.tokens_not_trained += tokens
+            summary.targets_lost += targets
+            writer.reject(Rejected(*where, False, dropped, tokens, targets))
+            return False
+        tokens_lost, targets_lost = tokens - len(sample.input_ids), targets - sample.num_targets
         summary.num_samples += 1
         summary.num_tokens += len(sample.input_ids)
         summary.num_targets += sample.num_targets
-        summary.samples_truncated += sample is not whole
-        summary.tokens_cut += len(whole.input_ids) - len(sample.input_ids)
-        summary.targets_cut += whole.num_targets - sample.num_targets
+        summary.tokens_cut += tokens_lost
+        summary.targets_lost += targets_lost
         summary.max_token_id = max(summary.max_token_id, int(sample.input_ids.max()))
-        self.writer.add(sample)
-        return sample
+        if sample is not whole:
+            summary.samples_truncated += 1
+            reason = (
+                f"cut on the {data.truncation}: {tokens_lost:,} of {tokens:,} tokens, {targets_lost:,} of them targets"
+            )
+            writer.reject(Rejected(*where, True, reason, tokens_lost, targets_lost))
+        writer.add(sample)
+        return True
 
     def _finish_summary(self) -> None:
         counts, summary = self.renderer.counts, self.summary
         summary.num_turns = counts.turns
-        summary.cut_turns = counts.cut_turns
-        summary.turns_without_stop = counts.turns_without_stop
-        summary.unpredictable_targets = counts.unpredictable_targets
-        summary.empty_replies = counts.empty_replies
+        summary.found = dict(counts.found)
+        summary.first = counts.first
         summary.stop_tokens = dict(counts.stop_tokens.most_common())
 
     def _refuse_over_length(self) -> None:
@@ -266,9 +281,9 @@ class _Builder:
             raise DataError(f"{self.request.files_key}: there is no row", found=", ".join(self.files))
         raise DataError(
             f"{self.request.files_key}: no row has a token to train on",
-            found=f"{summary.num_rows:,} rows, {summary.targets_cut:,} targets cut by data.truncation",
+            found=f"{summary.num_rows:,} rows, {summary.targets_lost:,} targets cut or dropped",
             expected="at least one target",
-            fix=f"data.max_length={summary.longest_tokens}" if summary.targets_cut else None,
+            fix=f"data.max_length={summary.longest_tokens}" if summary.targets_lost else None,
         )
 
 

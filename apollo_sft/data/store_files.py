@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from array import array
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,13 +16,16 @@ from apollo_sft.types import RowRef, Sample
 
 TOKEN_DTYPE = np.dtype("<i4")
 META = "meta.json"
+REJECTED = "rejected.jsonl"
 
 
 @dataclass(slots=True)
 class StoreSummary:
-    """What became of the rows. Token counts are after truncation; what it cut is counted apart.
+    """What became of the rows. `num_rows` = rows that gave samples + `rows_not_trained`.
 
-    `num_rows` = rows that gave samples + `rows_without_target`. `first_*` name examples, oldest first.
+    Every token of every rendering is in one of `num_tokens` (trained samples, after truncation), `tokens_cut` (cut off
+    them) and `tokens_not_trained` (samples that are not trained); every target is in `num_targets` or `targets_lost`.
+    `found`: how often each of `audit.FINDINGS` was met, `first`: the first rows of each, oldest first.
     `stop_tokens`: token id -> turns that end with it, most frequent first.
     """
 
@@ -37,16 +41,31 @@ class StoreSummary:
     first_over_max_length: str | None = None
     samples_truncated: int = 0
     tokens_cut: int = 0
-    targets_cut: int = 0
-    rows_without_target: int = 0
-    first_without_target: list[str] = field(default_factory=list)
-    tokens_without_target: int = 0
-    cut_turns: int = 0
-    turns_without_stop: int = 0
-    unpredictable_targets: int = 0
-    empty_replies: int = 0
+    targets_lost: int = 0
+    rows_not_trained: int = 0
+    first_not_trained: list[str] = field(default_factory=list)
+    samples_not_trained: int = 0
+    tokens_not_trained: int = 0
+    found: dict[str, int] = field(default_factory=dict)
+    first: dict[str, list[str]] = field(default_factory=dict)
     max_token_id: int = -1
     stop_tokens: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A row, or one of its samples, that is not trained (`trained` false) or not whole. `turns`: of the sample.
+
+    `tokens_lost`, `targets_lost`: what of it is not trained. 0 for a row that could not be rendered.
+    """
+
+    file: str
+    row: int
+    turns: tuple[int, ...]
+    trained: bool
+    reason: str
+    tokens_lost: int
+    targets_lost: int
 
 
 class ArrayWriter:
@@ -91,6 +110,10 @@ class StoreWriter:
         self.rows = array("q")
         self.turns = array("i")
         self.turn_offsets = array("q", [0])
+        self.rejected = (folder / REJECTED).open("w", encoding="utf-8")
+
+    def reject(self, rejected: Rejected) -> None:
+        self.rejected.write(json.dumps(asdict(rejected), ensure_ascii=False) + "\n")
 
     def add(self, sample: Sample) -> None:
         self.ids.append(sample.input_ids)
@@ -107,6 +130,9 @@ class StoreWriter:
         """Write what is in memory, `meta.json` last, all of it on disk when this returns."""
         self.ids.close()
         self.labels.close()
+        self.rejected.flush()
+        os.fsync(self.rejected.fileno())
+        self.rejected.close()
         for name, values, code in (
             ("offsets", self.offsets, "<i8"),
             ("lengths", self.lengths, "<i4"),
@@ -128,6 +154,7 @@ class StoreWriter:
     def abandon(self) -> None:
         self.ids.file.close()
         self.labels.file.close()
+        self.rejected.close()
 
 
 class SampleStore:
@@ -163,6 +190,13 @@ class SampleStore:
         first, end = int(self._offsets[i]), int(self._offsets[i + 1])
         turns = self._turns[int(self._turn_offsets[i]) : int(self._turn_offsets[i + 1])]
         return Sample(self._ids[first:end], self._labels[first:end], self.ref(i), tuple(turns.tolist()))
+
+    def rejected(self) -> Iterator[Rejected]:
+        """Every row that is not trained or not whole, in the order of the rows."""
+        with (self.folder / REJECTED).open(encoding="utf-8") as file:
+            for line in file:
+                entry = json.loads(line)
+                yield Rejected(**entry | {"turns": tuple(entry["turns"])})
 
     def ref(self, i: int) -> RowRef:
         return RowRef(self.summary.files[int(self._sources[i])], int(self._rows[i]))

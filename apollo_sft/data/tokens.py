@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 
-from apollo_sft.data.spans import Span, UnprovableError
+from apollo_sft.data.spans import Span, Text, UnprovableError
 from apollo_sft.errors import DataError
 
 TAIL_CACHE = 4096
+KEPT_CHARACTERS = 4_000_000
+"""Pieces of text are kept with their tokens until they are this long together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +30,20 @@ class TokenSpans:
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
-    """One whole rendering and the spans of its targets, in order."""
+class Piece:
+    """A stretch of text that is tokenised on its own. `ids`: int32 (tokens,)."""
 
     text: str
-    spans: Sequence[Span]
+    ids: np.ndarray
+    encoding: Any
 
 
 class Encoder:
-    """Tokenises whole renderings in batches, without adding special tokens.
+    """Tokenises renderings in batches, without adding special tokens.
+
+    A tokenizer takes its added tokens out of a text before anything else, so the stretches between them are
+    tokenised on their own. A text is therefore cut in front of added tokens, and a piece that was there before (a
+    system prompt with its tools, the earlier turns of a row of several samples) is not tokenised again.
 
     Raises: DataError for a tokenizer without a Rust backend, which knows no character offsets.
     """
@@ -49,25 +58,34 @@ class Encoder:
             )
         self.tokenizer = tokenizer
         self.backend = tokenizer.backend_tokenizer
-        self.added_ids = frozenset(tokenizer.added_tokens_decoder)
+        self.splits_specials = bool(getattr(tokenizer, "split_special_tokens", False))
+        self.added, self.edges = _edges(() if self.splits_specials else tokenizer.added_tokens_decoder.values())
+        self.pieces: dict[str, Piece] = {}
         self.checked = False
         self._tail_ids = lru_cache(TAIL_CACHE)(self._encode_tail)
 
     def encode(self, texts: Sequence[Text]) -> list[TokenSpans | UnprovableError]:
         """One result a text, in order: its tokens, or why a span has none."""
-        self._prepare_backend([text.text for text in texts[:4]])
-        encodings = self.backend.encode_batch([text.text for text in texts], add_special_tokens=False)
-        return [self._try_map(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+        self._prepare_backend()
+        split = [self._split(text.text) for text in texts]
+        if sum(map(len, self.pieces)) > KEPT_CHARACTERS:
+            self.pieces.clear()
+        missing = [part for part in dict.fromkeys(part for parts in split for part in parts) if part not in self.pieces]
+        self.pieces.update(zip(missing, self._encode(missing), strict=True))
+        if not self.checked and texts:
+            self._check(texts[:4], split[:4])
+        return [self._try_map(text, parts) for text, parts in zip(texts, split, strict=True)]
 
-    def _prepare_backend(self, texts: list[str]) -> None:
-        """As transformers sets it for a plain call; and, once, the proof that both give the same ids."""
+    def _prepare_backend(self) -> None:
+        """As transformers sets it for a plain call."""
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.backend.encode_special_tokens = bool(getattr(self.tokenizer, "split_special_tokens", False))
-        if self.checked or not texts:
-            return
-        theirs = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        ours = [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
+        self.backend.encode_special_tokens = self.splits_specials
+
+    def _check(self, texts: Sequence[Text], split: Sequence[list[str]]) -> None:
+        """The proof, once, that a plain call of the tokenizer gives the same ids."""
+        theirs = self.tokenizer([text.text for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
+        ours = [[int(token) for part in parts for token in self.pieces[part].ids] for parts in split]
         if theirs != ours:
             raise DataError(
                 "the tokenizer does more than its tokenizer.json says, so targets cannot be located",
@@ -76,77 +94,82 @@ class Encoder:
             )
         self.checked = True
 
-    def _try_map(self, text: Text, encoding: Any) -> TokenSpans | UnprovableError:
-        try:
-            return self._map(text, encoding)
-        except UnprovableError as error:
-            return error
+    def _split(self, text: str) -> list[str]:
+        cuts = [match.start() for match in self.added.finditer(text) if match.group() in self.edges]
+        return [text[a:b] for a, b in pairwise([0, *cuts, len(text)]) if a < b]
 
-    def _map(self, text: Text, encoding: Any) -> TokenSpans:
-        ids = encoding.ids
-        firsts = [self._first_token(text.text, span.start, encoding, ids) for span in text.spans]
-        cuts = [span.start for span, first in zip(text.spans, firsts, strict=True) if first is None]
-        if cuts:
-            return self._map_cut(text, ids, cuts)
-        ranges = [
-            (first, self._end_token(text.text, span, encoding, 0, first))
-            for span, first in zip(text.spans, firsts, strict=True)
-            if first is not None
-        ]
-        return TokenSpans(np.asarray(ids, dtype=np.int32), ranges, 0)
-
-    def _first_token(self, text: str, start: int, encoding: Any, ids: list[int]) -> int | None:
-        """The token at which a target starts; None when the prompt before it, alone, has other tokens.
-
-        Added tokens are split off before anything else, so only the stretch since the last one has to be compared,
-        and that is nearly always the same few characters (`<|im_start|>assistant\\n`).
-        """
-        first = _token_from(encoding, start)
-        if first == 0:
-            return 0 if start == 0 else None
-        tail = first - 1
-        while tail > 0 and ids[tail] not in self.added_ids:
-            tail -= 1
-        tail_start = 0 if tail == 0 else encoding.token_to_chars(tail)[0]
-        return first if self._tail_ids(text[tail_start:start]) == ids[tail:first] else None
+    def _encode(self, parts: Sequence[str]) -> Iterator[Piece]:
+        encodings = self.backend.encode_batch(list(parts), add_special_tokens=False)
+        for part, encoding in zip(parts, encodings, strict=True):
+            yield Piece(part, np.array(encoding.ids, dtype=np.int32), encoding)
 
     def _encode_tail(self, text: str) -> list[int]:
         ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         return ids
 
-    def _map_cut(self, text: Text, whole_ids: list[int], cuts: list[int]) -> TokenSpans:
-        """The text cut at the starts where the prompt's tokens would change, each piece tokenised alone."""
-        edges = sorted({0, *cuts, len(text.text)})
-        pieces = [text.text[a:b] for a, b in pairwise(edges)]
-        encodings = self.backend.encode_batch(pieces, add_special_tokens=False)
-        offsets = np.cumsum([0, *(len(e.ids) for e in encodings)])
-        ids = [token for e in encodings for token in e.ids]
-        if self._decode(ids) != self._decode(whole_ids):
-            turn = next(span.turn for span in text.spans if span.start == cuts[0])
-            raise UnprovableError(
-                turn,
-                "a token straddles the start of the reply, and the text cut there has tokens that spell another text",
-            )
-        ranges = []
-        for span in text.spans:
-            piece = int(np.searchsorted(edges, span.start, side="right")) - 1
-            encoding, base, local = encodings[piece], int(offsets[piece]), span.start - edges[piece]
-            first = 0 if local == 0 else self._first_token(pieces[piece], local, encoding, encoding.ids)
-            if first is None:
-                raise UnprovableError(span.turn, "a token straddles the start of the reply however the text is cut")
-            end = self._end_token(pieces[piece], span, encoding, edges[piece], first)
-            ranges.append((base + first, base + end))
-        return TokenSpans(np.asarray(ids, dtype=np.int32), ranges, len(cuts))
+    def _try_map(self, text: Text, parts: Sequence[str]) -> TokenSpans | UnprovableError:
+        try:
+            return self._map(text, [self.pieces[part] for part in parts])
+        except UnprovableError as error:
+            return error
 
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self.backend.decode(ids, skip_special_tokens=False)
+    def _map(self, text: Text, pieces: list[Piece]) -> TokenSpans:
+        """Cut at the starts where the prompt's tokens would be others, then the tokens of every span."""
+        starts = [0, *accumulate(len(piece.text) for piece in pieces)]
+        firsts = [self._first_token(span, pieces, starts) for span in text.spans]
+        cuts = [span for span, first in zip(text.spans, firsts, strict=True) if first is None]
+        if cuts:
+            pieces = list(self._cut(pieces, starts, cuts))
+            starts = [0, *accumulate(len(piece.text) for piece in pieces)]
+            firsts = [self._first_token(span, pieces, starts) for span in text.spans]
+        offsets = [0, *accumulate(len(piece.ids) for piece in pieces)]
+        ranges = []
+        for span, local in zip(text.spans, firsts, strict=True):
+            if local is None:
+                raise UnprovableError(span.turn, "a token straddles the start of the reply however the text is cut")
+            first = offsets[_piece_at(starts, span.start)] + local
+            last_at = _piece_at(starts, span.end - 1)
+            end = first if span.start == span.end else offsets[last_at] + self._end_token(span, pieces, starts, last_at)
+            ranges.append((first, end))
+        ids = np.concatenate([piece.ids for piece in pieces]) if pieces else np.zeros(0, np.int32)
+        return TokenSpans(ids, ranges, len(cuts))
+
+    def _first_token(self, span: Span, pieces: Sequence[Piece], starts: Sequence[int]) -> int | None:
+        """The first token of the target, counted in its piece; None where the prompt, alone, has other tokens.
+
+        They could differ in the last piece of the prompt only, nearly always the same `<|im_start|>assistant\n`.
+        """
+        at = _piece_at(starts, span.start)
+        local = span.start - starts[at]
+        if local == 0:
+            return 0
+        first = _token_from(pieces[at].encoding, local)
+        return first if self._tail_ids(pieces[at].text[:local]) == pieces[at].ids[:first].tolist() else None
+
+    def _cut(self, pieces: Sequence[Piece], starts: Sequence[int], cuts: Sequence[Span]) -> Iterator[Piece]:
+        """The pieces, those that hold a start of `cuts` cut there and each part tokenised alone.
+
+        Raises: UnprovableError where the parts spell another text.
+        """
+        for piece, start in zip(pieces, starts, strict=False):
+            inside = [span for span in cuts if start < span.start < start + len(piece.text)]
+            edges = sorted({0, len(piece.text), *(span.start - start for span in inside)})
+            parts = list(self._encode([piece.text[a:b] for a, b in pairwise(edges)])) if inside else [piece]
+            if inside and self._decode(np.concatenate([part.ids for part in parts])) != self._decode(piece.ids):
+                raise UnprovableError(
+                    inside[0].turn,
+                    "a token straddles the start of the reply, and the text cut there has tokens that spell another "
+                    "text",
+                )
+            yield from parts
+
+    def _decode(self, ids: np.ndarray) -> str:
+        text: str = self.backend.decode(ids.tolist(), skip_special_tokens=False)
         return text
 
-    def _end_token(self, text: str, span: Span, encoding: Any, offset: int, first: int) -> int:
-        """The token behind the span. `text` is a piece of the whole that starts at its character `offset`."""
-        if span.start == span.end:
-            return first
-        end = span.end - offset
+    def _end_token(self, span: Span, pieces: Sequence[Piece], starts: Sequence[int], at: int) -> int:
+        """The token behind the target, counted in the piece `at` in which it ends."""
+        text, encoding, end = pieces[at].text, pieces[at].encoding, span.end - starts[at]
         last = encoding.char_to_token(end - 1)
         if last is None:
             last = max(_token_from(encoding, end) - 1, 0)
@@ -157,6 +180,22 @@ class Encoder:
         if text[end : encoding.token_to_chars(last)[1]].strip():
             raise UnprovableError(span.turn, "a token straddles the end of the reply")
         return int(last) + 1
+
+
+def _edges(added_tokens: Any) -> tuple[re.Pattern[str], frozenset[str]]:
+    """Matches the added tokens that are taken out of a text first; and those before which it may be cut.
+
+    Not where a token swallows the white space before it, or stands for whole words only.
+    """
+    first = [token for token in added_tokens if not token.normalized and token.content]
+    longest_first = sorted((token.content for token in first), key=lambda content: -len(content))
+    edges = frozenset(token.content for token in first if not token.lstrip and not token.single_word)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)"), edges
+
+
+def _piece_at(starts: Sequence[int], character: int) -> int:
+    """The piece that holds `character`; the number of pieces behind the end of the text."""
+    return bisect_right(starts, max(character, 0)) - 1
 
 
 def _token_from(encoding: Any, start: int) -> int:

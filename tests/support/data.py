@@ -31,6 +31,12 @@ FORGETFUL = (
 )
 """Like Qwen3's: the think block of earlier turns is dropped."""
 
+STARTING = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""Like GLM's: a reply ends where the next message starts."""
+
 UNSTOPPED = (
     "{% for m in messages %}{{ 'Q: ' if m.role == 'user' else 'A: ' }}{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}A: {% endif %}"

@@ -129,6 +129,19 @@ def test_text_parts_are_joined_and_messages_may_be_json_text() -> None:
     assert multi(json.dumps(chat("a", "b"))).messages == chat("a", "b")
 
 
+def test_rows_and_messages_say_that_they_are_not_trained() -> None:
+    messages = [*chat("a", "b"), *chat("c", "d")]
+    messages[1] = messages[1] | {"train": False}
+    messages[3] = messages[3] | {"train": True}
+    parsed = multi(messages, train=None)
+    assert (parsed.messages, parsed.untrained) == (chat("a", "b", "c", "d"), {1})
+    assert multi(messages, train=False).untrained == {0, 1, 2, 3}
+    assert single({"question": "a", "answer": "b", "train": False}).untrained == {0, 1}
+    assert single({"question": "a", "answer": "b", "train": True}).untrained == set()
+    assert single({"question": "a", "answer": "b", "train": 3}, train_key="").untrained == set()
+    assert needed_columns(data_config(train_key="use")).optional == ("use",)
+
+
 @pytest.mark.parametrize(
     ("messages", "row", "said"),
     [
@@ -154,6 +167,8 @@ def test_text_parts_are_joined_and_messages_may_be_json_text() -> None:
         (chat("a", "b"), {"tools": ["[1]"]}, "a tool is not an object"),
         (chat("a", "b"), {"tools": '[{"a": "\\ud800"}]'}, "lone surrogate"),
         (chat("a", "b"), {"enable_thinking": "yes"}, "column enable_thinking: not a truth value"),
+        (chat("a", "b"), {"train": 1}, "column train: not a truth value"),
+        ([{"role": "user", "content": "a", "train": "no"}], {}, "message 0: not a truth value"),
         ([{"role": "user", "content": "a", "at": datetime.date(2024, 1, 1)}], {}, "not text, number, truth value"),
     ],
 )

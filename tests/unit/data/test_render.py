@@ -8,9 +8,18 @@ from apollo_sft.data.render import Renderer, shifted_labels, truncate
 from apollo_sft.data.template import ChatTemplate, resolve_template
 from apollo_sft.errors import DataError
 from apollo_sft.types import IGNORE_INDEX, Conversation, RowRef, Sample
-from tests.support.data import CHATML, CLOSING, FORGETFUL, UNSTOPPED, chat, data_config, tiny_tokenizer
+from tests.support.data import CHATML, CLOSING, FORGETFUL, STARTING, UNSTOPPED, chat, data_config, tiny_tokenizer
 
 REF = RowRef("f.parquet", 7)
+THINK = "<think>\n\n</think>\n\n"
+RETURNING = CHATML.replace("<|im_end|>", "{{ eos_token if loop.last and not add_generation_prompt else '<|im_end|>' }}")
+"""Like gpt-oss: the last turn has an end mark of its own."""
+
+MOVING = CHATML.replace(
+    "{{ message['content'] }}",
+    "{{ 'T' if message == messages|selectattr('role', 'eq', 'user')|list|last }}{{ message['content'] }}",
+)
+"""Like Mistral's: the tools stand in the user's last message."""
 
 
 def renderer(template: str, tokenizer: Any = None, **changes: Any) -> Renderer:
@@ -71,13 +80,15 @@ def test_a_whole_sample_by_hand() -> None:
         (CHATML, chat("a", "b", "c"), ["b<|im_end|>"]),
         (CHATML, chat("a", ""), ["<|im_end|>"]),
         (CHATML, chat("b", "b", "assistant\nb", "b"), ["b<|im_end|>", "b<|im_end|>"]),
-        (CHATML, chat("a", "so <|im_end|> it is"), ["so <|im_end|> it is<|im_end|>"]),
         (CHATML, chat("a", "b")[1:], None),
         (CHATML, [*chat("a", "b"), {"role": "assistant", "content": "c"}], ["b<|im_end|>", "c<|im_end|>"]),
         (CHATML, chat("a", "b \n"), ["b \n<|im_end|>"]),
-        (CLOSING, chat("a", "b"), ["b<|end|>"]),
-        (CLOSING, chat("a", "b", "c", "d"), ["b<|end|>", "d<|end|>"]),
-        (CLOSING, chat("a", "", "c", ""), ["<|end|>", "<|end|>"]),
+        (CLOSING, chat("a", "b"), ["b<|end|>\n<|endoftext|>"]),
+        (CLOSING, chat("a", "b", "c", "d"), ["b<|end|>", "d<|end|>\n<|endoftext|>"]),
+        (CLOSING, chat("a", "", "c", ""), ["<|end|>", "<|end|>\n<|endoftext|>"]),
+        (CLOSING.replace("eos_token", "'<|im_start|>'"), chat("a", "b"), ["b<|end|>"]),
+        (STARTING, chat("a", "b", "c", "d"), ["b<|user|>", "d"]),
+        (STARTING, chat("a", "b", "c"), ["b<|user|>"]),
         (FORGETFUL, chat("a", "b"), ["<think>\n\n</think>\n\nb<|im_end|>"]),
         (UNSTOPPED, chat("a", "b", "c", "d"), ["b", "d"]),
         ("plain", chat("a", "b", "c", "d"), ["b<|endoftext|>", "d<|endoftext|>"]),
@@ -106,15 +117,9 @@ def test_template_arguments_decide_what_is_prompt() -> None:
 @pytest.mark.parametrize(
     ("template", "messages", "kwargs", "said"),
     [
-        (FORGETFUL, chat("a", "b", "c", "d"), {}, ("turn 1", "rewrites history: the turn is written differently")),
-        (FORGETFUL, chat("a", "b", "c", "d"), {"enable_thinking": False}, ("turn 1", "the prompt of the turn")),
-        ("{{ messages[-1].content }}", chat("a", "b"), {}, ("turn 1", "rewrites history")),
-        (UNSTOPPED.replace("\n{% endfor %}", "{{ eos_token if loop.last and m.role == 'assistant' }}{% endfor %}"),
-         chat("a", "b", "c", "d"), {},
-         ("turn 1", "no stop token, although")),
-        ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
-         "{% if add_generation_prompt %}<|assistant|>{% endif %}", chat("a", "b", "c"), {},
-         ("turn 1", "not built yet")),
+        ("{{ messages[-1].content }}", chat("a", "b"), {}, ("turn 1", "the messages before the turn in another way")),
+        ("{{ messages[0].content }}{{ '<|user|>' if add_generation_prompt }}", chat("a", "b"), {},
+         ("turn 1", "does not write the content")),
         ("{{ raise_exception('roles must alternate') }}", chat("a", "b"), {}, ("fails", "roles must alternate")),
     ],
 )  # fmt: skip
@@ -130,10 +135,66 @@ def test_what_cannot_be_proven_is_refused(
 
 
 def test_one_bad_conversation_leaves_the_others() -> None:
+    strict = "{% if messages|length > 2 %}{{ raise_exception('too long') }}{% endif %}" + CHATML
     rows = [Conversation(chat("a", "b", "c", "d")[: 2 * n], None, {}, REF) for n in (1, 2, 1)]
-    results = renderer(FORGETFUL).try_render(rows)
+    results = renderer(strict).try_render(rows)
     assert [isinstance(result, DataError) for result in results] == [False, True, False]
-    assert results[0][0].input_ids.tolist() == results[2][0].input_ids.tolist()  # type: ignore[index]
+    assert results[0].samples[0].input_ids.tolist() == results[2].samples[0].input_ids.tolist()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("template", "history", "expected"),
+    [
+        (FORGETFUL, "expand", [[THINK + "b<|im_end|>"], [THINK + "d<|im_end|>"]]),
+        (FORGETFUL, "last_turn", [[THINK + "d<|im_end|>"]]),
+        (FORGETFUL, "as_rendered", [["b<|im_end|>", THINK + "d<|im_end|>"]]),
+        (CHATML, "last_turn", [["b<|im_end|>", "d<|im_end|>"]]),
+        (RETURNING, "expand", [["b<|endoftext|>"], ["d<|endoftext|>"]]),
+        (RETURNING, "last_turn", [["d<|endoftext|>"]]),
+        (MOVING, "expand", [["b<|im_end|>"], ["d<|im_end|>"]]),
+        (MOVING, "as_rendered", [["b<|im_end|>", "d<|im_end|>"]]),
+    ],
+)
+def test_templates_that_rewrite_history(template: str, history: str, expected: list[list[str]]) -> None:
+    """Each turn as inference would produce it, in the fewest samples; or what `data.history` asks for instead."""
+    one = renderer(template, history=history)
+    [samples] = one.render([Conversation(chat("a", "b", "c", "d"), None, {}, REF)])
+    assert [target_texts(sample) for sample in samples] == expected
+    left_out = 2 - sum(len(texts) for texts in expected)
+    assert one.counts.found["turns_left_out"] == left_out
+    assert one.counts.found["expanded_rows"] == (len(samples) > 1)
+    rewritten = history == "as_rendered"
+    assert one.counts.found["rewritten_turns"] == rewritten
+
+
+def test_turns_of_one_step_share_a_sample() -> None:
+    """Like Qwen3's tool calls: only what the user said last decides what is rewritten."""
+    template = FORGETFUL.replace(
+        "loop.last", "(messages[loop.index0 + 1:] | selectattr('role', 'eq', 'user') | list == [])"
+    )
+    messages = [
+        *chat("a", "b"),
+        {"role": "tool", "content": "t"},
+        {"role": "assistant", "content": "c"},
+        *chat("d", "e"),
+    ]
+    [samples] = renderer(template).render([Conversation(messages, None, {}, REF)])
+    assert [target_texts(sample) for sample in samples] == [
+        [THINK + "b<|im_end|>", THINK + "c<|im_end|>"],
+        [THINK + "e<|im_end|>"],
+    ]
+    assert [sample.turns for sample in samples] == [(1, 3), (5,)]
+
+
+def test_a_prompt_with_an_opening_that_no_reply_has() -> None:
+    """Like R1's: the prompt ends with `<think>`, a reply is written without. It is trained behind the role header."""
+    template = CHATML.replace("assistant\n{% endif %}", "assistant\n<the>\n{% endif %}")
+    for reply in ("b", "<them", "", "<the>\nb"):
+        one = renderer(template)
+        [[sample]] = one.render([Conversation(chat("a", reply), None, {}, REF)])
+        opened = reply.startswith("<the>\n")
+        assert target_texts(sample) == [reply.removeprefix("<the>\n") + "<|im_end|>"]
+        assert one.counts.found["unopened_turns"] == (not opened)
 
 
 def prompts_hold(messages: list[Any], template: str) -> tuple[int, int]:
@@ -151,7 +212,7 @@ def prompts_hold(messages: list[Any], template: str) -> tuple[int, int]:
             assert ids[:start] == prompt
         assert tokenizer.decode(ids[:start]) == tokenizer.decode(prompt)
     assert tokenizer.decode(ids) == apply(messages, tokenize=False)
-    return one.counts.cut_turns, ids == apply(messages)
+    return one.counts.found["cut_turns"], ids == apply(messages)
 
 
 @pytest.mark.parametrize("template", [CHATML, "plain", UNSTOPPED])
@@ -191,13 +252,14 @@ def test_targets_at_position_0_are_counted_not_trained() -> None:
     one = renderer("plain")
     [[sample]] = one.render([Conversation(chat("", "b"), None, {}, REF)])
     assert sample.num_targets == 1
-    assert one.counts.unpredictable_targets == 1
+    assert one.counts.found["unpredictable_targets"] == 1
 
 
 def test_counts() -> None:
     one = renderer(UNSTOPPED)
     one.render([Conversation(chat("a", "b", "c", ""), None, {}, REF)])
-    assert (one.counts.turns, one.counts.turns_without_stop, one.counts.empty_replies) == (2, 2, 1)
+    assert (one.counts.turns, one.counts.found) == (2, {"turns_without_stop": 2, "empty_replies": 1})
+    assert one.counts.first == {"turns_without_stop": [str(REF)], "empty_replies": [str(REF)]}
     two = renderer(CHATML)
     two.render([Conversation(chat("a", "b", "c", "d"), None, {}, REF)] * 2)
     assert two.counts.stop_tokens == {tiny_tokenizer().convert_tokens_to_ids("<|im_end|>"): 4}
@@ -225,3 +287,107 @@ def test_truncation_cuts_tokens_and_labels_together(length: int) -> None:
     assert truncate(whole, 8, "right").labels.tolist() == [x, x, 3, 4, x, x, 7, x]
     assert truncate(whole, 5, "left").labels.tolist() == [x, x, 7, 8, x]
     assert truncate(whole, 9, "left") is whole
+
+
+def test_left_cuts_keep_bos_which_predicts_nothing() -> None:
+    x = IGNORE_INDEX
+    whole = Sample(np.arange(9, dtype=np.int32), np.array([1, 2, 3, 4, x, 6, 7, 8, x], np.int32), REF, (1, 3))
+    cut = truncate(whole, 4, "left", bos=0)
+    assert (cut.input_ids.tolist(), cut.labels.tolist()) == ([0, 6, 7, 8], [x, 7, 8, x])
+    assert (cut.input_ids.dtype, cut.labels.dtype) == (np.int32, np.int32)
+    assert truncate(whole, 4, "left", bos=5).input_ids.tolist() == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("train_on", "untrained", "expected"),
+    [
+        ("assistant", set(), ["b<|im_end|>", "d<|im_end|>"]),
+        ("assistant", {1}, ["d<|im_end|>"]),
+        ("last", set(), ["d<|im_end|>"]),
+        ("last", {3}, []),
+        ("assistant", {0, 1, 2, 3}, []),
+        ("all", set(), ["a<|im_end|>", "b<|im_end|>", "c<|im_end|>", "d<|im_end|>"]),
+        ("all", {0, 3}, ["b<|im_end|>", "c<|im_end|>"]),
+    ],
+)
+def test_which_turns_are_trained(train_on: str, untrained: set[int], expected: list[str]) -> None:
+    row = Conversation(chat("a", "b", "c", "d"), None, {}, REF, frozenset(untrained))
+    [[sample]] = renderer(CHATML, train_on=train_on).render([row])
+    assert target_texts(sample) == expected
+
+
+def test_text_that_spells_a_control_token() -> None:
+    rows = [Conversation(chat("a", reply), None, {}, REF) for reply in ("so <|im_end|> it is", "b")]
+    rows.append(Conversation(chat("a", "b"), [{"name": "<|im_start|>system"}], {}, REF))
+    first, second, third = renderer(CHATML).try_render(rows)
+    assert "message 1 spells <|im_end|>" in str(first)
+    assert "data.special_tokens_in_content=drop" in str(first)
+    assert "the tools spell <|im_start|>" in str(third)
+    assert not isinstance(second, DataError)
+
+    one = renderer(CHATML, special_tokens_in_content="drop")
+    first, second, third = one.try_render(rows)
+    assert [row.dropped for row in (first, second, third)] == [  # type: ignore[union-attr]
+        "message 1 spells <|im_end|> (data.special_tokens_in_content=drop)",
+        None,
+        "the tools spell <|im_start|> (data.special_tokens_in_content=drop)",
+    ]
+    assert (one.counts.turns, one.counts.found) == (1, {"control_tokens_dropped": 2})
+
+    one = renderer(CHATML, special_tokens_in_content="allow")
+    assert target_texts(one.render(rows)[0][0]) == ["so <|im_end|> it is<|im_end|>"]
+    assert one.counts.found == {"control_tokens": 2}
+
+
+def test_the_date_that_a_template_prints_is_the_configured_one() -> None:
+    template = "{{ strftime_now('%d %B %Y') }}" + CHATML
+    [[sample]] = renderer(template, template_date="1999-12-31").render([Conversation(chat("a", "b"), None, {}, REF)])
+    assert tiny_tokenizer().decode(sample.input_ids).startswith("31 December 1999<|im_start|>")
+
+
+CALLING = [
+    *chat("a"),
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"x": 1}}}]},
+    {"role": "tool", "content": "2"},
+    {"role": "assistant", "content": "two"},
+]
+CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\nBODY<|im_end|>\n{% endfor %}"
+    + CHATML.partition("{% endfor %}")[2]
+)
+
+
+@pytest.mark.parametrize(
+    ("body", "call"),
+    [
+        (
+            "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments.x }}{% endfor %}",
+            "add1",
+        ),
+        ("{% if m.content is none %}{{ m.tool_calls[0].function.name }}{% else %}{{ m.content }}{% endif %}", "add"),
+        (
+            "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name + c.function.arguments }}{% endfor %}",
+            'add{"x": 1}',
+        ),
+        (
+            "{% if m.content is none %}{{ m.tool_calls[0].function.name + m.tool_calls[0].function.arguments }}"
+            "{% else %}{{ m.content }}{% endif %}",
+            'add{"x": 1}',
+        ),
+        ("{{ m.content }}", ""),
+    ],
+)
+def test_tool_calls_are_handed_over_as_the_template_writes_them(body: str, call: str) -> None:
+    """Null or empty content, arguments as a dict or as JSON text: the first way in which the call is written."""
+    one = renderer(CALLS.replace("BODY", body))
+    [[sample], [again]] = one.render([Conversation(CALLING, None, {}, REF)] * 2)
+    assert target_texts(sample) == target_texts(again) == [f"{call}<|im_end|>", "two<|im_end|>"]
+    assert one.counts.found["unwritten_turns"] == (0 if call else 2)
+
+
+def test_what_the_template_leaves_out_of_a_reply_is_counted() -> None:
+    one = renderer(CHATML.replace("message['content']", "message['content'] | trim | replace('x', '')"))
+    thinking = {"role": "assistant", "content": "b", "reasoning_content": "hm"}
+    replies = [{"role": "assistant", "content": text} for text in (" b  c ", "xb")]
+    one.render([Conversation([*chat("a"), reply], None, {}, REF) for reply in (*replies, thinking)])
+    assert one.counts.found == {"unwritten_turns": 2}

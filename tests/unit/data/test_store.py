@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -10,12 +11,12 @@ import numpy as np
 import pytest
 
 from apollo_sft.data.fingerprint import store_key
-from apollo_sft.data.render import Renderer
-from apollo_sft.data.store import SampleStore, StoreRequest, prepare_store
+from apollo_sft.data.render import Rendered, Renderer
+from apollo_sft.data.store import SampleStore, StoreRequest, _Builder, prepare_store
 from apollo_sft.data.template import ChatTemplate, resolve_template
 from apollo_sft.errors import DataError
-from apollo_sft.types import Conversation
-from tests.support.data import CHATML, FORGETFUL, chat, data_config, tiny_tokenizer, write_parquet
+from apollo_sft.types import IGNORE_INDEX, Conversation, RowRef, Sample
+from tests.support.data import CHATML, CLOSING, FORGETFUL, STARTING, chat, data_config, tiny_tokenizer, write_parquet
 
 
 def qa(count: int, first: int = 0) -> list[dict[str, Any]]:
@@ -71,7 +72,7 @@ def test_the_summary_adds_up(tmp_path: Path) -> None:
     assert summary.longest_row == str(store.ref(int(store.lengths.argmax())))
     assert summary.max_token_id == max(store[i].input_ids.max() for i in range(20))
     assert summary.stop_tokens == {tiny_tokenizer().convert_tokens_to_ids("<|im_end|>"): 20}
-    assert (summary.tokens_cut, summary.rows_over_max_length, summary.rows_without_target) == (0, 0, 0)
+    assert (summary.tokens_cut, summary.rows_over_max_length, summary.rows_not_trained) == (0, 0, 0)
 
 
 def test_a_second_call_opens_what_the_first_built(tmp_path: Path) -> None:
@@ -129,6 +130,11 @@ def test_everything_that_changes_content_changes_the_key(tmp_path: Path) -> None
         key(prompt_dict_keys=("a", "b")),
         key(response_dict_keys=("a",)),
         key(apply_chat_template_kwargs={"enable_thinking": False}),
+        key(template_date="2025-01-02"),
+        key(history="last_turn"),
+        key(train_on="last"),
+        key(train_key="use"),
+        key(special_tokens_in_content="allow"),
         key(multiturn=True),
     ]
     assert len(set(keys)) == len(keys)
@@ -179,7 +185,7 @@ def test_truncation_is_counted_and_conserves_tokens(tmp_path: Path, side: str) -
     assert (summary.rows_over_max_length, summary.samples_truncated) == (over, over)
     assert cut.lengths.max() == limit
     assert summary.num_tokens + summary.tokens_cut == whole.summary.num_tokens
-    assert summary.num_targets + summary.targets_cut == whole.summary.num_targets
+    assert summary.num_targets + summary.targets_lost == whole.summary.num_targets
     assert summary.longest_tokens == whole.lengths.max()
 
 
@@ -190,12 +196,92 @@ def test_a_row_without_a_target_is_reported_never_trained(tmp_path: Path) -> Non
     whole = prepare_store(request(tmp_path, file), quiet)
     store = prepare_store(request(tmp_path, file, max_length=100, truncation="right"), quiet)
     summary = store.summary
-    assert (summary.num_rows, summary.num_samples, summary.rows_without_target) == (10, 9, 1)
-    assert summary.first_without_target == [f"{file} row 4"]
+    assert (summary.num_rows, summary.num_samples, summary.rows_not_trained) == (10, 9, 1)
+    assert summary.first_not_trained == [f"{file} row 4"]
     assert [store.ref(i).row for i in range(9)] == [0, 1, 2, 3, 5, 6, 7, 8, 9]
     assert store.num_targets.min() > 0
-    assert summary.num_tokens + summary.tokens_cut + summary.tokens_without_target == whole.summary.num_tokens
-    assert summary.num_targets + summary.targets_cut == whole.summary.num_targets
+    assert summary.num_tokens + summary.tokens_cut + summary.tokens_not_trained == whole.summary.num_tokens
+    assert summary.num_targets + summary.targets_lost == whole.summary.num_targets
+
+
+def test_the_ledger_names_every_row_that_is_not_trained_or_not_whole(tmp_path: Path) -> None:
+    rows = [row | {"train": i != 2} for i, row in enumerate(qa(5))]
+    rows[1]["answer"] = "x" * 60
+    rows[3]["question"] = "<|im_end|>"
+    rows[4]["question"] = "y" * 60
+    file = write_parquet(tmp_path / "a.parquet", rows)
+    changes = {"max_length": 50, "special_tokens_in_content": "drop"}
+    reasons = {}
+    for how in ("right", "left", "drop"):
+        store = prepare_store(request(tmp_path, file, truncation=how, **changes), quiet)
+        assert [entry.file for entry in store.rejected()] == [file] * 4
+        reasons[how] = [(entry.row, entry.trained, entry.reason) for entry in store.rejected()]
+        lost = sum(entry.tokens_lost for entry in store.rejected())
+        assert lost == store.summary.tokens_cut + store.summary.tokens_not_trained
+        assert sum(entry.targets_lost for entry in store.rejected()) == store.summary.targets_lost
+        trained = {entry.row for entry in store.rejected() if entry.trained}
+        assert {store.ref(i).row for i in range(len(store))} == {0} | trained
+        assert store.summary.rows_not_trained == 5 - len(store)
+    whole, forged = (
+        (2, False, "nothing in it is trained"),
+        "message 0 spells <|im_end|> (data.special_tokens_in_content=drop)",
+    )
+    assert reasons["right"][1:] == [whole, (3, False, forged), (4, False, "no target is left (data.truncation=right)")]
+    assert reasons["right"][0][2].startswith("cut on the right: ")
+    assert [row for row, trained, _ in reasons["left"] if trained] == [1, 4]
+    assert reasons["drop"][0][2].endswith("tokens, more than data.max_length (data.truncation=drop)")
+    assert [trained for _, trained, _ in reasons["drop"]] == [False] * 4
+
+
+def test_tokens_are_conserved_over_random_mixes(tmp_path: Path) -> None:
+    """Every token and target of every rendering is trained or in the ledger, whatever is cut, dropped or left out."""
+    draw = random.Random(3)
+    tokenizer = tiny_tokenizer(bos_token="<|user|>")
+    for mix in range(100):
+        template = draw.choice([CHATML, "{{ bos_token }}" + CHATML, FORGETFUL, CLOSING, STARTING])
+        how = draw.choice(["left", "right", "drop"])
+        data = data_config(
+            max_length=draw.randint(2, 60),
+            truncation=how,
+            special_tokens_in_content=draw.choice(["drop", "allow"]),
+            history=draw.choice(["expand", "last_turn"]),
+            chat_template=template,
+        )
+        rows = []
+        for i in range(10):
+            words = [
+                "ab " * draw.randint(0, 12) + draw.choice(["", "<|im_end|>"]) for _ in range(draw.choice([2, 4, 6]))
+            ]
+            skip = frozenset(k for k in range(len(words)) if draw.random() < 0.1)
+            rows.append(Conversation(chat(*words), None, {}, RowRef("f", i), skip))
+        wanted = StoreRequest("train", ["f"], -1, tokenizer, resolve_template(tokenizer, data), data)
+        folder = tmp_path / str(mix)
+        folder.mkdir()
+        builder = _Builder(wanted, ["f"], folder, quiet)
+        for row, rendered in zip(rows, builder.renderer.try_render(rows), strict=True):
+            assert isinstance(rendered, Rendered)
+            builder._row(row.ref, rendered)
+        builder._finish_summary()
+        builder.writer.finish("key", builder.summary)
+        check_conservation(SampleStore(folder), Renderer(tokenizer, wanted.template, data).render(rows), how)
+
+
+def check_conservation(store: SampleStore, rendered: list[list[Sample]], how: str) -> None:
+    whole = [sample for row in rendered for sample in row]
+    ledger, summary = list(store.rejected()), store.summary
+    assert summary.num_tokens == store.lengths.sum()
+    assert summary.num_targets == store.num_targets.sum()
+    lost = sum(entry.tokens_lost for entry in ledger)
+    assert sum(len(sample.input_ids) for sample in whole) == summary.num_tokens + lost
+    assert lost == summary.tokens_cut + summary.tokens_not_trained
+    targets_lost = sum(entry.targets_lost for entry in ledger)
+    assert sum(sample.num_targets for sample in whole) == summary.num_targets + targets_lost
+    assert targets_lost == summary.targets_lost
+    for i in range(len(store)):
+        assert (store[i].labels != IGNORE_INDEX).any()
+        if how == "right":
+            [source] = [s for s in rendered[store.ref(i).row] if s.turns == store[i].turns]
+            assert store[i].input_ids.tolist() == source.input_ids[: store.lengths[i]].tolist()
 
 
 def test_a_dataset_without_rows_or_targets_is_refused(tmp_path: Path) -> None:
@@ -212,7 +298,8 @@ def test_the_first_bad_row_stops_the_build_and_the_others_are_counted(tmp_path: 
     rows[20]["question"] = None
     refused(request(tmp_path, write_parquet(tmp_path / "b.parquet", rows)), "row 7", "1 more of the 30 rows")
     dialogue = write_parquet(tmp_path / "c.parquet", [{"messages": chat("a", "b", "c", "d")}])
-    refused(request(tmp_path, dialogue, multiturn=True, chat_template=FORGETFUL), "row 0, turn 1", "rewrites history")
+    template = "{{ messages[-1].content }}"
+    refused(request(tmp_path, dialogue, multiturn=True, chat_template=template), "row 0, turn 1", "in another way")
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -226,7 +313,7 @@ def _prepare(tmp_path: Path, file: str, queue: Any, pause: float) -> None:
     said: list[str] = []
     try:
         store = prepare_store(request(tmp_path, file), said.append)
-        queue.put((len(store), int(store._ids.sum()), sum("tokenised" in line for line in said)))
+        queue.put((len(store), int(store._ids.sum()), sum("train rows in" in line for line in said)))
     except DataError as error:
         queue.put(str(error))
 
