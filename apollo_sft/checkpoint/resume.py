@@ -55,6 +55,7 @@ FREE = [
     "model.strategy",
     "model.follow_links",
     "model.enable_gradient_checkpointing",
+    "model.gradient_checkpointing_policy",
     "model.attn_implementation",
     "model.fsdp_config.wrap_policy.",
     "model.fsdp_config.cpu_offload",

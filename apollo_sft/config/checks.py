@@ -23,6 +23,11 @@ UNUSED: tuple[tuple[str, Callable[[SftConfig], bool], str], ...] = (
         "without hf_model in trainer.checkpoint.save_contents",
     ),
     *((key, lambda c: c.model.lora_rank == 0, "with model.lora_rank=0") for key in LORA_KEYS),
+    (
+        "model.gradient_checkpointing_policy",
+        lambda c: not c.model.enable_gradient_checkpointing,
+        "without model.enable_gradient_checkpointing=true",
+    ),
     ("data.prompt_dict_keys", lambda c: c.data.multiturn.enable, "with data.multiturn.enable=true"),
     ("data.response_dict_keys", lambda c: c.data.multiturn.enable, "with data.multiturn.enable=true"),
     ("data.multiturn.tools_key", lambda c: not c.data.multiturn.enable, "without data.multiturn.enable=true"),

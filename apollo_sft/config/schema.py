@@ -133,6 +133,7 @@ class ModelConfig(Section):
     fsdp_config: FsdpConfig
     external_lib: Text | None
     enable_gradient_checkpointing: bool
+    gradient_checkpointing_policy: Literal["full", "selective"]
     trust_remote_code: bool
     follow_links: bool
     attn_implementation: Literal["auto", "sdpa", "varlen", "flash"]

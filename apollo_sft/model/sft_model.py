@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from apollo_sft.model.head import attach_loss, head_spec
 from apollo_sft.model.load import check_longest
 from apollo_sft.types import IGNORE_INDEX, MicroBatch
+
+KEPT = frozenset(
+    {
+        "aten::mm",
+        "aten::addmm",
+        "aten::_grouped_mm",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "torch_attn::_varlen_attn",
+        "flash_attn::_flash_attn_varlen_forward",
+    }
+)
+"""Operators whose outputs selective checkpointing keeps: their cost grows faster than their output. Not the batched
+products of attention that is written out: those outputs are scores, tokens times tokens."""
 
 
 class SftModel(nn.Module):
@@ -56,3 +74,16 @@ class SftModel(nn.Module):
         mine = (tensor.chunk(self.sp_size, dim=1)[self.sp_rank] for tensor in whole)
         moved = (tensor.to(device, non_blocking=True) for tensor in (*mine, micro_batch.document_starts))
         return cast(Tensor, self(*moved, longest))
+
+
+def enable_checkpointing(causal_lm: Any, selective: bool) -> None:
+    """Compute activations again in the backward: whole layers, or with `selective` what is between the `KEPT`."""
+    how: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        how["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_or_recompute)
+    causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+
+
+def _keep_or_recompute(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    del context, args, kwargs
+    return CheckpointPolicy.MUST_SAVE if operator.name() in KEPT else CheckpointPolicy.PREFER_RECOMPUTE

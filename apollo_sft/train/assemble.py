@@ -17,7 +17,7 @@ from apollo_sft.config.schema import ModelConfig, SftConfig
 from apollo_sft.errors import ConfigError
 from apollo_sft.model import attention, load, lora
 from apollo_sft.model.proof import prove
-from apollo_sft.model.sft_model import SftModel
+from apollo_sft.model.sft_model import SftModel, enable_checkpointing
 from apollo_sft.parallel import fsdp1, fsdp2
 from apollo_sft.parallel.fsdp2 import ShardSpec
 from apollo_sft.parallel.launch import World
@@ -96,7 +96,9 @@ def assemble(config: SftConfig, folder: Path, hf_config: Any, world: World, mesh
     """The trainable model, sharded over `mesh` when there is one, and its optimizer. Every rank calls it.
 
     Rank 0 reads the weights and proves the architecture; the others build on meta and receive their shards.
+    Raises: ConfigError as `check_strategy`, and when a kernel or the modules to shard are not there.
     """
+    check_strategy(config, world)
     precision = resolve_precision(config.model, world.device.type == "cuda")
     name = _strategy_name(config, world)
     strategy = STRATEGIES[name]
@@ -148,7 +150,7 @@ def _exchange(mesh: Mesh) -> Ulysses | None:
 
 def _enable_checkpointing(model: SftModel, config: ModelConfig) -> None:
     if config.enable_gradient_checkpointing:
-        model.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model.causal_lm, selective=config.gradient_checkpointing_policy == "selective")
 
 
 def _shard_spec(model: SftModel, config: ModelConfig, precision: Precision) -> ShardSpec:

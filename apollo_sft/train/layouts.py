@@ -29,7 +29,9 @@ NEUTRAL: dict[str, Any] = {
     "data.use_dynamic_bsz": False,
     "data.max_token_len_per_gpu": None,
     "data.balance_dp_token": False,
+    "model.strategy": "fsdp2",
     "model.enable_gradient_checkpointing": False,
+    "model.gradient_checkpointing_policy": "full",
     "model.fsdp_config.cpu_offload": False,
     "model.fsdp_config.offload_params": False,
     "model.fsdp_config.use_no_sync_for_gradient_accumulation": False,
@@ -38,11 +40,14 @@ NEUTRAL: dict[str, Any] = {
 }
 BALANCED = {"data.balance_dp_token": True}
 CHECKPOINTING = {"model.enable_gradient_checkpointing": True}
+SELECTIVE = {"model.gradient_checkpointing_policy": "selective"}
+FSDP1 = {"model.strategy": "fsdp"}
 OFFLOAD = {"model.fsdp_config.cpu_offload": True}
 NO_SYNC = {"model.fsdp_config.use_no_sync_for_gradient_accumulation": True}
 KEEP = {"model.fsdp_config.reshard_after_forward": False}
 WORDS = (
-    ("checkpointing", CHECKPOINTING),
+    ("selective checkpointing", CHECKPOINTING | SELECTIVE),
+    ("checkpointing", CHECKPOINTING | {"model.gradient_checkpointing_policy": "full"}),
     ("offload", OFFLOAD),
     ("no_sync", NO_SYNC),
     ("no reshard", KEEP),
@@ -132,6 +137,7 @@ def _one(micro: dict[str, Any], capped: dict[str, Any]) -> Iterator[dict[str, An
     yield micro
     yield capped
     yield micro | CHECKPOINTING
+    yield micro | CHECKPOINTING | SELECTIVE
     yield OFFLOAD | NO_SYNC  # last: it wants a process group, even alone
 
 
@@ -146,10 +152,14 @@ def _several(processes: int, micro: dict[str, Any], capped: dict[str, Any]) -> I
     yield NO_SYNC
     yield micro | OFFLOAD
     yield micro | CHECKPOINTING | KEEP
+    yield FSDP1 | micro
+    yield FSDP1 | {SP: processes} | capped | CHECKPOINTING | SELECTIVE
+    yield FSDP1 | OFFLOAD | NO_SYNC
     if processes > 2 and processes % 2 == 0:
         yield {HYBRID: processes // 2} | micro
         yield {HYBRID: 2, SP: 2} | NO_SYNC
         yield {HYBRID: 2} | OFFLOAD | capped
+        yield FSDP1 | {HYBRID: 2, SP: 2} | micro
 
 
 def _describe(values: Mapping[str, Any], processes: int) -> str:
@@ -158,6 +168,8 @@ def _describe(values: Mapping[str, Any], processes: int) -> str:
     axes = [] if processes == 1 else [f"dp {processes // sp}"] if sp == 1 else [f"sp {sp}"]
     if 1 < sp < processes:
         axes = [f"dp {processes // sp} x sp {sp}"]
+    if processes > 1 and all(values[key] == value for key, value in FSDP1.items()):
+        axes.append("FSDP1")
     if values[HYBRID] not in (-1, processes):
         axes.append(f"HSDP {values[HYBRID]}")
     batching = f"{values['data.max_token_len_per_gpu']} tokens" if values["data.use_dynamic_bsz"] else None

@@ -18,6 +18,7 @@ from apollo_sft.data.plan import plan, steps_per_epoch
 from apollo_sft.errors import ConfigError, TopologyError
 from apollo_sft.parallel.launch import World, answer, ask_others
 from apollo_sft.parallel.mesh import check_mesh
+from apollo_sft.parallel.ulysses import added_heads
 from apollo_sft.report.log import say, terminal, warn
 from apollo_sft.train.assemble import check_strategy
 from apollo_sft.train.optim import Schedule, warmup_steps
@@ -86,6 +87,15 @@ def _blind(path: str, world: World) -> str:
     return f"rank {world.rank} on {socket.gethostname()} does not see it in {Path(path).absolute()}"
 
 
+def padded_heads(hf_config: Any, sp_size: int) -> str | None:
+    """What sequence parallelism costs where it does not divide the heads; None when it does."""
+    heads = hf_config.get_text_config().num_attention_heads
+    padded = heads + added_heads(heads, sp_size)
+    if padded == heads:
+        return None
+    return f"{heads} heads padded to {padded} for sp {sp_size}: attention costs {padded / heads:.2f}x"
+
+
 def schedule_of(config: SftConfig, steps_in_epoch: int) -> Schedule:
     """The learning rate by the number of steps that will really run.
 
@@ -141,6 +151,9 @@ def announce(config: SftConfig, prepared: Prepared, schedule: Schedule, loader: 
         rows.append(("imbalance", imbalance(loader)))
     if config.data.drop_last and num_samples % batch_size:
         rows.append(("dropped an epoch", f"{num_samples % batch_size:,} samples (data.drop_last)"))
+    padding = padded_heads(prepared.hf_config, config.ulysses_sequence_parallel_size)
+    if padding is not None:
+        say(padding)
     colour = terminal().is_terminal
     say(describe(prepared.train, prepared.val, prepared.tokenizer, rows, colour))
     if num_samples < batch_size:

@@ -87,6 +87,7 @@ def test_every_layout_of_two_processes_is_exact(folder: Path) -> None:
     found = rows(finished.stdout)
     assert len(found) >= 12 and {verdict for _, verdict in found} == {"exact"}
     assert ("yours: sp 2, micro 3", "exact") in found
+    assert {"dp 2, FSDP1, micro 3", "dp 2, FSDP1, micro 1, offload, no_sync"} <= {name for name, _ in found}
     oracle = re.search(r"^  oracle +([\d.]+) +([\d.]+)$", finished.stdout, re.M)
     assert oracle
     assert finished.stdout.count(oracle[1]) == finished.stdout.count(oracle[2]) == len(found) + 1

@@ -2,7 +2,8 @@ import pytest
 import yaml
 
 from apollo_sft.config.compose import compose, known_keys
-from apollo_sft.train.opening import LINE_WIDTH, config_text
+from apollo_sft.train.opening import LINE_WIDTH, config_text, padded_heads
+from tests.support.models import tiny_config
 
 OPEN_DICT = "data.apply_chat_template_kwargs"
 
@@ -81,3 +82,17 @@ def test_a_long_text_takes_one_line() -> None:
     assert line.startswith('  data.chat_template="{% for message in messages %}\\n{{')
     assert len(line) < 500
     assert line.endswith("characters)")
+
+
+@pytest.mark.parametrize(
+    ("heads", "sp_size", "line"),
+    [
+        (14, 4, "14 heads padded to 16 for sp 4: attention costs 1.14x"),
+        (9, 2, "9 heads padded to 10 for sp 2: attention costs 1.11x"),
+        (14, 2, None),
+        (14, 1, None),
+    ],
+)
+def test_padded_heads_are_said_with_their_cost(heads: int, sp_size: int, line: str | None) -> None:
+    config = tiny_config("Qwen2", num_attention_heads=heads, num_key_value_heads=1, hidden_size=8 * heads)
+    assert padded_heads(config, sp_size) == line
