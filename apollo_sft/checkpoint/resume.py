@@ -90,7 +90,10 @@ def newest_checkpoint(checkpoints: Path, notes: list[str]) -> Path | None:
     for path in whole_checkpoints(checkpoints):
         try:
             check_files(path)
-            resumable = set(PARTS) <= set(read_facts(path)["contents"])
+            facts = read_facts(path)
+            if folder_of(checkpoints, facts["step"]) != path:
+                raise CheckpointError(f"{path} holds the state of another step", found=facts["step"])
+            resumable = set(PARTS) <= set(facts["contents"])
         except CheckpointError as error:
             notes.append(f"passed over a damaged checkpoint: {error}")
             continue
@@ -126,9 +129,9 @@ def check_files(folder: Path) -> None:
     for name, facts in listed.items():
         if found.get(name) != facts:
             raise CheckpointError(f"{folder / name} is not what was written", found=found.get(name), expected=facts)
-    added = sorted(name for name in found.keys() - listed.keys() if name.endswith(".safetensors"))
+    added = sorted(name for name in found.keys() - listed.keys() if name.endswith((".safetensors", STATE)))
     if added:
-        raise CheckpointError(f"{folder / added[0]} was added: its tensors would be read for those that were saved")
+        raise CheckpointError(f"{folder / added[0]} was added: it would be read for what was saved")
 
 
 def _warn_of_others(folder: Path, notes: list[str]) -> None:
