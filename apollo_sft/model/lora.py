@@ -87,11 +87,12 @@ def _saved_config(model: ModelConfig, path: str) -> Any:
         )
     try:
         saved = LoraConfig(**{key: raw[key] for key in TAKEN if raw.get(key) is not None})
-        fits = model.lora_rank in (0, saved.r)
+        if not isinstance(saved.r, int) or not isinstance(saved.lora_alpha, int | float):
+            raise TypeError("r and lora_alpha must be numbers")
     except Exception as error:  # a foreign file in a library: it may raise anything
         found = f"{path}: {type(error).__name__}: {error}"
         raise ConfigError("model.lora_adapter_path holds settings that PEFT cannot use", found=found) from error
-    if not fits:
+    if model.lora_rank not in (0, saved.r):
         raise ConfigError(
             "model.lora_rank is not that of the adapter that is continued",
             found=f"{model.lora_rank}, and {saved.r} in {path}",
@@ -126,10 +127,10 @@ def inject(causal_lm: Any, config: Any, master: torch.dtype, adapter_path: str |
     causal_lm.requires_grad_(False)
     try:
         inject_adapter_in_model(config, causal_lm, ADAPTER, low_cpu_mem_usage=on_meta)
-    except ValueError as error:
+    except Exception as error:  # PEFT, of settings that may be a stranger's
         raise ConfigError(
             "model.target_modules cannot be adapted",
-            found=str(error).splitlines()[0],
+            found=(str(error).splitlines() or [type(error).__name__])[0],
             expected="all-linear, names of linear modules, or a regular expression of full names",
         ) from error
     for parameter in causal_lm.parameters():
