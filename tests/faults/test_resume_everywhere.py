@@ -61,7 +61,7 @@ def resume_from_each(inputs: Path, tmp_path: Path, ranks: int, keys: tuple[str, 
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["plain", pytest.param("LoRA", marks=pytest.mark.long)])
 def test_one_rank(inputs: Path, tmp_path: Path, kind: str) -> None:
     resume_from_each(inputs, tmp_path, 1, KEYS + KINDS[kind], 1)
 
