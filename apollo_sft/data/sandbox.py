@@ -139,7 +139,7 @@ def _said_by(error: BaseException) -> str:
     if isinstance(error, _TimeUp):
         return f"it was still running after {MAX_SECONDS} seconds"
     if isinstance(error, MemoryError):
-        return f"it needs more than {MAX_MEMORY_BYTES >> 30} GiB of memory"
+        return f"it needs more than {MAX_MEMORY_BYTES >> 20:,} MiB of memory"
     return f"{type(error).__name__}: {error}"
 
 

@@ -1,0 +1,109 @@
+"""A chat template is a stranger's program: it is ended in seconds, and reaches nothing but what it is given."""
+
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from apollo_sft.data import sandbox
+from apollo_sft.data.conversation import Conversation
+from apollo_sft.data.render import Renderer
+from apollo_sft.data.sandbox import RenderError, Sandbox
+from apollo_sft.data.template import ChatTemplate, resolve_template
+from apollo_sft.errors import DataError
+from apollo_sft.types import RowRef
+from tests.support.data import CHATML, chat, data_config, tiny_tokenizer
+from tests.support.reliability import record
+
+SLOWEST_SECONDS = 60
+"""By the clock, on a busy machine; `MAX_SECONDS` counts CPU time."""
+LOOPS = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+GROWING = "{% set ns = namespace(x=START) %}{% for i in range(99) %}{% set ns.x = ns.x OP ns.x %}{% endfor %}{{ ns.x }}"
+HOSTILE = {
+    "endless loops": (LOOPS, "still running"),
+    "a number that grows": (GROWING.replace("START", "9").replace("OP", "*"), "still running|digits"),
+    "a text that grows": (GROWING.replace("START", "'a'").replace("OP", "~"), "MiB of memory"),
+    "a list that grows": (GROWING.replace("START", "[1]").replace("OP", "+"), "MiB of memory"),
+    "a huge text": ("{{ messages[0].content * 10000000000 }}", "MiB of memory"),
+    "a huge constant": ("{{ 'a' * 10000000000 }}", "MiB of memory"),
+    "a huge field": ("{{ '%1000000000000d' % messages|length }}", "MiB of memory"),
+    "a long output": ("{{ messages[0].content * 40000000 }}", "characters; at most"),
+    "endless recursion": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+    "too many brackets": (f"{{{{ {'(' * 5000}1{')' * 5000} }}}}", "RecursionError"),
+    "too many blocks": ("{% for a in [1] %}" * 200 + "{% endfor %}" * 200, "indentation|RecursionError|nested"),
+    "a file": ("{% include '/etc/passwd' %}", "no loader"),
+    "a module": ("{% import 'os' as os %}", "no loader"),
+    "classes": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+    "globals": ("{{ cycler.__init__.__globals__ }}", "SecurityError"),
+    "classes by a format": ("{{ '{0.__class__.__mro__}'.format('') }}", "SecurityError"),
+    "changed messages": ("{% set _ = messages.append(1) %}", "SecurityError"),
+    "an unknown filter": ("{{ messages|shell }}", "No filter named"),
+    "a syntax error": ("{% for %}", "does not compile"),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def tight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 1)
+    monkeypatch.setattr(sandbox, "MAX_MEMORY_BYTES", 1 << 28)
+
+
+def limits() -> tuple[object, ...]:
+    cpu, memory = resource.getrlimit(resource.RLIMIT_CPU), resource.getrlimit(resource.RLIMIT_AS)
+    return cpu, memory, signal.getsignal(signal.SIGPROF), signal.getitimer(signal.ITIMER_PROF)
+
+
+@pytest.mark.parametrize(("text", "said"), HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_template_ends_in_seconds_and_names_the_row(text: str, said: str) -> None:
+    before, begun = limits(), time.monotonic()
+    tokenizer, data = tiny_tokenizer(), data_config(chat_template=text)
+    conversations = [Conversation(chat("a", "b"), None, {}, RowRef("rows.parquet", 7))]
+    with pytest.raises(DataError, match=said) as caught:
+        Renderer(tokenizer, resolve_template(tokenizer, data), data).render(conversations)
+    seconds = time.monotonic() - begun
+    record("hostile templates", trials=1, failures=seconds > SLOWEST_SECONDS, worst_seconds=seconds)
+    assert "does not compile" in str(caught.value) or "rows.parquet row 7" in str(caught.value)
+    assert seconds < SLOWEST_SECONDS
+    assert limits() == before
+
+
+def test_after_a_hostile_one_an_honest_one_renders() -> None:
+    honest = Sandbox(ChatTemplate(CHATML, "test"), {})
+    hostile = Sandbox(ChatTemplate("{{ messages[0].content * 10000000000 }}", "test"), {})
+    with honest.bounded(), pytest.raises(RenderError):
+        hostile.render(chat("a"), None, {}, False)
+    with honest.bounded():
+        assert honest.render(chat("a"), None, {}, False) == "<|im_start|>user\na<|im_end|>\n"
+
+
+def test_time_between_renderings_is_nobody_s() -> None:
+    honest = Sandbox(ChatTemplate(CHATML, "test"), {})
+    with honest.bounded():
+        honest.render(chat("a"), None, {}, False)
+        end = time.process_time() + 2.5
+        while time.process_time() < end:
+            pass
+        honest.render(chat("a"), None, {}, False)
+
+
+IN_C = """
+from apollo_sft.data import sandbox
+from apollo_sft.data.template import ChatTemplate
+sandbox.KILL_SECONDS = 3
+text = "{% set n = 1000000 // messages|length %}{% set a = [1] * n %}{% set b = [a] * n %}{{ b.count([1] * n) }}"
+hostile = sandbox.Sandbox(ChatTemplate(text, "test"), {})
+with hostile.bounded():
+    hostile.render([{"role": "user", "content": "a"}], None, {}, False)
+"""
+
+
+def test_a_loop_in_c_that_hears_no_signal_ends_the_process() -> None:
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", IN_C]
+    ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=SLOWEST_SECONDS, check=False)
+    assert ended.returncode == -signal.SIGXCPU
+    assert "sandbox.py" in ended.stderr
