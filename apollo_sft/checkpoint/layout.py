@@ -80,16 +80,15 @@ class RunFolder:
         _refuse_foreign_files(root)
         _make_writable(root)
         lock = FolderLock(root, say=say)
-        notes = lock.notes + publish.recover(root)
-        notes += _finish_archiving(root)
-        earlier = read_run(root)
-        if earlier is not None and resume_mode == "disable":
-            notes.append(f"moved the earlier run to {_archive(root).name}/")
-            earlier = None
-        folder = cls(root, lock, notes)
         try:
+            notes = lock.notes + publish.recover(root) + _finish_archiving(root)
+            earlier = read_run(root)
+            if earlier is not None and resume_mode == "disable":
+                notes.append(f"moved the earlier run to {_archive(root).name}/")
+                earlier = None
+            folder = cls(root, lock, notes)
             folder._find_start(earlier, config, source, allow_changes)
-        except ApolloError:
+        except BaseException:
             lock.release()
             raise
         return folder

@@ -60,9 +60,11 @@ class FolderLock:
             return
         self._released.set()
         self._thread.join()
-        if self._is_mine():
-            (self._root / OWNER).unlink(missing_ok=True)
-        os.close(self._descriptor)
+        try:
+            if self._is_mine():
+                (self._root / OWNER).unlink(missing_ok=True)
+        finally:
+            os.close(self._descriptor)
 
     def _lock_here(self) -> None:
         try:
