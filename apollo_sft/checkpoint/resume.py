@@ -43,6 +43,7 @@ FREE = [
     "trainer.generate_samples",
     "trainer.nnodes",
     "trainer.n_gpus_per_node",
+    "trainer.timeout_seconds",
     "trainer.device",
     "data.val_files",
     "data.val_max_samples",

@@ -196,6 +196,7 @@ class TrainerConfig(Section):
     generate_samples: Annotated[int, Field(ge=0)]
     nnodes: Count
     n_gpus_per_node: Count | None
+    timeout_seconds: Count
     device: Literal["auto", "cuda", "cpu"]
 
 

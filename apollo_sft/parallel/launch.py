@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +21,8 @@ from apollo_sft.parallel.place import Place, read_place
 T = TypeVar("T")
 POLL_SECONDS = 0.5
 """How often a rank that waits for another one looks again."""
+SILENCE_SECONDS = 300.0
+"""The longest that a rank may give no sign of life. It gives one while it waits and computes: it must be stopped."""
 READY, FAILED = "ready", "1"
 """Verdicts at the rendezvous store: go on, or the exit code of a failure."""
 
@@ -38,10 +43,11 @@ class World:
         return self.rank == 0
 
 
-def start(device: str, needs_group: bool) -> World:
+def start(device: str, needs_group: bool, timeout_seconds: float | None = None) -> World:
     """Read the environment, choose the device, start the process group, find out how many hosts there are.
 
-    One process has no group unless `needs_group` (sharding wants one even for a single rank).
+    One process has no group unless `needs_group` (sharding wants one even for a single rank). `timeout_seconds`: the
+    longest that a rank waits for the others in a collective; None is torch's own.
     Raises: TopologyError when the environment is incomplete, or a rank has no device of its own.
     """
     place = read_place(os.environ)
@@ -50,7 +56,7 @@ def start(device: str, needs_group: bool) -> World:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if place.size > 1:
-        _join(place, "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        _join(place, "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout_seconds)
     elif needs_group:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
@@ -58,10 +64,10 @@ def start(device: str, needs_group: bool) -> World:
     return World(place.rank, place.size, place.local_rank, chosen, place.host, num_hosts)
 
 
-def _join(place: Place, backend: str) -> None:
+def _join(place: Place, backend: str, timeout_seconds: float | None) -> None:
     where = f"{place.variables['MASTER_ADDR']}:{place.variables['MASTER_PORT']}"
     try:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds) if timeout_seconds else None)
     except dist.DistNetworkError as error:
         raise TopologyError(
             f"the processes of this run cannot meet at {where} (MASTER_ADDR:MASTER_PORT)",
@@ -197,6 +203,61 @@ def _wait_for(key: str) -> str:
         time.sleep(pause)
         pause = min(2 * pause, POLL_SECONDS)
     return str(store.get(key).decode())
+
+
+class Pulse:
+    """A sign of life of each rank at the rendezvous store; each looks after the next one, so that a lost one is named.
+
+    `lost` is called in a thread, with a sentence, when the next rank or the store was silent for `limit_seconds`.
+    """
+
+    def __init__(self, world: World, limit_seconds: float, lost: Callable[[str], object]) -> None:
+        self._rank, self._next = world.rank, (world.rank + 1) % world.size
+        self._limit = min(limit_seconds, SILENCE_SECONDS)
+        self._every = min(self._limit / 5, 10.0)
+        self._lost = lost
+        self._over = threading.Event()
+        self._said = ""
+        self._heard_at = self._answered_at = time.monotonic()
+        if world.size > 1:
+            self._store = _store().clone()  # the main thread may hold the other connection while it waits
+            for work in (self._beat, self._judge):
+                threading.Thread(target=work, name="pulse", daemon=True).start()
+
+    def end(self) -> None:
+        """This rank is done; nobody is to miss it."""
+        self._over.set()
+
+    def _beat(self) -> None:
+        mine, number = f"alive/{self._rank}", 0
+        with suppress(dist.DistNetworkError):  # the store has ended, and so will the job
+            while not self._over.wait(self._every):
+                number += 1
+                self._store.set(mine, f"{number} {socket.gethostname()}")
+                there = self._store.check([f"alive/{self._next}"])
+                said = self._store.get(f"alive/{self._next}").decode() if there else ""
+                self._answered_at = time.monotonic()
+                if said != self._said:
+                    self._said, self._heard_at = said, self._answered_at
+            self._store.set(mine, READY)
+        self._over.set()
+
+    def _judge(self) -> None:
+        before = time.monotonic()
+        while not self._over.wait(self._every):
+            now = time.monotonic()
+            if now - before > 3 * self._every:  # it was this rank, or the whole machine, that stood still
+                self._heard_at = self._answered_at = now
+            before = now
+            if now - self._answered_at > self._limit:
+                self._lost(f"the rendezvous store did not answer for {self._limit:.0f} s: {_who_serves()} stands still")
+            elif now - self._heard_at > self._limit and self._said != READY:
+                where = f" on {self._said.partition(' ')[2]}" if self._said else ""
+                self._lost(f"rank {self._next}{where} stands still: it gave no sign of life for {self._limit:.0f} s")
+
+
+def _who_serves() -> str:
+    return "torchrun there" if "TORCHELASTIC_RUN_ID" in os.environ else f"rank 0 on {os.environ.get('MASTER_ADDR')}"
 
 
 def _store() -> Any:

@@ -46,14 +46,18 @@ def train(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str]
     setup_logging(place.rank == 0)
     if place.starter != "torchrun" and place.size > 1:
         say(f"waiting at {place.variables['MASTER_ADDR']} for the {place.size} processes of {place.starter}")
-    world = launch.start(config.trainer.device, needs_group(config, on_cuda))
+    stop, seconds = stop or StopFlag(), config.trainer.timeout_seconds
+    world = launch.start(config.trainer.device, needs_group(config, on_cuda), seconds)
+    # Half: when a rank stands still it is named before the others give up waiting for it.
+    pulse = launch.Pulse(world, seconds / 2, lambda found: stop.end_now("failed", TrainingError.exit_code, found))
     try:
-        _in_folder(config, overridden, notes, world, stop or StopFlag())
+        _in_folder(config, overridden, notes, world, stop)
     except BaseException:
         if world.size > 1:
             raise  # the group stays: the others must not lose their connections before this rank has said why
         launch.stop()
         raise
+    pulse.end()
     gc.collect()  # frees what holds sub-groups before the group itself is destroyed
     launch.stop()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -88,12 +89,16 @@ class StopFlag:
                 first = first or now
                 if self._when != "between steps":
                     if not self._ended.wait(GRACE_SECONDS):
-                        self._exit("preempted", Preempted.exit_code)
+                        self.end_now("preempted", Preempted.exit_code, f"stopped by {self.name} {self._where}")
                 elif now - first > SAME_REQUEST_SECONDS:
-                    self._exit("failed", 128 + number[0])
+                    self.end_now("failed", 128 + number[0], "ended at once by a second signal")
 
-    def _exit(self, status: Literal["preempted", "failed"], code: int) -> None:
+    def end_now(self, status: Literal["preempted", "failed"], code: int, found: str) -> None:
+        """End the process from any thread, whatever the main thread does. `found` is what the user is told."""
+        who = f"rank {os.environ['RANK']} on {socket.gethostname()}: " if "RANK" in os.environ else ""
         try:
+            sys.stderr.write(f"apollo-sft: {who}{found}\n")
+            sys.stderr.flush()
             self.last_words(status)
         finally:
             os._exit(code)
