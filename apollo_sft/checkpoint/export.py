@@ -1,4 +1,4 @@
-"""Model folders that plain transformers opens: from live weights, whole or sharded, or from the files of a checkpoint."""
+"""Model folders that plain transformers opens: from live weights, whole or sharded, or from a checkpoint."""
 
 from __future__ import annotations
 

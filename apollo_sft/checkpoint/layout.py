@@ -21,7 +21,7 @@ import yaml
 
 from apollo_sft.checkpoint import publish, resume
 from apollo_sft.checkpoint.lock import FolderLock
-from apollo_sft.errors import AlreadyDone, ApolloError, ConfigError, redact
+from apollo_sft.errors import AlreadyDone, ConfigError, redact
 
 KEY = "trainer.default_local_dir"
 MARKER = "apollo-sft run"
