@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -14,6 +15,7 @@ from apollo_sft.types import IGNORE_INDEX, Sample
 
 TARGET_START, TARGET_END = "⟦", "⟧"
 GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 CONTEXT_CHARS = 400
 TARGET_CHARS = 1200
 
@@ -70,16 +72,37 @@ def to_json(train: SampleStore, val: SampleStore | None) -> dict[str, Any]:
 
 def marked(sample: Sample, tokenizer: Any, colour: bool = False) -> str:
     """The text of a sample with its targets between brackets; long stretches are shortened in the middle."""
-    is_target = np.zeros(len(sample.input_ids), dtype=bool)
-    is_target[1:] = sample.labels[:-1] != IGNORE_INDEX
+    return "".join(_piece(text, is_target, colour) for text, is_target in stretches(sample, tokenizer))
+
+
+def stretches(sample: Sample, tokenizer: Any) -> list[tuple[str, bool]]:
+    """The whole text of a sample in turn: (what is or is not trained, whether it is)."""
+    ids, is_target = sample.input_ids, target_mask(sample)
     edges = [0, *(np.flatnonzero(np.diff(is_target)) + 1).tolist(), len(is_target)]
-    pieces, before = [], ""
-    for first, end in pairwise(edges):
-        # Decoded from the start: some decoders treat the first token of a text in another way.
-        until = tokenizer.decode(sample.input_ids[:end].tolist(), clean_up_tokenization_spaces=False)
-        pieces.append(_piece(until[len(before) :], bool(is_target[first]), colour))
-        before = until
-    return "".join(pieces)
+    return [(decoded(tokenizer, ids, first, end), bool(is_target[first])) for first, end in pairwise(edges)]
+
+
+def target_mask(sample: Sample) -> np.ndarray:
+    """Which tokens are predicted in training. Bool of shape (tokens,)."""
+    mask = np.zeros(len(sample.input_ids), dtype=bool)
+    mask[1:] = sample.labels[:-1] != IGNORE_INDEX
+    return mask
+
+
+def decoded(tokenizer: Any, ids: np.ndarray, first: int, end: int) -> str:
+    """Tokens [first, end) as they stand in the text: some decoders treat the first token of a text in another way."""
+    start = max(first - 1, 0)
+    before: str = tokenizer.decode(ids[start:first].tolist(), clean_up_tokenization_spaces=False)
+    both: str = tokenizer.decode(ids[start:end].tolist(), clean_up_tokenization_spaces=False)
+    if both.startswith(before):
+        return both[len(before) :]
+    alone: str = tokenizer.decode(ids[first:end].tolist(), clean_up_tokenization_spaces=False)
+    return alone
+
+
+def visible(text: str) -> str:
+    """Without characters that steer a terminal: each is shown by its picture (␛) instead."""
+    return CONTROLS.sub(lambda found: chr(0x2400 + ord(found[0])) if ord(found[0]) < 0x20 else "\ufffd", text)
 
 
 def remarks(summary: StoreSummary) -> list[str]:
@@ -143,6 +166,7 @@ def _piece(text: str, is_target: bool, colour: bool) -> str:
     if len(text) > limit:
         half = limit // 2
         text = f"{text[:half]} … {len(text) - 2 * half:,} characters … {text[-half:]}"
+    text = visible(text)
     if is_target:
         text = f"{TARGET_START}{text}{TARGET_END}"
     if not colour:
