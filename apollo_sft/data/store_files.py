@@ -160,7 +160,7 @@ class StoreWriter:
 class SampleStore:
     """The samples of a dataset, read-only and memory-mapped: opening it costs nothing that grows with tokens.
 
-    `lengths`, `num_targets`: int32 of shape (samples,).
+    `lengths`, `num_targets`: int32 of shape (samples,). `sources`, `rows`: index of the file, and the row in it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -172,8 +172,8 @@ class SampleStore:
         self._ids = _open(folder, "input_ids")
         self._labels = _open(folder, "labels")
         self._offsets = _open(folder, "offsets")
-        self._sources = _open(folder, "sources")
-        self._rows = _open(folder, "rows")
+        self.sources: np.ndarray = _open(folder, "sources")
+        self.rows: np.ndarray = _open(folder, "rows")
         self._turns = _open(folder, "turns")
         self._turn_offsets = _open(folder, "turn_offsets")
         self.lengths: np.ndarray = _open(folder, "lengths")
@@ -187,9 +187,13 @@ class SampleStore:
     def __getitem__(self, i: int) -> Sample:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        first, end = int(self._offsets[i]), int(self._offsets[i + 1])
         turns = self._turns[int(self._turn_offsets[i]) : int(self._turn_offsets[i + 1])]
-        return Sample(self._ids[first:end], self._labels[first:end], self.ref(i), tuple(turns.tolist()))
+        return Sample(*self.tokens(i), self.ref(i), tuple(turns.tolist()))
+
+    def tokens(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and labels of sample `i`."""
+        first, end = int(self._offsets[i]), int(self._offsets[i + 1])
+        return self._ids[first:end], self._labels[first:end]
 
     def rejected(self) -> Iterator[Rejected]:
         """Every row that is not trained or not whole, in the order of the rows."""
@@ -199,7 +203,7 @@ class SampleStore:
                 yield Rejected(**entry | {"turns": tuple(entry["turns"])})
 
     def ref(self, i: int) -> RowRef:
-        return RowRef(self.summary.files[int(self._sources[i])], int(self._rows[i]))
+        return RowRef(self.summary.files[int(self.sources[i])], int(self.rows[i]))
 
 
 def _open(folder: Path, name: str) -> np.ndarray:
