@@ -16,9 +16,6 @@ from types import FrameType
 from apollo_sft.errors import Preempted
 from apollo_sft.train.signals import SIGNALS, end_with_parent
 
-SHUTDOWN_SECONDS = 15
-"""How long the other ranks may live on after one has ended; they have nothing left to save then."""
-
 
 class Passed:
     """Passes signals on to the ranks. `numbers`: those that came."""
@@ -54,9 +51,8 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.run import get_args_parser, run
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    ours = ["--signals-to-handle=SIGQUIT", f"--shutdown-timeout={SHUTDOWN_SECONDS}"]
     try:
-        run(get_args_parser().parse_args([*ours, *arguments]))  # type: ignore[no-untyped-call]
+        run(get_args_parser().parse_args(["--signals-to-handle=SIGQUIT", *arguments]))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:

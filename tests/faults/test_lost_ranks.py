@@ -1,0 +1,188 @@
+"""A rank that is killed, one that stands still, a launcher that dies: the job ends, and says who was lost."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.data import write_parquet
+from tests.support.processes import descendants, kill, ranks, wait_until_gone
+from tests.support.reliability import record
+from tests.support.runs import TIMEOUT_SECONDS, arguments, read_metrics, rows, status, write_inputs
+
+PATIENCE_SECONDS = 120
+SILENCE_SECONDS = 5
+ENDLESS = "trainer.total_training_steps=1000000"
+KEYS = ("data.val_files=null", f"trainer.timeout_seconds={2 * SILENCE_SECONDS}")
+SHUTDOWN_SECONDS = 30
+"""How long torchrun waits for ranks that do not end before it kills them."""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def start(launcher: list[str], inputs: Path, out: Path, *more: str) -> "subprocess.Popen[str]":
+    words = [*launcher, *arguments(inputs, out, *KEYS, *more)]
+    log = out.with_suffix(".log").open("a")
+    return subprocess.Popen(words, stdout=log, stderr=log, text=True)
+
+
+def by(name: str) -> list[str]:
+    if name == "torchrun":
+        return [*TORCHRUN, "--standalone", "--nproc_per_node=2", "-m", "apollo_sft"]
+    return [sys.executable, "-m", "apollo_sft.cli.main", "train", "--nproc=2"]
+
+
+def num_lines(out: Path) -> int:
+    return len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
+
+
+def wait_for(reached: Callable[[], bool], process: "subprocess.Popen[str]", out: Path) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not reached():
+        assert process.poll() is None, said(out)
+        assert time.monotonic() < deadline, said(out)
+        time.sleep(0.02)
+
+
+def said(out: Path) -> str:
+    return out.with_suffix(".log").read_text()[-6000:]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "rank", "number"),
+    [
+        ("apollo-sft", 1, signal.SIGKILL),
+        ("apollo-sft", 1, signal.SIGSTOP),
+        pytest.param("apollo-sft", 0, signal.SIGKILL, marks=pytest.mark.long),
+        pytest.param("apollo-sft", 0, signal.SIGSTOP, marks=pytest.mark.long),
+        pytest.param("torchrun", 0, signal.SIGKILL, marks=pytest.mark.long),
+        pytest.param("torchrun", 1, signal.SIGSTOP, marks=pytest.mark.long),
+    ],
+)
+def test_a_lost_rank_ends_the_job_and_is_named(
+    inputs: Path, tmp_path: Path, launcher: str, rank: int, number: signal.Signals
+) -> None:
+    out = tmp_path / "out"
+    process = start(by(launcher), inputs, out, ENDLESS)
+    wait_for(lambda: num_lines(out) >= 2, process, out)
+    everybody = [process.pid, *descendants(process.pid)]
+    os.kill(ranks(process.pid)[rank], number)
+    began = time.monotonic()
+    try:
+        code = process.wait(timeout=TIMEOUT_SECONDS)
+    finally:
+        left = wait_until_gone(everybody, 5)
+        kill(left)
+    seconds = time.monotonic() - began
+    silence = SILENCE_SECONDS if number == signal.SIGSTOP else 0
+    named = {
+        signal.SIGSTOP: rf"rank {rank} on \S+ stands still: it gave no sign of life for {SILENCE_SECONDS} s",
+        signal.SIGKILL: rf"rank {rank} was ended by SIGKILL|rank {1 - rank} on \S+: lost another rank",
+    }[number]
+    wrong = [] if code == 1 else [f"exit code {code}"]
+    wrong += [] if re.search(named, said(out)) else ["it is not named"]
+    wrong += [f"{len(left)} processes lived on"] if left else []
+    wrong += [] if status(out) == "failed" or launcher == "torchrun" else [f"run.json says {status(out)}"]
+    name = f"{number.name} of rank {rank} of 2 by {launcher}, silence {silence} s"
+    record(name, trials=1, failures=int(bool(wrong)), worst_seconds=seconds)
+    assert not wrong, said(out)
+    assert seconds < 2 * silence + SHUTDOWN_SECONDS + 30, "half a minute is left for a busy machine"
+
+
+@pytest.mark.parametrize("launcher", ["apollo-sft", pytest.param("torchrun", marks=pytest.mark.long)])
+def test_ranks_end_with_their_launcher(inputs: Path, tmp_path: Path, launcher: str) -> None:
+    out = tmp_path / "out"
+    process = start(by(launcher), inputs, out, ENDLESS)
+    wait_for(lambda: num_lines(out) >= 1, process, out)
+    below = descendants(process.pid)
+    process.kill()
+    began = time.monotonic()
+    process.wait()
+    left = wait_until_gone(below, 20)
+    seconds = time.monotonic() - began
+    kill(left)
+    record(f"SIGKILL of {launcher}, 2 ranks", trials=1, failures=int(bool(left)), worst_seconds=seconds)
+    assert len(below) >= 2
+    assert not left
+
+
+@pytest.mark.long
+def test_torchrun_starts_again_after_a_lost_rank(inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    steps = 60
+    launcher = [*TORCHRUN, "--standalone", "--nproc_per_node=2", "--max-restarts=2", "-m", "apollo_sft"]
+    began = time.monotonic()
+    process = start(launcher, inputs, out, f"trainer.total_training_steps={steps}", "trainer.save_freq=2")
+    for after in (4, 20):
+        wait_for(lambda after=after: num_lines(out) >= after, process, out)  # type: ignore[misc]
+        os.kill(ranks(process.pid)[1], signal.SIGKILL)
+    code = process.wait(timeout=TIMEOUT_SECONDS)
+    failed = code != 0 or [line["step"] for line in read_metrics(out)] != list(range(1, steps + 1))
+    record(
+        "torchrun --max-restarts=2, a rank killed twice",
+        trials=1,
+        failures=int(failed),
+        worst_seconds=time.monotonic() - began,
+    )
+    assert not failed, said(out)
+    assert said(out).count("going on with the run") == 2
+    assert status(out) == "finished"
+
+
+@pytest.mark.long
+def test_a_node_that_is_lost_leaves_the_others_training(inputs: Path, tmp_path: Path) -> None:
+    """Two agents with one rank each; one is killed with its rank, the other goes on alone."""
+    out = tmp_path / "out"
+    steps = 200
+    keys = [f"trainer.total_training_steps={steps}", "trainer.save_freq=2"]
+    port = str(29500 + os.getpid() % 1000)
+    how = ["--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv_backend=c10d", "--rdzv_id=lost"]
+    conf = "--rdzv_conf=join_timeout=60,last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3,is_host="
+    agents = [
+        start(
+            [*TORCHRUN, *how, f"--rdzv_endpoint=127.0.0.1:{port}", f"{conf}{int(i == 0)}", "-m", "apollo_sft"],
+            inputs,
+            out,
+            *keys,
+        )
+        for i in range(2)
+    ]
+    try:
+        wait_for(lambda: num_lines(out) >= 4, agents[0], out)
+        assert json.loads((out / "run.json").read_text())["processes"] == 2
+        began = time.monotonic()
+        kill([agents[1].pid, *descendants(agents[1].pid)])
+        code = agents[0].wait(timeout=TIMEOUT_SECONDS)
+    finally:
+        kill([pid for agent in agents for pid in (*descendants(agent.pid), agent.pid)])
+    failed = code != 0 or [line["step"] for line in read_metrics(out)] != list(range(1, steps + 1))
+    record(
+        "torchrun --nnodes=1:2, one of two hosts killed",
+        trials=1,
+        failures=int(failed),
+        worst_seconds=time.monotonic() - began,
+    )
+    assert not failed, said(out)
+    assert json.loads((out / "run.json").read_text())["processes"] == 1
+
+
+@pytest.mark.long
+def test_preparing_may_take_longer_than_the_timeout(inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_parquet(tmp_path / "many.parquet", rows(30_000))
+    more = [f"data.train_files={tmp_path / 'many.parquet'}", f"data.store_dir={tmp_path / 'store'}"]
+    process = start(by("apollo-sft"), inputs, out, *more, "trainer.timeout_seconds=3", "trainer.total_training_steps=2")
+    assert process.wait(timeout=TIMEOUT_SECONDS) == 0, said(out)
+    seconds = float(re.findall(r"tokenised 30,000 train rows in ([\d.]+) s", said(out))[0])
+    assert seconds > 3, "more rows are needed to prove anything"
