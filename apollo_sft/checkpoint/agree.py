@@ -14,6 +14,7 @@ import torch.distributed as dist
 from apollo_sft.errors import ApolloError, CheckpointError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNWRITABLE = (errno.EROFS, errno.EIO)
 
 
 def attempt(action: Callable[[], object]) -> Exception | None:
@@ -52,11 +53,11 @@ def check_room(folder: Path, num_bytes: int, purpose: str) -> None:
         raise no_room(folder, free, purpose, needed=num_bytes)
 
 
-def no_room(folder: Path, free: int, purpose: str, needed: int) -> CheckpointError:
+def no_room(folder: Path, free: int, purpose: str, needed: int | None) -> CheckpointError:
     return CheckpointError(
         f"the disk has no room for {purpose} in {folder}",
         found=f"{free:,} bytes free",
-        expected=f"{needed:,} bytes",
+        expected=None if needed is None else f"{needed:,} bytes",
         fix="make room, lower trainer.max_ckpt_to_keep, or choose another trainer.default_local_dir",
     )
 
@@ -68,9 +69,16 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def explained(failure: Exception | None, folder: Path, needed: int) -> Exception | None:
-    """The failure, in words about the disk when it is a full one; libraries wrap it in errors of their own."""
+def explained(
+    failure: Exception | None, folder: Path, needed: int | None, purpose: str = "a checkpoint"
+) -> Exception | None:
+    """The failure, in words about the disk when that is full or read-only; libraries wrap it in errors of their own."""
     cause: BaseException | None = failure
-    while cause is not None and not (isinstance(cause, OSError) and cause.errno in NO_ROOM):
+    while cause is not None and not (isinstance(cause, OSError) and cause.errno in (*NO_ROOM, *UNWRITABLE)):
         cause = cause.__cause__ or cause.__context__
-    return failure if cause is None else no_room(folder, free_bytes(folder), "a checkpoint", needed)
+    if cause is None or (isinstance(failure, ApolloError) and not isinstance(failure, CheckpointError)):
+        return failure
+    assert isinstance(cause, OSError)
+    if cause.errno in UNWRITABLE:
+        return CheckpointError(f"{folder} cannot be written", found=cause.strerror)
+    return no_room(folder, free_bytes(folder), purpose, needed)

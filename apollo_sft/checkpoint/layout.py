@@ -155,6 +155,14 @@ class RunFolder:
         finally:
             (self.root / PROBE).unlink(missing_ok=True)
 
+    @contextmanager
+    def released_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
+
     def release(self) -> None:
         """Let another run claim the folder. The end of the process does the same."""
         self._lock.release()

@@ -60,11 +60,10 @@ class FolderLock:
             return
         self._released.set()
         self._thread.join()
-        try:
+        with suppress(OSError):  # a disk that became read-only: the next run finds that this process is gone
             if self._is_mine():
                 (self._root / OWNER).unlink(missing_ok=True)
-        finally:
-            os.close(self._descriptor)
+        os.close(self._descriptor)
 
     def _lock_here(self) -> None:
         try:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from apollo_sft.checkpoint.agree import explained
 from apollo_sft.checkpoint.layout import RunFolder, Status
 from apollo_sft.config.compose import recorded, to_yaml
 from apollo_sft.config.schema import SftConfig
@@ -21,7 +22,7 @@ from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import Mesh, build_mesh
 from apollo_sft.parallel.place import read_place
-from apollo_sft.report.log import say, setup_logging
+from apollo_sft.report.log import say, setup_logging, warn
 from apollo_sft.report.sinks import RunInfo, check_backends
 from apollo_sft.train.assemble import assemble, needs_group, strategy_of
 from apollo_sft.train.checkpoints import Checkpoints
@@ -79,11 +80,27 @@ def _in_folder(
     except (ApolloError, Stopped) as error:
         status = {2: "refused", 75: "preempted"}.get(error.exit_code, "failed")  # type: ignore[assignment]
         raise
+    except OSError as error:
+        raise _about_the_disk(error, config) from error
     finally:
         stop.never()
         if folder is not None:
-            folder.write_run(status)
-            folder.release()
+            _leave(folder, status)
+
+
+def _about_the_disk(error: OSError, config: SftConfig) -> Exception:
+    where = error.filename if isinstance(error.filename, str) else config.trainer.default_local_dir
+    return explained(error, Path(where), None, "this run") or error
+
+
+def _leave(folder: RunFolder, status: Status) -> None:
+    """A disk that is full or gone must not hide why the run ended."""
+    try:
+        folder.write_run(status)
+    except OSError as error:
+        warn(f"{folder.run_json} does not say that the run has {status}: {error}")
+    finally:
+        folder.release()
 
 
 def _claim(
@@ -92,19 +109,22 @@ def _claim(
     check_backends(config.trainer.logger)
     check_world(config, world, overridden)
     trainer = config.trainer
-    folder = RunFolder.claim(
-        trainer.default_local_dir,
-        trainer.resume_mode,
-        recorded(config),
-        trainer.resume_from_path,
-        trainer.resume_with_changes,
-        say,
-    )
-    stop.between_steps()  # from here on run.json has to say how the run ended
-    folder.write_run(
-        "running", overridden=dict(overridden), processes=world.size, hosts=world.num_hosts, device=world.device.type
-    )
-    folder.write_config(to_yaml(config))
+    facts = {"overridden": dict(overridden), "processes": world.size, "hosts": world.num_hosts}
+    try:
+        folder = RunFolder.claim(
+            trainer.default_local_dir,
+            trainer.resume_mode,
+            recorded(config),
+            trainer.resume_from_path,
+            trainer.resume_with_changes,
+            say,
+        )
+        stop.between_steps()  # from here on run.json has to say how the run ended
+        with folder.released_on_failure():
+            folder.write_run("running", **facts, device=world.device.type)
+            folder.write_config(to_yaml(config))
+    except OSError as error:
+        raise _about_the_disk(error, config) from error
     say(config_text(config, overridden))
     for note in [*notes, *folder.notes]:
         say(note)
