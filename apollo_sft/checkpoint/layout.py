@@ -29,7 +29,8 @@ MARKER = "apollo-sft run"
 RUN_JSON = "run.json"
 TIME = "%Y-%m-%dT%H:%M:%S%z"
 OWN_NAMES = frozenset(
-    {RUN_JSON, "metrics.jsonl", "config.yaml", "data_audit.json", "adapter", "checkpoints", "tensorboard", "wandb"}
+    {RUN_JSON, "metrics.jsonl", "config.yaml", "data_audit.json", "rejected.jsonl"}
+    | {"adapter", "checkpoints", "tensorboard", "wandb"}
 )
 PROBE = publish.PREFIX + "probe"
 """Written and removed at the start of a run; one that a kill left behind is removed at the next start."""
@@ -50,6 +51,7 @@ class RunFolder:
         self.config_yaml = root / "config.yaml"
         self.run_json = root / RUN_JSON
         self.audit = root / "data_audit.json"
+        self.rejected = root / "rejected.jsonl"
         self.checkpoints = root / "checkpoints"
         self.resume_from: Path | None = None
         self._lock = lock

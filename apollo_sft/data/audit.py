@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,6 +72,14 @@ def to_json(train: SampleStore, val: SampleStore | None) -> dict[str, Any]:
     }
 
 
+def write_ledger(train: SampleStore, val: SampleStore | None, path: Path) -> None:
+    """Every row that is not trained or not whole, one JSON line each."""
+    with path.open("w", encoding="utf-8") as file:
+        for split, store in (("train", train), ("validation", val)):
+            for entry in store.rejected() if store is not None else ():
+                file.write(json.dumps({"split": split} | asdict(entry), ensure_ascii=False) + "\n")
+
+
 def marked(sample: Sample, tokenizer: Any, colour: bool = False) -> str:
     """The text of a sample with its targets between brackets; long stretches are shortened in the middle."""
     return "".join(_piece(text, is_target, colour) for text, is_target in stretches(sample, tokenizer))
@@ -121,7 +131,12 @@ def remarks(summary: StoreSummary) -> list[str]:
             f"{summary.rows_not_trained:,} rows not trained, first {', '.join(summary.first_not_trained)}",
         ),
     ]
-    texts = [text for count, text in found if count]
+    return [text for count, text in found if count] + findings(summary)
+
+
+def findings(summary: StoreSummary) -> list[str]:
+    """What the renderer met, in words."""
+    texts = []
     for name, text in FINDINGS.items():
         if summary.found.get(name):
             rows = ", ".join(summary.first.get(name, []))

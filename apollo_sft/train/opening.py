@@ -12,9 +12,9 @@ import yaml
 
 from apollo_sft.checkpoint.layout import RunFolder, sees_probe
 from apollo_sft.config.schema import SftConfig
-from apollo_sft.data.audit import describe, to_json
+from apollo_sft.data.audit import describe, to_json, write_ledger
 from apollo_sft.data.loader import Loader
-from apollo_sft.data.plan import plan, steps_per_epoch
+from apollo_sft.data.plan import PlanSpec, plan, steps_per_epoch
 from apollo_sft.errors import ConfigError, TopologyError
 from apollo_sft.parallel.launch import World, answer, ask_others
 from apollo_sft.parallel.mesh import check_mesh
@@ -136,21 +136,14 @@ def config_text(config: SftConfig, overridden: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def announce(config: SftConfig, prepared: Prepared, schedule: Schedule, loader: Loader, audit: Path) -> None:
-    """Show what will be trained and write it to `audit` as JSON."""
-    audit.write_text(json.dumps(to_json(prepared.train, prepared.val), indent=2, ensure_ascii=False) + "\n")
+def announce(config: SftConfig, prepared: Prepared, schedule: Schedule, loader: Loader, folder: RunFolder) -> None:
+    """Show what will be trained, and write it into the run folder: the audit, and every row that is not whole."""
+    folder.audit.write_text(json.dumps(to_json(prepared.train, prepared.val), indent=2, ensure_ascii=False) + "\n")
+    write_ledger(prepared.train, prepared.val, folder.rejected)
     num_samples, batch_size = len(prepared.train), config.data.train_batch_size
-    in_epoch = steps_per_epoch(num_samples, loader.spec)
-    rows = [
-        ("steps per epoch", f"{in_epoch:,}"),
-        ("steps", f"{schedule.total_steps:,} ({schedule.total_steps / in_epoch:.4g} epochs)"),
-        ("warm-up steps", f"{schedule.warmup_steps:,}"),
-        ("samples per step", f"{min(batch_size, num_samples):,}"),
-    ]
+    rows = steps_in_words(config, num_samples, loader.spec, schedule)
     if loader.spec.dp_size > 1:
         rows.append(("imbalance", imbalance(loader)))
-    if config.data.drop_last and num_samples % batch_size:
-        rows.append(("dropped an epoch", f"{num_samples % batch_size:,} samples (data.drop_last)"))
     padding = padded_heads(prepared.hf_config, config.ulysses_sequence_parallel_size)
     if padding is not None:
         say(padding)
@@ -161,6 +154,20 @@ def announce(config: SftConfig, prepared: Prepared, schedule: Schedule, loader: 
             f"an epoch is one step of {num_samples:,} samples, fewer than data.train_batch_size={batch_size:,}; "
             "the loss is exact all the same"
         )
+
+
+def steps_in_words(config: SftConfig, num_samples: int, spec: PlanSpec, schedule: Schedule) -> list[tuple[str, str]]:
+    """(name, value) of what the steps of a run are."""
+    in_epoch = steps_per_epoch(num_samples, spec)
+    rows = [
+        ("steps per epoch", f"{in_epoch:,}"),
+        ("steps", f"{schedule.total_steps:,} ({schedule.total_steps / in_epoch:.4g} epochs)"),
+        ("warm-up steps", f"{schedule.warmup_steps:,}"),
+        ("samples per step", f"{min(spec.batch_size, num_samples):,}"),
+    ]
+    if config.data.drop_last and num_samples % spec.batch_size:
+        rows.append(("dropped an epoch", f"{num_samples % spec.batch_size:,} samples (data.drop_last)"))
+    return rows
 
 
 def imbalance(loader: Loader) -> str:

@@ -140,7 +140,7 @@ def _run(config: SftConfig, world: World, folder: RunFolder | None, stop: StopFl
     in_epoch = steps_per_epoch(len(prepared.train), train_loader.spec)
     schedule = schedule_of(config, in_epoch)
     if folder is not None:
-        announce(config, prepared, schedule, train_loader, folder.audit)
+        announce(config, prepared, schedule, train_loader, folder)
     launch.on_main(world, "disk", lambda: check_disk(config, prepared, Path(config.trainer.default_local_dir)))
     seed_everything(config.trainer.seed, world.rank)
     model, optimizer = assemble(config, prepared.base.folder, prepared.hf_config, world, mesh)
