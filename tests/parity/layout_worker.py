@@ -1,5 +1,6 @@
 """One process of `test_layouts`: every cell of the grid against the oracle, in fp64. Rank 0 writes the figures."""
 
+import functools
 import gc
 import json
 import os
@@ -57,13 +58,23 @@ def ask_oracle(base: Path, store: SampleStore) -> Expected:
     return Expected(loss, total_norm(gradients), {name: g.clone() for name, g in gradients.items()}, counts)
 
 
+mesh_of = functools.cache(build_mesh)
+"""Each mesh has threads of its own until the process ends: hundreds of cells share a few."""
+
+
+def forget_meshes() -> None:
+    """Before the process group ends: one that is held on to may abort the process."""
+    mesh_of.cache_clear()
+    gc.collect()
+
+
 class Laid:
     """A model under one layout. The rate is 0, so that it serves for many ways to cut the step."""
 
     def __init__(self, base: Path, store: SampleStore, overrides: list[str], world: World) -> None:
         config = config_of(base, store, overrides)
         self.base, self.store, self.world = base, store, world
-        self.mesh = build_mesh(world, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
+        self.mesh = mesh_of(world, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
         self.hf_config = load.read_config(base, False)
         self.model, self.optimizer = assemble(config, base, self.hf_config, world, self.mesh)
         for group in self.optimizer.param_groups:
@@ -105,6 +116,7 @@ def main(out: Path, folder: Path, cells: dict[str, list[list[str]]]) -> None:
         adapter = [f"model.lora_adapter_path={base / 'adapter'}"] if (base / "adapter").exists() else []
         for shared, group in groupby(sorted(wanted, key=assembly), key=assembly):
             if world.size == 1:
+                forget_meshes()
                 launch.stop()
                 world = launch.start("cpu", needs_group(config_of(base, store, shared), on_cuda=False))
             laid = Laid(base, store, [*shared, *adapter], world)
@@ -113,6 +125,7 @@ def main(out: Path, folder: Path, cells: dict[str, list[list[str]]]) -> None:
             gc.collect()
             if world.is_main:
                 out.write_text(json.dumps(figures))  # as they come: the long grid can be watched
+    forget_meshes()
     launch.stop()
     os._exit(0)
 
