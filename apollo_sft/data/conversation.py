@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NoReturn
 
 from apollo_sft.config.schema import DataConfig
@@ -12,6 +13,7 @@ from apollo_sft.data.parquet import Columns, Row
 from apollo_sft.errors import DataError
 from apollo_sft.types import Conversation, Message, RowRef
 
+KEPT_TOOLS = 64
 SCALARS = (str, int, float, bool, type(None))
 
 
@@ -210,6 +212,21 @@ def _tool_call(call: Any, at: _Place) -> dict[str, Any]:
 
 
 def _tools(cell: Any, at: _Place) -> list[dict[str, Any]] | None:
+    """The tools in a cell; the same object for the same JSON text, which many rows share."""
+    if not isinstance(cell, str):
+        return _parsed_tools(cell, at)
+    try:
+        return _tools_of_text(cell)
+    except DataError:
+        return _parsed_tools(cell, at)  # the same error, with its place
+
+
+@lru_cache(KEPT_TOOLS)
+def _tools_of_text(text: str) -> list[dict[str, Any]] | None:
+    return _parsed_tools(text, _Place(RowRef("", 0), ""))
+
+
+def _parsed_tools(cell: Any, at: _Place) -> list[dict[str, Any]] | None:
     tools = _from_json(cell, at) if isinstance(cell, str) and cell.strip() else cell
     if not tools:
         return None
@@ -226,14 +243,27 @@ def _tools(cell: Any, at: _Place) -> list[dict[str, Any]] | None:
     return parsed
 
 
-def forged_token(conversation: Conversation, controls: re.Pattern[str]) -> str | None:
-    """The first control token that a text of the row spells, and where, in words; None where there is none."""
-    for index, message in enumerate(conversation.messages):
-        found = next((match for text in _texts(message) if (match := controls.search(text))), None)
-        if found is not None:
-            return f"message {index} spells {found.group()}"
-    found = next((match for text in _texts(conversation.tools) if (match := controls.search(text))), None)
-    return None if found is None else f"the tools spell {found.group()}"
+class Forgeries:
+    """Finds text of a row that spells a token matched by `controls`, and would be taken for one."""
+
+    def __init__(self, controls: re.Pattern[str]) -> None:
+        self.controls = controls
+        self.tools: list[dict[str, Any]] | None = None
+        self.in_tools: str | None = None
+
+    def first(self, conversation: Conversation) -> str | None:
+        """The first such token and where it is, in words; None where there is none."""
+        for index, message in enumerate(conversation.messages):
+            found = self._first(message)
+            if found is not None:
+                return f"message {index} spells {found}"
+        if conversation.tools is not self.tools:
+            self.tools, self.in_tools = conversation.tools, self._first(conversation.tools)
+        return None if self.in_tools is None else f"the tools spell {self.in_tools}"
+
+    def _first(self, value: Any) -> str | None:
+        found = next((match for text in _texts(value) if (match := self.controls.search(text))), None)
+        return None if found is None else found.group()
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from apollo_sft.config.schema import DataConfig
-from apollo_sft.data.conversation import forged_token
+from apollo_sft.data.conversation import Forgeries
 from apollo_sft.data.sandbox import RenderError, Sandbox, with_reasoning_names
 from apollo_sft.data.spans import Dialogue, Habits, Text, UnprovableError, lay_out
 from apollo_sft.data.template import ChatTemplate
@@ -74,7 +74,7 @@ class Renderer:
         self.sandbox = Sandbox(template, kwargs | dict(data.apply_chat_template_kwargs))
         self.counts = RenderCounts()
         self.way: tuple[bool, bool] | None = None
-        self.forged = _special_tokens(tokenizer)
+        self.forgeries = Forgeries(_special_tokens(tokenizer))
         with self.sandbox.bounded():
             controls = control_tokens(tokenizer, template)
             self.habits = Habits.of(lambda m, g: self.sandbox.render(m, None, {}, g), controls, tokenizer.eos_token)
@@ -93,7 +93,7 @@ class Renderer:
 
     def try_render(self, conversations: Sequence[Conversation]) -> list[Rendered | DataError]:
         """As `render`, with the error of a conversation in its place."""
-        forged = [forged_token(conversation, self.forged) for conversation in conversations]
+        forged = [self.forgeries.first(conversation) for conversation in conversations]
         with self.sandbox.bounded():
             laid_out = [self._try_lay_out(*pair) for pair in zip(conversations, forged, strict=True)]
         encoded = iter(self.encoder.encode([text for texts in laid_out if isinstance(texts, list) for text in texts]))

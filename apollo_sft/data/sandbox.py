@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 import jinja2
+from jinja2.runtime import LoopContext
 from transformers.utils import chat_template_utils
 
 from apollo_sft.data.template import ChatTemplate
@@ -23,6 +24,8 @@ from apollo_sft.errors import DataError
 from apollo_sft.types import Message
 
 OURS = ("messages", "tools", "documents", "add_generation_prompt")
+DICT_METHODS = frozenset(dir(dict))
+LOOP_NAMES = frozenset(name for name in dir(LoopContext) if not name.startswith("_"))
 MAX_SECONDS = 5
 """CPU time of one rendering, and of compiling the template; an honest one takes microseconds."""
 MAX_MEMORY_BYTES = 2 << 30
@@ -54,11 +57,15 @@ class Sandbox:
             if name in kwargs:
                 raise DataError(f"data.apply_chat_template_kwargs: {name} is set by the trainer")
         self.kwargs = kwargs
+        self._tools: list[dict[str, Any]] | None = None
+        self._schemas: set[int] = set()
+        self._json: dict[tuple[Any, ...], str] = {}
         self._events = 0
         """Beginnings and ends of what a template does: odd while one runs."""
         with self.bounded():
             self.plain = self._compile(template.text, template.source)
-            self.with_tools = self._compile(template.text_for(True), template.source)
+            same = template.text_for(True) == template.text
+            self.with_tools = self.plain if same else self._compile(template.text_for(True), template.source)
 
     def render(
         self,
@@ -69,6 +76,7 @@ class Sandbox:
     ) -> str:
         """Call it inside of `bounded`. Raises: RenderError."""
         compiled = self.plain if tools is None else self.with_tools
+        self._keep_schemas(tools)
         given = {"messages": messages, "tools": tools, "documents": None}
         given |= self.kwargs | row_kwargs | {"add_generation_prompt": add_generation_prompt}
         try:
@@ -81,10 +89,48 @@ class Sandbox:
 
     def _compile(self, text: str, source: str) -> Any:
         try:
-            return self._timed(chat_template_utils._compile_jinja_template, text)
+            compiled = self._timed(chat_template_utils._compile_jinja_template, text)
+            quick = self._timed(self._quick(compiled.environment).from_string, text)
+            quick.globals = dict(quick.globals)
+            return quick
         except (Exception, _TimeUp) as error:  # the parser of jinja and that of Python have limits of their own
             line = f"line {error.lineno}: {error.message}" if isinstance(error, jinja2.TemplateSyntaxError) else None
             raise DataError(f"the chat template does not compile ({source})", found=line or _said_by(error)) from error
+
+    def _quick(self, environment: Any) -> Any:
+        """The same environment, quicker: fields of a dict are found at once, tool schemas become JSON once.
+
+        Jinja looks for an attribute first, which plain dicts have only for their methods; and it asks whether a
+        template may see an attribute, which holds for all public ones of `loop`.
+        """
+        quick = environment.overlay()
+        slow_getattr, slow_tojson = quick.getattr, quick.filters["tojson"]
+
+        def quick_getattr(value: Any, name: str) -> Any:
+            if type(value) is dict and name not in DICT_METHODS:
+                return value[name] if name in value else quick.undefined(obj=value, name=name)
+            if type(value) is LoopContext and name in LOOP_NAMES:
+                return getattr(value, name)
+            return slow_getattr(value, name)
+
+        def quick_tojson(value: Any, **how: Any) -> str:
+            if id(value) not in self._schemas:
+                return str(slow_tojson(value, **how))
+            key = (id(value), *sorted(how.items()))
+            if key not in self._json:
+                self._json[key] = str(slow_tojson(value, **how))
+            return self._json[key]
+
+        quick.getattr = quick_getattr
+        quick.filters = {**quick.filters, "tojson": quick_tojson}
+        return quick
+
+    def _keep_schemas(self, tools: list[dict[str, Any]] | None) -> None:
+        """The objects of `tools` stay alive and as they are while their JSON is kept."""
+        if tools is not self._tools:
+            self._tools, self._json = tools, {}
+            schemas = [schema for tool in tools or () for schema in (tool, tool.get("function"))]
+            self._schemas = {id(schema) for schema in (tools, *schemas)}
 
     def _timed(self, work: Callable[[Any], Any], argument: Any) -> Any:
         self._events += 1

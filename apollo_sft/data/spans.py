@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 from apollo_sft.data.sandbox import RenderError
@@ -94,10 +93,13 @@ class Dialogue:
         self.messages = messages
         self.render = render
         self.habits = habits
-        self.text = cache(self._text)
+        self._texts: dict[int, str] = {}
 
-    def _text(self, num_messages: int) -> str:
-        return self.render(self.messages[:num_messages], False)
+    def text(self, num_messages: int) -> str:
+        """The rendering of so many messages, without a generation prompt."""
+        if num_messages not in self._texts:
+            self._texts[num_messages] = self.render(self.messages[:num_messages], False)
+        return self._texts[num_messages]
 
     def marked(self, index: int, mark: str, num_messages: int) -> str:
         """The rendering of so many messages, content and reasoning of message `index` replaced by `mark`."""

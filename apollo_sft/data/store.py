@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import shutil
 import time
@@ -167,6 +168,7 @@ class _Builder:
         total = min(total, limit) if limit >= 0 else total
         rows = read_rows(self.files, needed_columns(self.data), limit)
         start = said = time.monotonic()
+        gc.freeze()  # what the program holds already is looked through at no collection
         for chunk in _chunks(rows, CHUNK_ROWS):
             self._chunk(chunk)
             now = time.monotonic()
@@ -174,6 +176,7 @@ class _Builder:
                 said = now
                 done = self.summary.num_rows
                 self.say(f"tokenised {done:,} of {total:,} rows, {done / (now - start):,.0f} rows/s")
+        gc.unfreeze()
         seconds = max(time.monotonic() - start, 1e-9)
         done = self.summary.num_rows
         self.say(f"tokenised {done:,} {self.request.split} rows in {seconds:.1f} s, {done / seconds:,.0f} rows/s")

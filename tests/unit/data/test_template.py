@@ -1,7 +1,9 @@
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.utils import chat_template_utils
 
 from apollo_sft.data.sandbox import RenderError, Sandbox
 from apollo_sft.data.template import ChatTemplate, resolve_template
@@ -87,3 +89,33 @@ def test_the_sandbox_refuses_what_is_not_the_user_s_and_reports_what_fails() -> 
     ):
         with pytest.raises(RenderError, match=said):
             Sandbox(ChatTemplate(text, "test"), {}).render(chat("a"), None, {}, False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ m.role }}{{ m['content'] }}{{ m.nothing is defined }}{{ m.items() | list }}{{ m.get('role') }}",
+        "{{ m['keys'] }}{% for t in tools %}{{ loop.first }}{{ loop.index0 }}{{ loop.length }}{{ loop.nextitem }}"
+        "{{ t | tojson }}{{ t.function | tojson(indent=2) }}{{ t | tojson(sort_keys=true) }}{% endfor %}",
+        "{% for t in tools %}{{ loop.cycle('a', 'b') }}{{ loop.changed(t) }}{{ loop.x is defined }}{% endfor %}",
+        "{% for k, v in m | items %}{{ k }}{{ v | upper }}{% endfor %}{{ tools | tojson }}{{ tools[0].function.name }}",
+    ],
+)
+def test_the_quicker_environment_renders_as_transformers_own(text: str) -> None:
+    message = {"role": "user", "content": "a", "keys": "k"}
+    tools = [{"type": "function", "function": {"name": n, "b": {"ü": [1, None]}, "a": 1}} for n in ("f", "g")]
+    text = "{% set m = messages[0] %}" + text
+    sandbox = Sandbox(ChatTemplate(text, "test"), {})
+    theirs = chat_template_utils._compile_jinja_template(text)
+    for given in (tools, tools[:1], [dict(tools[1])]):
+        expected = theirs.render(messages=[message], tools=given)
+        assert [sandbox.render([message], given, {}, False) for _ in range(2)] == [expected] * 2
+
+
+@pytest.mark.parametrize(
+    "text", ["{{ loop.__class__ }}", "{{ loop._iterator }}", "{{ m.__class__ }}", "{{ m.pop('role') }}"]
+)
+def test_the_quicker_environment_hides_what_the_sandbox_hides(text: str) -> None:
+    sandbox = Sandbox(ChatTemplate("{% for m in messages %}" + text + ".x{% endfor %}", "test"), {})
+    with pytest.raises(RenderError) if "pop" in text else nullcontext():
+        assert sandbox.render(chat("a"), None, {}, False) == ".x"
