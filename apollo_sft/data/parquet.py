@@ -17,6 +17,8 @@ from apollo_sft.types import RowRef
 
 BATCH_ROWS = 512
 READ_BUFFER_BYTES = 1 << 20
+MAX_CELL_BYTES = 1 << 26
+"""Mean size of the cells of a column in a row group, unpacked. A few kilobytes of file can claim gigabytes."""
 
 Row = dict[str, Any]
 
@@ -90,6 +92,7 @@ def num_rows(files: Sequence[str]) -> int:
 def _read_file(file: str, columns: Columns) -> Iterator[Row]:
     parquet = _open(file)
     names = _existing(file, parquet.schema_arrow.names, columns)
+    _refuse_huge_cells(file, parquet.metadata, names)
     done = 0
     try:
         for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=names):
@@ -101,6 +104,21 @@ def _read_file(file: str, columns: Columns) -> Iterator[Row]:
             found=str(error).splitlines()[0],
             fix="write the file again (with smaller row groups if cells are very large)",
         ) from error
+
+
+def _refuse_huge_cells(file: str, metadata: Any, names: list[str]) -> None:
+    first = 0
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        for column in (group.column(at) for at in range(group.num_columns)):
+            name = column.path_in_schema.split(".")[0]
+            if name in names and column.total_uncompressed_size > MAX_CELL_BYTES * max(group.num_rows, 1):
+                raise DataError(
+                    f"{file} rows {first} to {first + group.num_rows - 1}, column {name}: the cells are too large",
+                    found=f"{column.total_uncompressed_size:,} bytes in {group.num_rows:,} rows",
+                    expected=f"at most {MAX_CELL_BYTES:,} bytes a cell",
+                )
+        first += group.num_rows
 
 
 def _to_python(file: str, batch: Any, done: int) -> list[Row]:

@@ -88,3 +88,13 @@ def test_text_that_is_not_utf8_names_row_and_column(tmp_path: Path) -> None:
 def test_odd_types_stay_what_arrow_says(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "a.parquet", [{"q": datetime.date(2024, 1, 1), "a": None}])
     assert next(read_rows([file], QA))[1] == {"q": datetime.date(2024, 1, 1), "a": None}
+
+
+def test_cells_that_unpack_to_gigabytes_are_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.parquet"
+    columns = {"a": ["x", "y" * (1 << 27)], "b": ["x", "y"]}
+    pq.write_table(pa.table(columns), path, row_group_size=1, compression="zstd", use_dictionary=False)
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(DataError, match="rows 1 to 1, column a: the cells are too large"):
+        list(read_rows([str(path)], Columns(("a",), (), {"a": "data.prompt_key"})))
+    assert len(list(read_rows([str(path)], Columns(("b",), (), {"b": "data.prompt_key"})))) == 2
