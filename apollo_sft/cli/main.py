@@ -12,6 +12,7 @@ from apollo_sft.errors import ApolloError
 INTERRUPTED = 130
 COMMANDS = {
     "train": "fine-tune a model on parquet files",
+    "inspect": "show what a training would train on, token by token, without a GPU or weights",
     "verify": "show that every layout of a training gives the same gradient",
     "demo": "train a small model from nothing, in about two minutes, and show what it learned",
 }

@@ -1,0 +1,209 @@
+"""An inspection as a report: what stands in it, in which order and in which words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from apollo_sft.data.audit import decoded, target_mask, visible
+from apollo_sft.data.inspection import FileCounts, Found, histogram
+from apollo_sft.data.store_files import SampleStore
+from apollo_sft.report.document import (
+    Bars,
+    Block,
+    Document,
+    Facts,
+    Figures,
+    Level,
+    Note,
+    Notes,
+    Passage,
+    Passages,
+    Table,
+    Token,
+)
+from apollo_sft.train.inspection import Inspection, Pick, Split, rows_in_words
+from apollo_sft.train.opening import steps_in_words
+
+LOST: dict[str, Level] = {"refused": "bad", "dropped": "bad", "cut": "bad", "left out": "look"}
+MOST_TOGETHER = 12
+"""Tokens that make one character at most, before they are shown as they are."""
+
+
+def document(found: Inspection, picks: Sequence[tuple[Split, Pick]], whole: bool) -> Document:
+    """`picks`: the samples to show. `whole`: in a terminal, too, nothing of them is shortened."""
+    prepared = found.prepared
+    blocks: list[Block] = [_figures(found.splits[0]), Notes("What was found", list(_notes(found))), _files(found)]
+    blocks += [_lengths(split) for split in found.splits]
+    blocks += [Facts("What a training would do", _facts(found)), _losses(found)]
+    blocks.append(Passages("Samples", [_passage(*pick, prepared.tokenizer, whole) for pick in picks]))
+    ranks = f"{found.processes} {'process' if found.processes == 1 else 'processes'}"
+    subtitle = f"{prepared.base.source} · template: {prepared.template.source} · {ranks}"
+    return Document("What will be trained", visible(subtitle), blocks)
+
+
+def _figures(split: Split) -> Figures:
+    summary = split.store.summary
+    share = summary.num_targets / max(summary.num_tokens, 1)
+    return Figures(
+        [
+            (f"{summary.num_rows:,}", "rows"),
+            (f"{summary.num_samples:,}", "samples"),
+            (f"{summary.num_tokens:,}", "tokens"),
+            (f"{summary.num_targets:,}", f"targets ({share:.1%})"),
+        ]
+    )
+
+
+def _notes(found: Inspection) -> Iterator[Note]:
+    """What is wrong first, then what needs a look, then what is right."""
+    notes = [note for split in found.splits for note in _split_notes(split)]
+    overlap = found.overlap
+    if overlap is not None and overlap.count:
+        text = f"{overlap.count:,} validation samples are trained on too, token by token"
+        notes.append(Note("bad", text, overlap.examples))
+    elif overlap is not None:
+        notes.append(Note("good", "no validation sample is trained on"))
+    if found.refusal is not None:
+        yield Note("bad", visible(f"a training with these keys is refused: {found.refusal}"))
+    for level in ("bad", "look", "good"):
+        yield from (note for note in notes if note.level == level)
+
+
+def _split_notes(split: Split) -> Iterator[Note]:
+    name, summary = split.name, split.store.summary
+    for kind, level in LOST.items():
+        losses = [loss for loss in split.losses if loss.kind == kind]
+        if losses:
+            rows = {row for loss in losses for row in loss.rows}
+            tokens = sum(loss.tokens for loss in losses)
+            lost = f", {tokens:,} tokens of them not trained" if tokens else ""
+            what = "with turns left out" if kind == "left out" else kind
+            yield Note(level, f"{name}: {rows_in_words(len(rows))} {what}{lost}")
+    if not split.losses:
+        yield Note("good", f"{name}: all of its {rows_in_words(summary.num_rows)} are trained, none is cut")
+    yield from (Note("look", visible(f"{name}: {finding}")) for finding in split.findings)
+    yield _repeated(split.duplicates, f"{name}: # samples repeat an earlier one", f"{name}: no sample occurs twice")
+    yield _repeated(
+        split.unstopped,
+        f"{name}: # samples teach no stop token: nothing in them says where a reply ends",
+        f"{name}: every sample teaches a stop token ({_stops(split.store)})",
+    )
+
+
+def _repeated(found: Found, text: str, otherwise: str) -> Note:
+    if not found.count:
+        return Note("good", otherwise)
+    return Note("look", text.replace("#", f"{found.count:,}"), [visible(example) for example in found.examples])
+
+
+def _stops(store: SampleStore) -> str:
+    return f"{len(store.summary.stop_tokens)} different" if len(store.summary.stop_tokens) > 1 else "the same one"
+
+
+def _files(found: Inspection) -> Table:
+    header = ["file", "rows", "samples", "tokens", "targets", "of tokens", "rows not trained", "tokens lost"]
+    rows: list[list[str]] = []
+    totals = set()
+    for split in found.splits:
+        rows += [_counts(visible(file.file), file) for file in split.files]
+        if len(split.files) > 1:
+            totals.add(len(rows))
+            rows.append(_counts(f"{split.name}, {len(split.files)} files", _sum(split.files)))
+    note = "Every token of every rendered row is either trained or counted as lost."
+    return Table("Files", header, rows, totals=frozenset(totals), note=note)
+
+
+def _sum(files: Sequence[FileCounts]) -> FileCounts:
+    names = ("rows", "rows_trained", "samples", "tokens", "targets", "tokens_lost", "targets_lost")
+    return FileCounts("", *(sum(getattr(file, name) for file in files) for name in names))
+
+
+def _counts(name: str, file: FileCounts) -> list[str]:
+    share = f"{file.targets / file.tokens:.1%}" if file.tokens else "–"
+    numbers = (file.rows, file.samples, file.tokens, file.targets)
+    lost = (file.rows - file.rows_trained, file.tokens_lost)
+    return [name, *(f"{number:,}" for number in numbers), share, *(f"{number:,}" if number else "–" for number in lost)]
+
+
+def _lengths(split: Split) -> Bars:
+    lengths = split.store.lengths
+    bars = [(f"{low:,}–{high:,}" if high > low else f"{low:,}", number) for low, high, number in histogram(lengths)]
+    middle, most = np.percentile(lengths, [50, 95])
+    note = f"Median {middle:,.0f} tokens, 95 % up to {most:,.0f}, longest {int(lengths.max()):,}"
+    longest = visible(str(split.store.ref(int(np.argmax(lengths)))))
+    return Bars(f"Lengths of the samples in tokens, {split.name}", bars, f"{note} ({longest}).")
+
+
+def _facts(found: Inspection) -> list[tuple[str, str]]:
+    data, packing, spec = found.config.data, found.packing, found.spec
+    rows = steps_in_words(found.config, len(found.prepared.train), spec, found.schedule)
+    ranks = f"{spec.dp_size:,}" + (f" of {found.processes // spec.dp_size:,} processes each" if _sp(found) > 1 else "")
+    rows += [
+        ("data ranks", ranks),
+        ("forwards a step", f"{packing.forwards_per_step:.4g} on each data rank"),
+        ("samples a forward", f"{packing.samples_per_forward:.4g}"),
+        ("tokens a forward", f"{packing.tokens_per_forward:,.0f}, at most {packing.most_tokens:,}"),
+        ("padding", f"{packing.padding_ratio:.2%} of what is computed; rectangles: {packing.padded_ratio:.1%}"),
+    ]
+    if packing.fill_ratio is not None:
+        rows.append(
+            ("filled", f"{packing.fill_ratio:.1%} of data.max_token_len_per_gpu={data.max_token_len_per_gpu:,}")
+        )
+    if spec.dp_size > 1:
+        rows.append(("imbalance", f"{packing.imbalance:.3f} (cost of the busiest data rank / mean)"))
+    rows.append(("seen of an epoch", f"{packing.steps_seen:,} steps"))
+    return rows
+
+
+def _sp(found: Inspection) -> int:
+    return found.config.ulysses_sequence_parallel_size
+
+
+def _losses(found: Inspection) -> Table:
+    header = ["", "what", "rows", "samples", "tokens lost", "targets lost", "why, and the first of them"]
+    rows = [
+        [
+            split.name,
+            loss.kind,
+            f"{len(loss.rows):,}",
+            f"{loss.samples:,}",
+            f"{loss.tokens:,}",
+            f"{loss.targets:,}",
+            visible(f"{loss.reason}: {', '.join(loss.examples)}"),
+        ]
+        for split in found.splits
+        for loss in split.losses
+    ]
+    note = "The run folder of a training holds every such row in rejected.jsonl."
+    return Table("Not trained, or not whole", header, rows, words=frozenset({0, 1, 6}), note=note)
+
+
+def _passage(split: Split, pick: Pick, tokenizer: Any, whole: bool) -> Passage:
+    if pick.index is None:
+        return Passage(visible(pick.title), visible(pick.why), ())
+    sample = split.store[pick.index]
+    length, targets = len(sample.input_ids), sample.num_targets
+    turns = f", turn {', '.join(map(str, sample.turns))}" if sample.turns else ""
+    note = f"{length:,} tokens, {targets:,} of them targets ({targets / length:.0%}); {pick.why}"
+    return Passage(
+        visible(f"{sample.ref}{turns}"), visible(note), list(_tokens(split.store, pick.index, tokenizer)), whole
+    )
+
+
+def _tokens(store: SampleStore, index: int, tokenizer: Any) -> Iterator[Token]:
+    sample = store[index]
+    ids, is_target = sample.input_ids, target_mask(sample)
+    controls = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    controls |= set(tokenizer.get_added_vocab().values())
+    first = 0
+    for end in range(1, len(ids) + 1):
+        text = decoded(tokenizer, ids, first, end)
+        goes_on = end < len(ids) and is_target[end] == is_target[first] and end - first < MOST_TOGETHER
+        if goes_on and text.endswith("�"):
+            continue
+        together = tuple(ids[first:end].tolist())
+        yield Token(visible(text), together, bool(is_target[first]), ids[first] in controls)
+        first = end
