@@ -8,6 +8,7 @@ knows: DTensors cut along their first dim, as under FSDP2.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import MethodType
@@ -89,17 +90,20 @@ def shard(model: M, mesh: DeviceMesh, spec: ShardSpec, head: nn.Module | None) -
     on_cuda = mesh.device_type == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device(mesh.device_type)
     shapes: dict[nn.Parameter, torch.Size] = {}
-    root = _Root(
-        model,
-        process_group=(mesh.get_group(1), mesh.get_group(0)) if hybrid else mesh.get_group(),
-        sharding_strategy=_strategy(hybrid, spec.reshard_after_forward),
-        auto_wrap_policy=CustomPolicy(lambda module: module in chosen),
-        mixed_precision=MixedPrecision(spec.compute_dtype, spec.reduce_dtype, cast_forward_inputs=True),
-        cpu_offload=CPUOffload(spec.offload and on_cuda),  # on a CPU there is nothing to move away
-        device_id=device,
-        param_init_fn=_materialise(device, shapes),
-        use_orig_params=True,
-    )
+    with warnings.catch_warnings():
+        # That the gradient of a group takes memory for what is frozen in it, too: the docs say it.
+        warnings.filterwarnings("ignore", ".*has both parameters with requires_grad", UserWarning)
+        root = _Root(
+            model,
+            process_group=(mesh.get_group(1), mesh.get_group(0)) if hybrid else mesh.get_group(),
+            sharding_strategy=_strategy(hybrid, spec.reshard_after_forward),
+            auto_wrap_policy=CustomPolicy(lambda module: module in chosen),
+            mixed_precision=MixedPrecision(spec.compute_dtype, spec.reduce_dtype, cast_forward_inputs=True),
+            cpu_offload=CPUOffload(spec.offload and on_cuda),  # on a CPU there is nothing to move away
+            device_id=device,
+            param_init_fn=_materialise(device, shapes),
+            use_orig_params=True,
+        )
     root.mesh, root.waiting = mesh, {}
     root.cuts = _cuts(root, shapes, mesh)
     # The model's own method calls the model: through this wrapper, which gathers the root.
@@ -170,11 +174,13 @@ def reduce_gradients(model: nn.Module, wanted: bool) -> None:
     With offload, FSDP1 overwrites what an earlier backward has reduced: it is put aside here, and added in `grad_norm`.
     """
     root = cast(_Root, model)
-    if root.cpu_offload.offload_params and root._sync_gradients:
-        for parameter in root.parameters():
-            if parameter.grad is not None:
-                _put_aside(root.waiting, parameter)
+    for parameter in root.parameters():
+        if root.cpu_offload.offload_params and root._sync_gradients and parameter.grad is not None:
+            _put_aside(root.waiting, parameter)
     for module in FullyShardedDataParallel.fsdp_modules(root):
+        buffer = getattr(module._flat_param, "_cpu_grad", None)  # of offloaded gradients; stale, also after zero_grad
+        if buffer is not None:
+            buffer.zero_()
         vars(module)["_sync_gradients"] = wanted  # as the context manager `no_sync` does
 
 
