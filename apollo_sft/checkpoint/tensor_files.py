@@ -62,10 +62,9 @@ def read_base_tensors(folder: Path, follow_links: bool = False) -> dict[str, Ten
     Raises: ModelError for a damaged file, an index or a link that leaves the folder.
     """
     try:
-        if not follow_links:
-            for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
-                if path.suffix in READ_FORMS and not path.is_dir():
-                    safe_path(folder, path.relative_to(folder).as_posix())
+        for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
+            if path.suffix in READ_FORMS and not path.is_dir():
+                safe_path(folder, path.relative_to(folder).as_posix(), follow_links)
         return {name: stored.spec for name, stored in read_tensors(folder, follow_links).items()}
     except CheckpointError as error:
         raise ModelError(str(error)) from error
