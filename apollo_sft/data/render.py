@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from apollo_sft.config.schema import DataConfig
 from apollo_sft.data.conversation import Forgeries
 from apollo_sft.data.sandbox import RenderError, Sandbox, with_reasoning_names
-from apollo_sft.data.spans import Dialogue, Habits, Text, UnprovableError, lay_out
+from apollo_sft.data.spans import Dialogue, Habits, Text, UnprovableError, as_marked, lay_out
 from apollo_sft.data.template import ChatTemplate
 from apollo_sft.data.tokens import Encoder, TokenSpans
 from apollo_sft.errors import DataError
@@ -51,12 +52,12 @@ class RenderCounts:
 class Rendered:
     """One row: its samples, before truncation. `dropped`: why it is not to be trained, None where it is.
 
-    `left_out`: the turns that should have been trained and are in no sample.
+    `left_out`: the turns that should have been trained and are in no sample, and why.
     """
 
     samples: list[Sample]
     dropped: str | None = None
-    left_out: tuple[int, ...] = ()
+    left_out: tuple[tuple[int, ...], str] = ((), "")
 
 
 class Renderer:
@@ -142,7 +143,12 @@ class Renderer:
             return self.sandbox.render(some, conversation.tools, conversation.template_kwargs, add_generation_prompt)
 
         dialogue = Dialogue(messages, render, self.habits)
-        return lay_out(dialogue, trained_turns(conversation, self.data.train_on), self.data.history)
+        texts = lay_out(dialogue, trained_turns(conversation, self.data.train_on), self.data.history)
+        tools, kwargs = conversation.tools, conversation.template_kwargs
+        if not self.sandbox.marks_generation(tools is not None):
+            return texts
+        marked = [self.sandbox.generated(messages[: text.num_messages], tools, kwargs) for text in texts]
+        return [as_marked(text, stretches, self.habits) for text, stretches in zip(texts, marked, strict=True)]
 
     def _try_lay_out(self, conversation: Conversation, forged: str | None) -> list[Text] | DataError:
         if forged is not None and self.data.special_tokens_in_content == "error":
@@ -186,24 +192,30 @@ class Renderer:
             self._count(conversation, text, tokens)
         done = {turn for sample in samples for turn in sample.turns}
         left_out = tuple(i for i in trained_turns(conversation, self.data.train_on) if i not in done)
-        self.counts.add("turns_left_out", conversation.ref, len(left_out))
-        return Rendered(samples, None, left_out)
+        if self.sandbox.marks_generation(conversation.tools is not None):
+            name, why = "unmarked_turns", "the template's generation tags leave turns out"
+        else:
+            name, why = "turns_left_out", "turns that the template rewrites are not trained (data.history=last_turn)"
+        self.counts.add(name, conversation.ref, len(left_out))
+        return Rendered(samples, None, (left_out, why))
 
     def _count(self, conversation: Conversation, text: Text, tokens: TokenSpans) -> None:
         counts, ref = self.counts, conversation.ref
-        counts.turns += len(text.spans)
         counts.add("cut_turns", ref, tokens.num_cuts)
-        for span, (first, end) in zip(text.spans, tokens.ranges, strict=True):
-            message, said = conversation.messages[span.turn], text.text[span.start : span.end]
-            counts.add("unpredictable_targets", ref, first == 0 and end > 0)
-            counts.add("turns_without_stop", ref, span.stop is None)
-            counts.add("second_stops", ref, span.second_stop)
-            counts.add("unopened_turns", ref, span.unopened)
-            counts.add("rewritten_turns", ref, span.rewritten)
+        pairs = zip(text.spans, tokens.ranges, strict=True)
+        for turn, group in groupby(pairs, key=lambda pair: pair[0].turn):
+            spans, ranges = zip(*group, strict=True)
+            message, said = conversation.messages[turn], "".join(text.text[span.start : span.end] for span in spans)
+            counts.turns += 1
+            counts.add("unpredictable_targets", ref, ranges[0][0] == 0 < ranges[0][1])
+            counts.add("turns_without_stop", ref, spans[-1].stop is None)
+            counts.add("second_stops", ref, spans[-1].second_stop)
+            counts.add("unopened_turns", ref, spans[0].unopened)
+            counts.add("rewritten_turns", ref, spans[0].rewritten)
             counts.add("unwritten_turns", ref, not _is_written(message, said))
             counts.add("empty_replies", ref, not message["content"].strip() and "tool_calls" not in message)
-            if span.stop is not None:
-                counts.stop_tokens[int(tokens.ids[end - 1])] += 1
+            if spans[-1].stop is not None:
+                counts.stop_tokens[int(tokens.ids[ranges[-1][1] - 1])] += 1
 
 
 def _sample(ref: RowRef, text: Text, tokens: TokenSpans) -> Sample:

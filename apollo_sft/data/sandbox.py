@@ -6,6 +6,7 @@ from __future__ import annotations
 import faulthandler
 import math
 import os
+import re
 import resource
 import signal
 import time
@@ -24,6 +25,7 @@ from apollo_sft.errors import DataError
 from apollo_sft.types import Message
 
 OURS = ("messages", "tools", "documents", "add_generation_prompt")
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 DICT_METHODS = frozenset(dir(dict))
 LOOP_NAMES = frozenset(name for name in dir(LoopContext) if not name.startswith("_"))
 MAX_SECONDS = 5
@@ -57,6 +59,7 @@ class Sandbox:
             if name in kwargs:
                 raise DataError(f"data.apply_chat_template_kwargs: {name} is set by the trainer")
         self.kwargs = kwargs
+        self.template = template
         self._tools: list[dict[str, Any]] | None = None
         self._schemas: set[int] = set()
         self._json: dict[tuple[Any, ...], str] = {}
@@ -79,13 +82,36 @@ class Sandbox:
         self._keep_schemas(tools)
         given = {"messages": messages, "tools": tools, "documents": None}
         given |= self.kwargs | row_kwargs | {"add_generation_prompt": add_generation_prompt}
+        text: str = self._run(compiled.render, given)
+        return text
+
+    def marks_generation(self, has_tools: bool) -> bool:
+        """Whether the template says by `{% generation %}` tags what the model writes."""
+        return GENERATION_TAG.search(self.template.text_for(has_tools)) is not None
+
+    def generated(
+        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, row_kwargs: dict[str, Any]
+    ) -> list[tuple[int, int]]:
+        """The stretches of characters of `render` that generation tags mark. Raises: RenderError."""
+        compiled = chat_template_utils._compile_jinja_template(self.template.text_for(tools is not None))
+        given = self.kwargs | row_kwargs
+
+        def render(_: None) -> Any:
+            return chat_template_utils._render_with_assistant_indices(compiled, messages, tools, None, False, **given)[
+                1
+            ]
+
+        stretches: list[tuple[int, int]] = self._run(render, None)
+        return stretches
+
+    def _run(self, work: Callable[[Any], Any], argument: Any) -> Any:
         try:
-            text: str = self._timed(compiled.render, given)
+            result = self._timed(work, argument)
         except (Exception, _TimeUp) as error:  # foreign code may raise anything
             raise RenderError(_said_by(error)) from error
-        if len(text) > MAX_CHARACTERS:
-            raise RenderError(f"the rendering has {len(text):,} characters; at most {MAX_CHARACTERS:,} are allowed")
-        return text
+        if len(result) > MAX_CHARACTERS:
+            raise RenderError(f"the rendering has {len(result):,} characters; at most {MAX_CHARACTERS:,} are allowed")
+        return result
 
     def _compile(self, text: str, source: str) -> Any:
         try:

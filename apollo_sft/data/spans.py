@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from apollo_sft.data.sandbox import RenderError
@@ -203,6 +203,29 @@ def _start_of_content(dialogue: Dialogue, index: int, alone: str) -> int:
 def _with_spans(dialogue: Dialogue, num_messages: int, held: Sequence[Turn]) -> Text:
     text = dialogue.text(num_messages)
     return Text(text, [_span(turn, text, num_messages, dialogue.habits) for turn in held], num_messages)
+
+
+def as_marked(text: Text, marked: Sequence[tuple[int, int]], habits: Habits) -> Text:
+    """The text with the targets that the template's generation tags leave of it: never more than the model says.
+
+    Raises: UnprovableError where they mark more, but for white space around it.
+    """
+    spans: list[Span] = []
+    for span in text.spans:
+        for first, last in marked:
+            if first >= span.end or last <= span.start:
+                continue
+            more = text.text[first : span.start] + text.text[span.end : last]
+            if more.strip():
+                raise UnprovableError(span.turn, f"the template's generation tags mark what no model writes: {more!r}")
+            start, end = max(first, span.start), min(last, span.end)
+            if spans and (spans[-1].turn, spans[-1].end) == (span.turn, start):
+                start = spans.pop().start
+            stop = span.stop if end == span.end else habits.stop_of(text.text[start:end])
+            spans.append(
+                replace(span, start=start, end=end, stop=stop, second_stop=span.second_stop and end == span.end)
+            )
+    return replace(text, spans=spans)
 
 
 def _as_rendered(dialogue: Dialogue, turns: Sequence[Turn]) -> Text:

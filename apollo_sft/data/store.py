@@ -189,6 +189,8 @@ class _Builder:
         for (ref, _), result in zip(chunk, results, strict=True):
             if isinstance(result, Rendered):
                 self._row(ref, result)
+            else:
+                self._skip(ref, result)
 
     def _try_parse(self, row: Row, ref: RowRef) -> Any:
         try:
@@ -197,7 +199,7 @@ class _Builder:
             return error
 
     def _refuse_bad_rows(self, errors: list[DataError], num_read: int) -> None:
-        if not errors:
+        if not errors or self.data.bad_rows == "skip":
             return
         if len(errors) == 1:
             raise errors[0]
@@ -214,14 +216,22 @@ class _Builder:
             summary.first_over_max_length = summary.first_over_max_length or f"{ref} ({longest:,} tokens)"
             if self.data.truncation == "error":
                 return
-        if row.left_out:
-            reason = "turns that the template rewrites once others follow are not trained (data.history)"
-            self.writer.reject(Rejected(ref.file, ref.row, row.left_out, True, reason, 0, 0))
+        left_out, why = row.left_out
+        if left_out:
+            self.writer.reject(Rejected(ref.file, ref.row, left_out, bool(row.samples), why, 0, 0))
         trained = [self._sample(sample, row.dropped) for sample in row.samples]
         if not any(trained):
-            summary.rows_not_trained += 1
-            if len(summary.first_not_trained) < NAMED_EXAMPLES:
-                summary.first_not_trained.append(str(ref))
+            self._not_trained(ref)
+
+    def _skip(self, ref: RowRef, error: DataError) -> None:
+        self.summary.num_rows += 1
+        self.writer.reject(Rejected(ref.file, ref.row, (), False, str(error), 0, 0))
+        self._not_trained(ref)
+
+    def _not_trained(self, ref: RowRef) -> None:
+        self.summary.rows_not_trained += 1
+        if len(self.summary.first_not_trained) < NAMED_EXAMPLES:
+            self.summary.first_not_trained.append(str(ref))
 
     def _sample(self, whole: Sample, dropped: str | None) -> bool:
         """Whether the sample is trained. What is not trained of it is counted and kept in the ledger."""

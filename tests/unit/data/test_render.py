@@ -391,3 +391,42 @@ def test_what_the_template_leaves_out_of_a_reply_is_counted() -> None:
     replies = [{"role": "assistant", "content": text} for text in (" b  c ", "xb")]
     one.render([Conversation([*chat("a"), reply], None, {}, REF) for reply in (*replies, thinking)])
     assert one.counts.found == {"unwritten_turns": 2}
+
+
+TAGGED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}{% generation %}{{ '\n' }}BODY"
+    "{% endgeneration %}{% else %}{{ '\n' }}{{ m.content }}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+END = "{{ '<|im_end|>\n' }}"
+
+
+@pytest.mark.parametrize(
+    ("body", "expected", "found"),
+    [
+        ("{{ m.content }}" + END, ["b<|im_end|>", "d<|im_end|>"], {}),
+        ("{{ m.content }}{% endgeneration %}{% generation %}" + END, ["b<|im_end|>", "d<|im_end|>"], {}),
+        ("{{ m.content }}{% endgeneration %}" + END + "{% generation %}", ["b", "d"], {"turns_without_stop": 2}),
+        (
+            "{% endgeneration %}{% if m.content == 'b' %}b" + END + "{% else %}{% generation %}{{ m.content }}" + END
+            + "{% endgeneration %}{% endif %}{% generation %}",
+            ["d<|im_end|>"],
+            {"unmarked_turns": 1},
+        ),
+    ],
+)  # fmt: skip
+def test_generation_tags_are_used_as_their_author_meant(body: str, expected: list[str], found: Any) -> None:
+    one = renderer(TAGGED.replace("BODY", body))
+    [[sample]] = one.render([Conversation(chat("a", "b", "c", "d"), None, {}, REF)])
+    assert "".join(target_texts(sample)) == "".join(expected)
+    assert one.counts.found == found
+
+
+def test_generation_tags_that_mark_what_no_model_writes_are_refused() -> None:
+    template = TAGGED.replace("<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}{% generation %}", "START")
+    start = "{% if m.role == 'assistant' %}{% generation %}<|im_start|>{{ m.role }}"
+    template = template.replace("START", start).replace("{% else %}", "{% else %}<|im_start|>{{ m.role }}")
+    with pytest.raises(DataError, match=r"generation tags mark what no model writes: '<\|im_start\|>assistant"):
+        renderer(template.replace("BODY", "{{ m.content }}" + END)).render(
+            [Conversation(chat("a", "b"), None, {}, REF)]
+        )

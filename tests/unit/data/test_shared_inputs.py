@@ -102,11 +102,12 @@ def test_tool_conversations_under_qwen2_5(name: str) -> None:
         assert "<tool_response>" not in text
 
 
-def test_the_training_template_s_own_marks_agree() -> None:
+@pytest.mark.parametrize("template", ["qwen2_5", "qwen2_5_training", "qwen3_training"])
+def test_the_training_template_s_own_marks_agree(template: str) -> None:
     """An independent oracle: the authors' own generation tags, but for white space at the edges."""
     tok = tokenizer("qwen3")
-    data = data_config(multiturn=True, chat_template=template_path("qwen2_5"))
-    text = Path(template_path("qwen2_5_training")).read_text()
+    data = data_config(multiturn=True, chat_template=template_path(template))
+    text = Path(template_path(template.removesuffix("_training") + "_training")).read_text()
     rows = conversations("lf_glaive_toolcall_en/messages/train.parquet", 30, multiturn=True)
     for row, [sample] in zip(rows, Renderer(tok, resolve_template(tok, data), data).render(rows), strict=True):
         theirs = tok.apply_chat_template(
