@@ -127,7 +127,7 @@ def _inspect(config: SftConfig, options: argparse.Namespace) -> int:
     show(document(found, shown, bool(options.row)), console, options.ids)
     console.print()
     if options.html is not None:
-        page = html(document(found, _picks_of_page(split, asked, options), whole=False))
+        page = html(document(found, _picks_of_page(split, asked, options), whole=False, first=True))
         options.html.write_text(page, encoding="utf-8")
         console.print(f"{options.html}: the same as a page", style="bold", markup=False)
     if options.dump is not None:

@@ -142,7 +142,7 @@ def losses(entries: Iterable[Rejected]) -> list[Loss]:
 def kind_of(entry: Rejected) -> Kind:
     if entry.trained:
         return "cut" if entry.tokens_lost else "left out"
-    return "dropped" if entry.tokens_lost else "refused"
+    return "dropped" if entry.tokens_lost or entry.turns else "refused"
 
 
 def _reason(entry: Rejected) -> str:

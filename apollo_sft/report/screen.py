@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console, Group, RenderableType
 from rich.rule import Rule
@@ -39,7 +39,7 @@ def show(document: Document, console: Console, ids: bool = False) -> None:
     console.print(Text(redact(document.subtitle), style="dim"))
     for block in document.blocks:
         for part in _parts(block, ids):
-            console.print(part)
+            console.print(part, soft_wrap=isinstance(part, Text))
 
 
 def _parts(block: Block, ids: bool) -> Iterator[RenderableType]:
@@ -75,7 +75,7 @@ def _grid(header: Sequence[str], rows: Any, words: frozenset[int], styles: Seque
     grid = Grid(box=None, show_header=bool(header), pad_edge=True, padding=(0, 2, 0, 0), header_style="dim")
     grid.add_column("")
     for index in range(len(header) or 2):
-        side = "left" if index in words else "right"
+        side: Literal["left", "right"] = "left" if index in words else "right"
         style = styles[index] if styles else ""
         name = header[index] if header else ""
         grid.add_column(name, justify=side, style=style, overflow="fold", no_wrap=index not in words)
@@ -94,7 +94,8 @@ def _table(table: Table) -> Grid:
 def _bars(block: Bars) -> Grid:
     most = max((count for _, count in block.bars), default=0)
     grid = Grid.grid(padding=(0, 1))
-    for side in ("left", "right", "left", "right"):
+    sides: tuple[Literal["left", "right"], ...] = ("left", "right", "left", "right")
+    for side in sides:
         grid.add_column(justify=side)
     for label, count in block.bars:
         grid.add_row("", Text(label, style="dim"), Text(_bar(count, most), style="green"), f"{count:,}")

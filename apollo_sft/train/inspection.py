@@ -116,8 +116,11 @@ def _prepare(config: SftConfig) -> tuple[Prepared, str | None]:
         lenient = with_values(config, _lenient(config))
         if lenient == config:
             raise
-        refusal = str(error)
-    return prepare(lenient), refusal
+        refusal = error
+    try:
+        return prepare(lenient), str(refusal)
+    except DataError:  # no row is left
+        raise refusal from None
 
 
 def _lenient(config: SftConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from apollo_sft.data.audit import decoded, target_mask, visible
 from apollo_sft.data.inspection import FileCounts, Found, histogram
+from apollo_sft.data.plan import steps_per_epoch
 from apollo_sft.data.store_files import SampleStore
 from apollo_sft.report.document import (
     Bars,
@@ -32,13 +33,18 @@ MOST_TOGETHER = 12
 """Tokens that make one character at most, before they are shown as they are."""
 
 
-def document(found: Inspection, picks: Sequence[tuple[Split, Pick]], whole: bool) -> Document:
-    """`picks`: the samples to show. `whole`: in a terminal, too, nothing of them is shortened."""
+def document(found: Inspection, picks: Sequence[tuple[Split, Pick]], whole: bool, first: bool = False) -> Document:
+    """`picks`: the samples to show. `whole`: in a terminal, too, nothing of them is shortened. `first`: show the first
+    of them before all figures.
+    """
     prepared = found.prepared
-    blocks: list[Block] = [_figures(found.splits[0]), Notes("What was found", list(_notes(found))), _files(found)]
+    passages = [_passage(*pick, prepared.tokenizer, whole) for pick in picks]
+    blocks: list[Block] = [_figures(found.splits[0]), Notes("What was found", list(_notes(found)))]
+    if first:
+        blocks.append(Passages("One of the samples", passages[:1]))
+    blocks += [_files(found), _losses(found), Facts("What a training would do", _facts(found))]
     blocks += [_lengths(split) for split in found.splits]
-    blocks += [Facts("What a training would do", _facts(found)), _losses(found)]
-    blocks.append(Passages("Samples", [_passage(*pick, prepared.tokenizer, whole) for pick in picks]))
+    blocks.append(Passages("More samples" if first else "Samples", passages[first:]))
     ranks = f"{found.processes} {'process' if found.processes == 1 else 'processes'}"
     subtitle = f"{prepared.base.source} · template: {prepared.template.source} · {ranks}"
     return Document("What will be trained", visible(subtitle), blocks)
@@ -59,7 +65,7 @@ def _figures(split: Split) -> Figures:
 
 def _notes(found: Inspection) -> Iterator[Note]:
     """What is wrong first, then what needs a look, then what is right."""
-    notes = [note for split in found.splits for note in _split_notes(split)]
+    notes = [note for split in found.splits for note in _split_notes(split, found.prepared.tokenizer)]
     overlap = found.overlap
     if overlap is not None and overlap.count:
         text = f"{overlap.count:,} validation samples are trained on too, token by token"
@@ -72,7 +78,7 @@ def _notes(found: Inspection) -> Iterator[Note]:
         yield from (note for note in notes if note.level == level)
 
 
-def _split_notes(split: Split) -> Iterator[Note]:
+def _split_notes(split: Split, tokenizer: Any) -> Iterator[Note]:
     name, summary = split.name, split.store.summary
     for kind, level in LOST.items():
         losses = [loss for loss in split.losses if loss.kind == kind]
@@ -88,8 +94,8 @@ def _split_notes(split: Split) -> Iterator[Note]:
     yield _repeated(split.duplicates, f"{name}: # samples repeat an earlier one", f"{name}: no sample occurs twice")
     yield _repeated(
         split.unstopped,
-        f"{name}: # samples teach no stop token: nothing in them says where a reply ends",
-        f"{name}: every sample teaches a stop token ({_stops(split.store)})",
+        f"{name}: # samples without a stop token: nothing in them says where a reply ends",
+        f"{name}: every sample ends in a stop token, {_stops(split.store, tokenizer)}",
     )
 
 
@@ -99,21 +105,30 @@ def _repeated(found: Found, text: str, otherwise: str) -> Note:
     return Note("look", text.replace("#", f"{found.count:,}"), [visible(example) for example in found.examples])
 
 
-def _stops(store: SampleStore) -> str:
-    return f"{len(store.summary.stop_tokens)} different" if len(store.summary.stop_tokens) > 1 else "the same one"
+def _stops(store: SampleStore, tokenizer: Any) -> str:
+    return ", ".join(visible(str(tokenizer.convert_ids_to_tokens(token))) for token in store.summary.stop_tokens)
 
 
 def _files(found: Inspection) -> Table:
     header = ["file", "rows", "samples", "tokens", "targets", "of tokens", "rows not trained", "tokens lost"]
     rows: list[list[str]] = []
     totals = set()
+    folder = _common_folder([file.file for split in found.splits for file in split.files])
     for split in found.splits:
-        rows += [_counts(visible(file.file), file) for file in split.files]
+        rows += [_counts(visible(file.file.removeprefix(folder)), file) for file in split.files]
         if len(split.files) > 1:
             totals.add(len(rows))
             rows.append(_counts(f"{split.name}, {len(split.files)} files", _sum(split.files)))
     note = "Every token of every rendered row is either trained or counted as lost."
-    return Table("Files", header, rows, totals=frozenset(totals), note=note)
+    return Table(
+        visible(f"Files in {folder}") if folder else "Files", header, rows, totals=frozenset(totals), note=note
+    )
+
+
+def _common_folder(files: Sequence[str]) -> str:
+    """The folder that all of them are in, with its slash."""
+    folders = {file[: file.rfind("/") + 1] for file in files}
+    return folders.pop() if len(folders) == 1 else ""
 
 
 def _sum(files: Sequence[FileCounts]) -> FileCounts:
@@ -130,7 +145,9 @@ def _counts(name: str, file: FileCounts) -> list[str]:
 
 def _lengths(split: Split) -> Bars:
     lengths = split.store.lengths
-    bars = [(f"{low:,}–{high:,}" if high > low else f"{low:,}", number) for low, high, number in histogram(lengths)]
+    found = histogram(lengths)
+    first = next(index for index, (_, _, number) in enumerate(found) if number)
+    bars = [(f"{low:,}–{high:,}" if high > low else f"{low:,}", number) for low, high, number in found[first:]]
     middle, most = np.percentile(lengths, [50, 95])
     note = f"Median {middle:,.0f} tokens, 95 % up to {most:,.0f}, longest {int(lengths.max()):,}"
     longest = visible(str(split.store.ref(int(np.argmax(lengths)))))
@@ -146,7 +163,8 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
         ("forwards a step", f"{packing.forwards_per_step:.4g} on each data rank"),
         ("samples a forward", f"{packing.samples_per_forward:.4g}"),
         ("tokens a forward", f"{packing.tokens_per_forward:,.0f}, at most {packing.most_tokens:,}"),
-        ("padding", f"{packing.padding_ratio:.2%} of what is computed; rectangles: {packing.padded_ratio:.1%}"),
+        ("padding", f"{packing.padding_ratio:.2%} of all tokens that are computed"),
+        ("saved by packing", f"{packing.padded_ratio:.1%} of a batch that is padded to its longest sample"),
     ]
     if packing.fill_ratio is not None:
         rows.append(
@@ -154,7 +172,8 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
         )
     if spec.dp_size > 1:
         rows.append(("imbalance", f"{packing.imbalance:.3f} (cost of the busiest data rank / mean)"))
-    rows.append(("seen of an epoch", f"{packing.steps_seen:,} steps"))
+    if packing.steps_seen < steps_per_epoch(len(found.prepared.train), spec):
+        rows.append(("planned for this", f"{packing.steps_seen:,} steps, spread over the epoch"))
     return rows
 
 

@@ -81,7 +81,6 @@ def test_pending_keys_say_so(key: str) -> None:
     used = {
         "model.use_liger": "true",
         "data.custom_cls.path": "x.py",
-        "data.bad_rows": "skip",
         "trainer.generate_samples": "2",
         "trainer.default_hdfs_dir": "hdfs://x/y",
     }
