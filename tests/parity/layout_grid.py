@@ -14,6 +14,7 @@ WHOLE_STRATEGIES = ("one process", "fsdp2", "fsdp", "hsdp", "fsdp2 + offload")
 """The model and the strategies that have the product of all axes; the rest have some in turn."""
 
 CHECKPOINTING = "model.enable_gradient_checkpointing=true"
+SELECTIVE = "model.gradient_checkpointing_policy=selective"
 NO_SYNC = "model.fsdp_config.use_no_sync_for_gradient_accumulation=true"
 OFFLOAD = "model.fsdp_config.cpu_offload=true"
 KEEP = "model.fsdp_config.reshard_after_forward=false"
@@ -68,6 +69,8 @@ COVERING: dict[int, Cells] = {
             [FSDP1, *TOKENS],
             [FSDP1, sp(2), NO_SYNC, micro(8)],
             [FSDP1, OFFLOAD, CHECKPOINTING, micro(8)],
+            [LARGE, CHECKPOINTING, SELECTIVE, *TOKENS],
+            [FSDP1, LARGE, CHECKPOINTING, SELECTIVE, sp(2), micro(8)],
         ],
         "mha-tied": [
             [micro(3), OFFLOAD],
