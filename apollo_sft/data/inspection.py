@@ -57,11 +57,13 @@ class Found:
 class Loss:
     """Rows that are not trained (refused, dropped) or not whole (cut, turns left out) for one reason.
 
-    `samples`: of these rows, as many are concerned. A row that was refused counts as one.
+    `samples`: of these rows, as many are concerned. A row that was refused counts as one. `found`: what is wrong in the
+    first of them.
     """
 
     kind: Kind
     reason: str
+    found: str = ""
     samples: int = 0
     tokens: int = 0
     targets: int = 0
@@ -122,11 +124,13 @@ def count_files(store: SampleStore) -> list[FileCounts]:
 
 
 def losses(entries: Iterable[Rejected]) -> list[Loss]:
-    """The ledger, by kind and reason; numbers in a reason do not make another one of it. The largest first."""
+    """The ledger, by kind and reason, the largest first. Numbers, and what was found in a row, make no reason of their
+    own: they are those of the first one.
+    """
     found: dict[tuple[Kind, str], Loss] = {}
     for entry in entries:
-        kind, reason = kind_of(entry), _reason(entry)
-        loss = found.setdefault((kind, NUMBERS.sub("…", reason)), Loss(kind, reason))
+        kind, (reason, found_there) = kind_of(entry), _reason(entry)
+        loss = found.setdefault((kind, NUMBERS.sub("…", reason)), Loss(kind, reason, found_there))
         place = (entry.file, entry.row)
         if place not in loss.rows and len(loss.examples) < NAMED:
             loss.examples.append(str(RowRef(*place)))
@@ -145,12 +149,11 @@ def kind_of(entry: Rejected) -> Kind:
     return "dropped" if entry.tokens_lost or entry.turns else "refused"
 
 
-def _reason(entry: Rejected) -> str:
-    """In one line, and without the row that is named beside it."""
-    lines = [" ".join(line.split()) for line in entry.reason.splitlines()]
-    kept = [line for line in lines if not line.startswith(("expected:", "to do:"))]
-    text = "; ".join(line.removeprefix("found: ") for line in kept)
-    return text.removeprefix(str(RowRef(entry.file, entry.row))).lstrip(":, ")
+def _reason(entry: Rejected) -> tuple[str, str]:
+    """In one line, without the row that is named beside it; and what was found there."""
+    first, *rest = [" ".join(line.split()) for line in entry.reason.splitlines()] or [""]
+    found = next((line.removeprefix("found:").strip() for line in rest if line.startswith("found:")), "")
+    return first.removeprefix(str(RowRef(entry.file, entry.row))).lstrip(":, "), found
 
 
 def scan(store: SampleStore) -> Scan:

@@ -37,7 +37,7 @@ section { margin-top: 1.5rem; padding: 1.3rem 1.5rem; background: var(--sheet); 
 table { border-collapse: collapse; width: 100%; font-size: 0.92rem; }
 th { color: var(--soft); font-weight: 500; font-size: 0.84rem; }
 th, td { padding: 0.38rem 0.7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-td.words { overflow-wrap: anywhere; }
+td.words { overflow-wrap: anywhere; min-width: 5.2rem; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tr.total td { font-weight: 650; } tbody tr:last-child td { border-bottom: 0; }
 .foot { margin: 0.7rem 0 0; color: var(--soft); font-size: 0.86rem; }
@@ -64,7 +64,7 @@ mark { background: var(--target); color: var(--target-ink); border-radius: 4px; 
 details { display: inline; } details[open] > summary { opacity: 0.5; }
 summary { display: inline; cursor: pointer; padding: 0 0.5rem; border: 1px dashed var(--line); border-radius: 5px;
   color: var(--accent); font-family: system-ui, sans-serif; font-size: 0.82rem; }
-body:has(#tokens:checked) .t { outline: 1px solid var(--line); outline-offset: -1px; }
-body:has(#tokens:checked) .t:hover { outline-color: var(--accent); }
+body:has(.tokens:checked) .t { outline: 1px solid var(--line); outline-offset: -1px; }
+body:has(.tokens:checked) .t:hover { outline-color: var(--accent); }
 @media print { main { max-width: none; } .sample { max-height: none; } .switch { display: none; } }
 """

@@ -95,7 +95,7 @@ def _split_notes(split: Split, tokenizer: Any) -> Iterator[Note]:
     yield _repeated(
         split.unstopped,
         f"{name}: # samples without a stop token: nothing in them says where a reply ends",
-        f"{name}: every sample ends in a stop token, {_stops(split.store, tokenizer)}",
+        f"{name}: every sample teaches a stop token, {_stops(split.store, tokenizer)}",
     )
 
 
@@ -191,7 +191,7 @@ def _losses(found: Inspection) -> Table:
             f"{loss.samples:,}",
             f"{loss.tokens:,}",
             f"{loss.targets:,}",
-            visible(f"{loss.reason}: {', '.join(loss.examples)}"),
+            visible(f"{loss.reason}: {', '.join(loss.examples)}" + (f" ({loss.found})" if loss.found else "")),
         ]
         for split in found.splits
         for loss in split.losses
