@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ from apollo_sft.train.inspection import Inspection, Pick, Split, rows_in_words
 from apollo_sft.train.opening import steps_in_words
 
 LOST: dict[str, Level] = {"refused": "bad", "dropped": "bad", "cut": "bad", "left out": "look"}
+Clean = Callable[[str], str]
+"""Makes a text harmless for a terminal, and leaves out the folder that all files are in."""
 MOST_TOGETHER = 12
 """Tokens that make one character at most, before they are shown as they are."""
 
@@ -38,12 +40,17 @@ def document(found: Inspection, picks: Sequence[tuple[Split, Pick]], whole: bool
     of them before all figures.
     """
     prepared = found.prepared
-    passages = [_passage(*pick, prepared.tokenizer, whole) for pick in picks]
-    blocks: list[Block] = [_figures(found.splits[0]), Notes("What was found", list(_notes(found)))]
+    folder = _common_folder([file.file for split in found.splits for file in split.files])
+
+    def clean(text: str) -> str:
+        return visible(text.replace(folder, "") if folder else text)
+
+    passages = [_passage(*pick, prepared.tokenizer, clean, whole) for pick in picks]
+    blocks: list[Block] = [_figures(found.splits[0]), Notes("What was found", list(_notes(found, clean)))]
     if first:
         blocks.append(Passages("One of the samples", passages[:1]))
-    blocks += [_files(found), _losses(found), Facts("What a training would do", _facts(found))]
-    blocks += [_lengths(split) for split in found.splits]
+    blocks += [_files(found, folder), _losses(found, clean), Facts("What a training would do", _facts(found))]
+    blocks += [_lengths(split, clean) for split in found.splits]
     blocks.append(Passages("More samples" if first else "Samples", passages[first:]))
     ranks = f"{found.processes} {'process' if found.processes == 1 else 'processes'}"
     subtitle = f"{prepared.base.source} · template: {prepared.template.source} · {ranks}"
@@ -63,13 +70,13 @@ def _figures(split: Split) -> Figures:
     )
 
 
-def _notes(found: Inspection) -> Iterator[Note]:
+def _notes(found: Inspection, clean: Clean) -> Iterator[Note]:
     """What is wrong first, then what needs a look, then what is right."""
-    notes = [note for split in found.splits for note in _split_notes(split, found.prepared.tokenizer)]
+    notes = [note for split in found.splits for note in _split_notes(split, found.prepared.tokenizer, clean)]
     overlap = found.overlap
     if overlap is not None and overlap.count:
         text = f"{overlap.count:,} validation samples are trained on too, token by token"
-        notes.append(Note("bad", text, overlap.examples))
+        notes.append(Note("bad", text, list(map(clean, overlap.examples))))
     elif overlap is not None:
         notes.append(Note("good", "no validation sample is trained on"))
     if found.refusal is not None:
@@ -78,7 +85,7 @@ def _notes(found: Inspection) -> Iterator[Note]:
         yield from (note for note in notes if note.level == level)
 
 
-def _split_notes(split: Split, tokenizer: Any) -> Iterator[Note]:
+def _split_notes(split: Split, tokenizer: Any, clean: Clean) -> Iterator[Note]:
     name, summary = split.name, split.store.summary
     for kind, level in LOST.items():
         losses = [loss for loss in split.losses if loss.kind == kind]
@@ -90,30 +97,32 @@ def _split_notes(split: Split, tokenizer: Any) -> Iterator[Note]:
             yield Note(level, f"{name}: {rows_in_words(len(rows))} {what}{lost}")
     if not split.losses:
         yield Note("good", f"{name}: all of its {rows_in_words(summary.num_rows)} are trained, none is cut")
-    yield from (Note("look", visible(f"{name}: {finding}")) for finding in split.findings)
-    yield _repeated(split.duplicates, f"{name}: # samples repeat an earlier one", f"{name}: no sample occurs twice")
+    yield from (Note("look", clean(f"{name}: {finding}")) for finding in split.findings)
     yield _repeated(
+        clean, split.duplicates, f"{name}: # samples repeat an earlier one", f"{name}: no sample occurs twice"
+    )
+    yield _repeated(
+        clean,
         split.unstopped,
         f"{name}: # samples without a stop token: nothing in them says where a reply ends",
         f"{name}: every sample teaches a stop token, {_stops(split.store, tokenizer)}",
     )
 
 
-def _repeated(found: Found, text: str, otherwise: str) -> Note:
+def _repeated(clean: Clean, found: Found, text: str, otherwise: str) -> Note:
     if not found.count:
         return Note("good", otherwise)
-    return Note("look", text.replace("#", f"{found.count:,}"), [visible(example) for example in found.examples])
+    return Note("look", text.replace("#", f"{found.count:,}"), list(map(clean, found.examples)))
 
 
 def _stops(store: SampleStore, tokenizer: Any) -> str:
     return ", ".join(visible(str(tokenizer.convert_ids_to_tokens(token))) for token in store.summary.stop_tokens)
 
 
-def _files(found: Inspection) -> Table:
+def _files(found: Inspection, folder: str) -> Table:
     header = ["file", "rows", "samples", "tokens", "targets", "of tokens", "rows not trained", "tokens lost"]
     rows: list[list[str]] = []
     totals = set()
-    folder = _common_folder([file.file for split in found.splits for file in split.files])
     for split in found.splits:
         rows += [_counts(visible(file.file.removeprefix(folder)), file) for file in split.files]
         if len(split.files) > 1:
@@ -143,14 +152,14 @@ def _counts(name: str, file: FileCounts) -> list[str]:
     return [name, *(f"{number:,}" for number in numbers), share, *(f"{number:,}" if number else "–" for number in lost)]
 
 
-def _lengths(split: Split) -> Bars:
+def _lengths(split: Split, clean: Clean) -> Bars:
     lengths = split.store.lengths
     found = histogram(lengths)
     first = next(index for index, (_, _, number) in enumerate(found) if number)
     bars = [(f"{low:,}–{high:,}" if high > low else f"{low:,}", number) for low, high, number in found[first:]]
     middle, most = np.percentile(lengths, [50, 95])
     note = f"Median {middle:,.0f} tokens, 95 % up to {most:,.0f}, longest {int(lengths.max()):,}"
-    longest = visible(str(split.store.ref(int(np.argmax(lengths)))))
+    longest = clean(str(split.store.ref(int(np.argmax(lengths)))))
     return Bars(f"Lengths of the samples in tokens, {split.name}", bars, f"{note} ({longest}).")
 
 
@@ -181,7 +190,7 @@ def _sp(found: Inspection) -> int:
     return found.config.ulysses_sequence_parallel_size
 
 
-def _losses(found: Inspection) -> Table:
+def _losses(found: Inspection, clean: Clean) -> Table:
     header = ["", "what", "rows", "samples", "tokens lost", "targets lost", "why, and the first of them"]
     rows = [
         [
@@ -191,7 +200,7 @@ def _losses(found: Inspection) -> Table:
             f"{loss.samples:,}",
             f"{loss.tokens:,}",
             f"{loss.targets:,}",
-            visible(f"{loss.reason}: {', '.join(loss.examples)}" + (f" ({loss.found})" if loss.found else "")),
+            clean(f"{loss.reason}: {', '.join(loss.examples)}" + (f" ({loss.found})" if loss.found else "")),
         ]
         for split in found.splits
         for loss in split.losses
@@ -200,15 +209,15 @@ def _losses(found: Inspection) -> Table:
     return Table("Not trained, or not whole", header, rows, words=frozenset({0, 1, 6}), note=note)
 
 
-def _passage(split: Split, pick: Pick, tokenizer: Any, whole: bool) -> Passage:
+def _passage(split: Split, pick: Pick, tokenizer: Any, clean: Clean, whole: bool) -> Passage:
     if pick.index is None:
-        return Passage(visible(pick.title), visible(pick.why), ())
+        return Passage(clean(pick.title), clean(pick.why), ())
     sample = split.store[pick.index]
     length, targets = len(sample.input_ids), sample.num_targets
-    turns = f", turn {', '.join(map(str, sample.turns))}" if sample.turns else ""
+    turns = f", {'turn' if len(sample.turns) == 1 else 'turns'} {', '.join(map(str, sample.turns))}"
     note = f"{length:,} tokens, {targets:,} of them targets ({targets / length:.0%}); {pick.why}"
     return Passage(
-        visible(f"{sample.ref}{turns}"), visible(note), list(_tokens(split.store, pick.index, tokenizer)), whole
+        clean(f"{sample.ref}{turns}"), visible(note), list(_tokens(split.store, pick.index, tokenizer)), whole
     )
 
 
