@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 CONSTRAINTS := requirements/constraints.txt
 STAMP := $(VENV)/.stamp
 
-.PHONY: env dev demo test test-long check docs clean
+.PHONY: env dev demo test test-long reliability check docs clean
 
 env: $(STAMP)-run
 dev: $(STAMP)-dev
@@ -35,6 +35,12 @@ test: dev
 
 test-long: dev
 	$(BIN)/pytest -m long
+
+# Every fault, the long tests too, and the tables of docs/reliability.md from what they recorded.
+reliability: dev
+	mkdir -p build && rm -f build/reliability.jsonl
+	-APOLLO_RELIABILITY=$(CURDIR)/build/reliability.jsonl $(BIN)/pytest tests/faults
+	$(BIN)/python -m tests.reliability build/reliability.jsonl
 
 check: dev
 	$(BIN)/ruff format --check .
