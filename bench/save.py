@@ -31,7 +31,7 @@ from apollo_sft.train.run import train
 WITHOUT_HF = "trainer.checkpoint.save_contents=[model,optimizer,extra]"
 SYNCHRONOUS = "trainer.checkpoint.async_save=false"
 CASES = {
-    "no checkpoint": ["trainer.save_freq=1000000"],
+    "no checkpoint": ["trainer.save_freq=1000000", SYNCHRONOUS],
     "synchronous": [SYNCHRONOUS],
     "synchronous, no hf/": [SYNCHRONOUS, WITHOUT_HF],
     "asynchronous": [],
