@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import threading
 import time
@@ -14,6 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
 from apollo_sft.errors import ApolloError, Stopped, TopologyError
 from apollo_sft.parallel.place import Place, read_place
@@ -67,7 +70,10 @@ def start(device: str, needs_group: bool, timeout_seconds: float | None = None) 
 def _join(place: Place, backend: str, timeout_seconds: float | None) -> None:
     where = f"{place.variables['MASTER_ADDR']}:{place.variables['MASTER_PORT']}"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds) if timeout_seconds else None)
+        timeout = timedelta(seconds=timeout_seconds) if timeout_seconds else default_pg_timeout
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(_agreed_name(store, place), store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except dist.DistNetworkError as error:
         raise TopologyError(
             f"the processes of this run cannot meet at {where} (MASTER_ADDR:MASTER_PORT)",
@@ -75,6 +81,28 @@ def _join(place: Place, backend: str, timeout_seconds: float | None) -> None:
             expected="an address of the host of rank 0 and a port that is free there",
             fix="another MASTER_PORT, or torchrun --standalone, which finds a free one",
         ) from error
+
+
+def _agreed_name(store: Any, place: Place) -> str:
+    """A new name for this start of the job, the same on all ranks.
+
+    torchrun keeps its store when it starts the ranks again: what the earlier ones left there must not be taken for
+    what the present ones say. So rank 0 answers every word that it finds, and waits for those who heard the answer.
+    """
+    name = secrets.token_hex(8)
+    if place.rank:
+        store.set(f"hello/{place.rank}", name)
+        agreed = _wait_for(f"welcome/{name}", store)
+        store.add(f"here/{agreed}", 1)
+        return agreed
+    welcomed: set[str] = set()
+    while store.add(f"here/{name}", 0) < place.size - 1:
+        said = [key for key in (f"hello/{rank}" for rank in range(1, place.size)) if store.check([key])]
+        for guest in {store.get(key).decode() for key in said} - welcomed:
+            store.set(f"welcome/{guest}", name)
+            welcomed.add(guest)
+        time.sleep(POLL_SECONDS / 10)
+    return name
 
 
 def _device(wanted: str, place: Place) -> torch.device:
@@ -196,9 +224,9 @@ def _follow(key: str) -> None:
         raise SystemExit(int(verdict))
 
 
-def _wait_for(key: str) -> str:
+def _wait_for(key: str, store: Any = None) -> str:
     """Wait at the store, not in a collective: no timeout ends a long preparation, and a signal is heard in between."""
-    store, pause = _store(), 0.01
+    store, pause = store or _store(), 0.01
     while not store.check([key]):
         time.sleep(pause)
         pause = min(2 * pause, POLL_SECONDS)
