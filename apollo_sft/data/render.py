@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,17 +13,14 @@ import numpy as np
 
 from apollo_sft.config.schema import DataConfig
 from apollo_sft.data.conversation import Forgeries
-from apollo_sft.data.sandbox import RenderError, Sandbox, with_reasoning_names
+from apollo_sft.data.sandbox import WAYS, RenderError, Sandbox, call_names, handed_over, with_reasoning_names
 from apollo_sft.data.spans import Dialogue, Habits, Text, UnprovableError, as_marked, lay_out
 from apollo_sft.data.template import ChatTemplate
-from apollo_sft.data.tokens import Encoder, TokenSpans
+from apollo_sft.data.tokens import Encoder, TokenSpans, control_tokens, special_tokens
 from apollo_sft.errors import DataError
 from apollo_sft.types import IGNORE_INDEX, Conversation, Message, RowRef, Sample
 
 NAMED_EXAMPLES = 5
-WAYS = ((False, False), (True, False), (False, True), (True, True))
-"""How a tool-calling turn is handed over: (empty content as null, arguments as JSON text). The first is what most
-templates want; the others are tried where a template refuses it, or leaves the calls out."""
 
 
 @dataclass(slots=True)
@@ -75,7 +70,7 @@ class Renderer:
         self.sandbox = Sandbox(template, kwargs | dict(data.apply_chat_template_kwargs))
         self.counts = RenderCounts()
         self.way: tuple[bool, bool] | None = None
-        self.forgeries = Forgeries(_special_tokens(tokenizer))
+        self.forgeries = Forgeries(special_tokens(tokenizer))
         with self.sandbox.bounded():
             controls = control_tokens(tokenizer, template)
             self.habits = Habits.of(lambda m, g: self.sandbox.render(m, None, {}, g), controls, tokenizer.eos_token)
@@ -137,7 +132,7 @@ class Renderer:
         return poor[1]
 
     def _lay_out(self, conversation: Conversation, way: tuple[bool, bool]) -> list[Text]:
-        messages = [_handed_over(message, *way) for message in with_reasoning_names(conversation.messages)]
+        messages = [handed_over(message, *way) for message in with_reasoning_names(conversation.messages)]
 
         def render(some: Sequence[Message], add_generation_prompt: bool) -> str:
             return self.sandbox.render(some, conversation.tools, conversation.template_kwargs, add_generation_prompt)
@@ -162,6 +157,12 @@ class Renderer:
             return self.lay_out(conversation)
         except UnprovableError as error:
             return self._refusal(conversation.ref, error)
+        except RunawayError as error:
+            raise DataError(
+                f"{conversation.ref}: the chat template does not come to an end on this conversation",
+                found=str(error),
+                fix="another data.chat_template",
+            ) from error
         except RenderError as error:
             return DataError(
                 f"{conversation.ref}: the chat template fails on this conversation",
@@ -231,36 +232,14 @@ def trained_turns(conversation: Conversation, train_on: str) -> list[int]:
     return [i for i in chosen if i not in conversation.untrained]
 
 
-def _handed_over(message: Message, null_content: bool, json_arguments: bool) -> Message:
-    """A message in one of WAYS."""
-    if "tool_calls" not in message or not (null_content or json_arguments):
-        return message
-    message = dict(message)
-    if null_content and not message["content"]:
-        message["content"] = None
-    if json_arguments:
-        message["tool_calls"] = [_with_json_arguments(call) for call in message["tool_calls"]]
-    return message
-
-
-def _with_json_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    inner = call.get("function", call)
-    inner = inner | {"arguments": json.dumps(inner["arguments"], ensure_ascii=False)}
-    return call | {"function": inner} if "function" in call else inner
-
-
 def _writes_calls(conversation: Conversation, texts: Sequence[Text]) -> bool:
     """Whether every trained tool call is in its target."""
     spans = [(span, text.text) for text in texts for span in text.spans]
     return all(
         name in text[span.start : span.end]
         for span, text in spans
-        for name in _call_names(conversation.messages[span.turn])
+        for name in call_names(conversation.messages[span.turn])
     )
-
-
-def _call_names(message: Message) -> list[str]:
-    return [call.get("function", call)["name"] for call in message.get("tool_calls", ())]
 
 
 def _is_written(message: Message, said: str) -> bool:
@@ -273,7 +252,7 @@ def _is_written(message: Message, said: str) -> bool:
 def _spoken(message: Message) -> Iterator[str]:
     yield message["content"]
     yield next((message[name] for name in ("reasoning_content", "thinking", "reasoning") if name in message), "")
-    yield from _call_names(message)
+    yield from call_names(message)
 
 
 def shifted_labels(ids: np.ndarray, ranges: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -305,23 +284,3 @@ def truncate(sample: Sample, max_length: int, side: str, bos: int | None = None)
         ids = np.concatenate([ids[:1], ids[1 - max_length :]])
         labels = np.concatenate([[np.int32(IGNORE_INDEX)], labels[1 - max_length :]]).astype(np.int32)
     return Sample(ids[-max_length:], labels[-max_length:], sample.ref, sample.turns)
-
-
-def control_tokens(tokenizer: Any, template: ChatTemplate) -> tuple[str, ...]:
-    """The tokens that can end a turn, longest first: special tokens, and added ones that the template writes."""
-    texts = template.text + template.text_for(True)
-    found = set(tokenizer.all_special_tokens)
-    for token in tokenizer.added_tokens_decoder.values():
-        if token.special or token.content in texts:
-            found.add(token.content)
-    return tuple(sorted(found - {""}, key=lambda text: (-len(text), text)))
-
-
-def _special_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Matches the special tokens that text can spell, longest first."""
-    found = set(tokenizer.all_special_tokens)
-    found |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    if getattr(tokenizer, "split_special_tokens", False):
-        found = set()
-    longest_first = sorted(found - {""}, key=lambda text: (-len(text), text))
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")

@@ -4,6 +4,7 @@ the text identical to `tokenizer.apply_chat_template(tokenize=False)`."""
 from __future__ import annotations
 
 import faulthandler
+import json
 import math
 import os
 import re
@@ -38,10 +39,17 @@ KILL_SECONDS = 20
 """CPU time after which the system ends the process: a C loop that looks at no signal cannot be left otherwise. A
 traceback of the template is the last that is seen of it."""
 STDERR = 2
+WAYS = ((False, False), (True, False), (False, True), (True, True))
+"""How a tool-calling turn is handed over: (empty content as null, arguments as JSON text). The first is what most
+templates want; the others are tried where a template refuses it, or leaves the calls out."""
 
 
 class RenderError(Exception):
     """A template that failed on one conversation."""
+
+
+class RunawayError(Exception):
+    """A template that takes what it may take, and would do so for the rows that follow too."""
 
 
 class _TimeUp(BaseException):
@@ -77,7 +85,7 @@ class Sandbox:
         row_kwargs: dict[str, Any],
         add_generation_prompt: bool,
     ) -> str:
-        """Call it inside of `bounded`. Raises: RenderError."""
+        """Call it inside of `bounded`. Raises: RenderError, RunawayError."""
         compiled = self.plain if tools is None else self.with_tools
         self._keep_schemas(tools)
         given = {"messages": messages, "tools": tools, "documents": None}
@@ -107,7 +115,9 @@ class Sandbox:
     def _run(self, work: Callable[[Any], Any], argument: Any) -> Any:
         try:
             result = self._timed(work, argument)
-        except (Exception, _TimeUp) as error:  # foreign code may raise anything
+        except (MemoryError, _TimeUp) as error:
+            raise RunawayError(_said_by(error)) from error
+        except Exception as error:  # foreign code may raise anything
             raise RenderError(_said_by(error)) from error
         if len(result) > MAX_CHARACTERS:
             raise RenderError(f"the rendering has {len(result):,} characters; at most {MAX_CHARACTERS:,} are allowed")
@@ -238,3 +248,25 @@ def _with_reasoning(message: Message) -> Message:
     if reasoning is None:
         return message
     return {"thinking": reasoning} | message | {"reasoning_content": reasoning}
+
+
+def handed_over(message: Message, null_content: bool, json_arguments: bool) -> Message:
+    """A message in one of WAYS."""
+    if "tool_calls" not in message or not (null_content or json_arguments):
+        return message
+    message = dict(message)
+    if null_content and not message["content"]:
+        message["content"] = None
+    if json_arguments:
+        message["tool_calls"] = [_with_json_arguments(call) for call in message["tool_calls"]]
+    return message
+
+
+def _with_json_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    inner = call.get("function", call)
+    inner = inner | {"arguments": json.dumps(inner["arguments"], ensure_ascii=False)}
+    return call | {"function": inner} if "function" in call else inner
+
+
+def call_names(message: Message) -> list[str]:
+    return [call.get("function", call)["name"] for call in message.get("tool_calls", ())]

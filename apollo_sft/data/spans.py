@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from apollo_sft.data.sandbox import RenderError
+from apollo_sft.data.sandbox import RenderError, RunawayError
 from apollo_sft.types import Message
 
 Render = Callable[[Sequence[Message], bool], str]
@@ -75,7 +75,7 @@ class Habits:
         probe = [{"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}]
         try:
             tails = [render(probe, going_on).rpartition(MARK)[2] for going_on in (False, True)]
-        except RenderError:
+        except (RenderError, RunawayError):  # the first row will say so, by its name
             return cls(controls, eos, True, None)
         tail, going_on = (_marks_at_start(text, controls) for text in tails)
         closing = tail[1] if len(tail) == 2 and going_on[:1] == tail[:1] and going_on[1:2] != tail[1:] else None

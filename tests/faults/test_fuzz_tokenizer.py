@@ -16,7 +16,8 @@ from apollo_sft.train.preflight import prepare
 from tests.support.reliability import record
 from tests.support.runs import arguments, write_inputs
 
-SLOWEST_SECONDS = 60
+SLOWEST_SECONDS = 20
+"""CPU time."""
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 VALUES: list[Any] = [
     None,
@@ -137,7 +138,7 @@ def try_all(inputs: Path, seeds: range) -> None:
         for seed in seeds:
             for file, text in broken(originals, random.Random(seed)).items():
                 (inputs / "model" / file).write_bytes(text.encode("utf-8", "surrogatepass"))
-            begun = time.monotonic()
+            begun = time.process_time()
             try:
                 prepare(compose(arguments(inputs, inputs / "out", "data.val_files=null")).config)
             except ApolloError as error:
@@ -146,18 +147,19 @@ def try_all(inputs: Path, seeds: range) -> None:
                     failures.append(f"seed {seed}: {error!r}")
             except BaseException as error:  # a panic of the tokenizers' Rust is no Exception
                 failures.append(f"seed {seed}: {type(error).__name__}: {str(error)[:200]}")
-            slowest = max(slowest, time.monotonic() - begun)
+            slowest = max(slowest, time.process_time() - begun)
     finally:
         for file, text in originals.items():
             (inputs / "model" / file).write_text(text)
     record("fuzzed tokenizers and templates", trials=len(seeds), failures=len(failures), worst_seconds=slowest)
     assert failures == []
     assert slowest < SLOWEST_SECONDS
-    assert len(seeds) // 4 < num_refused < len(seeds)
+    assert num_refused >= len(seeds) // 4
 
 
 def test_a_store_or_one_clear_error(inputs: Path) -> None:
     try_all(inputs, range(60))
+    try_all(inputs, range(1136, 1140))  # 1138: a template without end, met by every row
 
 
 @pytest.mark.long

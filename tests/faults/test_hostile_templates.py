@@ -12,7 +12,7 @@ import pytest
 from apollo_sft.data import sandbox
 from apollo_sft.data.conversation import Conversation
 from apollo_sft.data.render import Renderer
-from apollo_sft.data.sandbox import RenderError, Sandbox
+from apollo_sft.data.sandbox import RunawayError, Sandbox
 from apollo_sft.data.template import ChatTemplate, resolve_template
 from apollo_sft.errors import DataError
 from apollo_sft.types import RowRef
@@ -74,7 +74,7 @@ def test_a_hostile_template_ends_in_seconds_and_names_the_row(text: str, said: s
 def test_after_a_hostile_one_an_honest_one_renders() -> None:
     honest = Sandbox(ChatTemplate(CHATML, "test"), {})
     hostile = Sandbox(ChatTemplate("{{ messages[0].content * 10000000000 }}", "test"), {})
-    with honest.bounded(), pytest.raises(RenderError):
+    with honest.bounded(), pytest.raises(RunawayError):
         hostile.render(chat("a"), None, {}, False)
     with honest.bounded():
         assert honest.render(chat("a"), None, {}, False) == "<|im_start|>user\na<|im_end|>\n"
@@ -88,6 +88,15 @@ def test_time_between_renderings_is_nobody_s() -> None:
         while time.process_time() < end:
             pass
         honest.render(chat("a"), None, {}, False)
+
+
+def test_the_rows_after_a_hostile_one_are_not_tried() -> None:
+    tokenizer, data = tiny_tokenizer(), data_config(chat_template=LOOPS, bad_rows="skip")
+    renderer = Renderer(tokenizer, resolve_template(tokenizer, data), data)
+    begun = time.process_time()
+    with pytest.raises(DataError, match="row 0: the chat template does not come to an end"):
+        renderer.try_render([Conversation(chat("a", "b"), None, {}, RowRef("rows", row)) for row in range(100)])
+    assert time.process_time() - begun < 10
 
 
 IN_C = """
