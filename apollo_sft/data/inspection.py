@@ -18,7 +18,8 @@ from apollo_sft.data.plan import PlanSpec, plan, steps_per_epoch
 from apollo_sft.data.store_files import Rejected, SampleStore
 from apollo_sft.types import RowRef
 
-Kind = Literal["refused", "dropped", "cut", "left out"]
+Kind = Literal["refused", "dropped", "cut", "left out", "set aside"]
+"""Left out: turns (data.history). Set aside: nothing in the row was to be trained, by its own word."""
 NAMED = 5
 MOST_BARS = 16
 MOST_STEPS = 512
@@ -146,7 +147,9 @@ def losses(entries: Iterable[Rejected]) -> list[Loss]:
 def kind_of(entry: Rejected) -> Kind:
     if entry.trained:
         return "cut" if entry.tokens_lost else "left out"
-    return "dropped" if entry.tokens_lost or entry.turns else "refused"
+    if entry.targets_lost or entry.turns:
+        return "dropped"
+    return "set aside" if entry.tokens_lost else "refused"
 
 
 def _reason(entry: Rejected) -> tuple[str, str]:

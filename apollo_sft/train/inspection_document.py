@@ -28,7 +28,7 @@ from apollo_sft.report.document import (
 from apollo_sft.train.inspection import Inspection, Pick, Split, rows_in_words
 from apollo_sft.train.opening import steps_in_words
 
-LOST: dict[str, Level] = {"refused": "bad", "dropped": "bad", "cut": "bad", "left out": "look"}
+LOST: dict[str, Level] = {"refused": "bad", "dropped": "bad", "cut": "bad", "left out": "look", "set aside": "look"}
 Clean = Callable[[str], str]
 """Makes a text harmless for a terminal, and leaves out the folder that all files are in."""
 MOST_TOGETHER = 12

@@ -136,6 +136,7 @@ ELSEWHERE = {
     "make check": MAKE,
     "make env": FRESH,
     "make dev": FRESH,
+    "apollo-sft inspect key=value …": "tests/commands/test_inspect.py",
     "apollo-sft verify key=value …": "tests/commands/test_verify.py",
     "apollo-sft demo": "tests/commands/test_demo_command.py",
 }
