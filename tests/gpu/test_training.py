@@ -1,0 +1,46 @@
+"""Runs on a CUDA device against the same run on the CPU, whose code they share."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.runs import series, train_here, write_inputs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+FP32 = "model.fsdp_config.dtype=fp32"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def on_cpu(inputs: Path) -> list[dict[str, Any]]:
+    return train_here(inputs, inputs / "cpu", "trainer.total_training_steps=6", "trainer.save_freq=1000")
+
+
+@pytest.mark.parametrize(
+    ("more", "bound"),
+    [
+        ([FP32, "model.attn_implementation=sdpa"], 1e-4),
+        ([FP32], 1e-4),
+        ([], 3e-2),
+        (["model.enable_gradient_checkpointing=true"], 3e-2),
+        (["model.fsdp_config.cpu_offload=true"], 3e-2),
+        (["trainer.save_freq=2"], 3e-2),
+    ],
+    ids=["fp32 sdpa", "fp32", "bf16", "checkpointing", "offload, pinned", "checkpoints with the device's generator"],
+)
+def test_losses_are_those_of_the_cpu(
+    inputs: Path, on_cpu: list[dict[str, Any]], tmp_path: Path, more: list[str], bound: float
+) -> None:
+    keys = ["trainer.device=cuda", "trainer.total_training_steps=6", "trainer.save_freq=1000"]
+    metrics = train_here(inputs, tmp_path / "out", *keys, *more)
+    assert series(metrics, "train/loss") == pytest.approx(series(on_cpu, "train/loss"), rel=bound)
+    assert min(series(metrics, "memory/peak_bytes")) > 0
