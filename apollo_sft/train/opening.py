@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from apollo_sft.checkpoint.layout import RunFolder, sees_probe
+from apollo_sft.checkpoint.layout import RunFolder, sees_probe, versions
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.audit import describe, to_json, write_ledger
 from apollo_sft.data.loader import Loader
@@ -28,6 +29,16 @@ LINE_WIDTH = 80
 TITLE_WIDTH = 9
 LONGEST_VALUE = 400
 IMBALANCE_STEPS = 16
+OF_A_HOST = (
+    "trainer.default_local_dir",
+    "data.store_dir",
+    "data.train_files",
+    "data.val_files",
+    "data.custom_cls.path",
+    "model.partial_pretrain",
+    "model.lora_adapter_path",
+)
+"""Where things lie may differ. What lies there may not: run folder, tokens and model are compared as such."""
 
 
 def check_world(config: SftConfig, world: World, overridden: Mapping[str, Any]) -> None:
@@ -81,6 +92,54 @@ def check_shared(path: str, world: World, folder: RunFolder | None) -> None:
             expected="a folder that all hosts share (NFS, Lustre, …)",
             fix="set trainer.default_local_dir to a shared folder on every host; data.store_dir may be local",
         )
+
+
+def check_alike(name: str, mine: Mapping[str, Any], world: World) -> None:
+    """Every rank must have what rank 0 has. Every rank calls it; `name` is used once in a run.
+
+    Raises: ConfigError on rank 0, naming what differs and where; the others end in silence.
+    """
+    if world.size == 1:
+        return
+    if not world.is_main:
+        answer(world, name, lambda text: _differences(json.loads(text), mine, world))
+        return
+    complaints = ask_others(name, json.dumps(mine, default=str))
+    if complaints:
+        raise ConfigError(
+            "not every process was started with the same command, versions and data",
+            found="; ".join([*complaints[:4], *([f"and {len(complaints) - 4} more ranks"] if complaints[4:] else [])]),
+            expected="the same on all hosts",
+            fix="start the same command everywhere, with the same packages and the same files",
+        )
+
+
+def start_of(config: SftConfig) -> dict[str, Any]:
+    """What all ranks must agree on before anything is read: the config, but for places on a host, and the versions."""
+    keys = {key: value for key, value in _leaves(config.model_dump(mode="json")) if key not in OF_A_HOST}
+    return keys | {f"version of {name}": found for name, found in versions().items()}
+
+
+def contents_of(prepared: Prepared) -> dict[str, Any]:
+    """What all ranks must have found in the files: the tokens of the data, and the model's config.json."""
+    config = json.dumps(prepared.base.config, sort_keys=True, default=str)
+    val = None if prepared.val is None else prepared.val.key
+    found = {"tokens of data.train_files": prepared.train.key, "tokens of data.val_files": val}
+    return found | {"config.json of the model": hashlib.sha256(config.encode()).hexdigest()}
+
+
+def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any], world: World) -> str | None:
+    now = json.loads(json.dumps(mine, default=str))
+    keys = [key for key in now if now[key] != theirs.get(key)] + [key for key in theirs if key not in now]
+    shown = ", ".join(f"{key} {_short(now.get(key))}, not {_short(theirs.get(key))}" for key in keys[:4])
+    more = f" and {len(keys) - 4} more" if keys[4:] else ""
+    return f"rank {world.rank} on {socket.gethostname()} has {shown}{more}" if keys else None
+
+
+def _short(value: Any) -> str:
+    """In one line, and of a digest only the start."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LINE_WIDTH else f"{text[:16]}…"
 
 
 def _blind(path: str, world: World) -> str:

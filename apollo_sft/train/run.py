@@ -28,7 +28,16 @@ from apollo_sft.train.assemble import assemble, needs_group, strategy_of
 from apollo_sft.train.checkpoints import Checkpoints
 from apollo_sft.train.finish import check_disk, export, hf_form, summary
 from apollo_sft.train.loop import Run, run_loop
-from apollo_sft.train.opening import announce, check_shared, check_world, config_text, schedule_of
+from apollo_sft.train.opening import (
+    announce,
+    check_alike,
+    check_shared,
+    check_world,
+    config_text,
+    contents_of,
+    schedule_of,
+    start_of,
+)
 from apollo_sft.train.optim import Schedule
 from apollo_sft.train.preflight import Prepared, check_model, load_external_lib, prepare, seed_everything
 from apollo_sft.train.reporter import Reporter
@@ -73,6 +82,7 @@ def _in_folder(
         stop.last_words = folder.write_run
     try:
         stop.at_once(BEFORE_TRAINING)
+        check_alike("start", start_of(config), world)
         check_shared(config.trainer.default_local_dir, world, folder)
         _run(config, world, folder, stop)
         stop.never()
@@ -135,6 +145,7 @@ def _run(config: SftConfig, world: World, folder: RunFolder | None, stop: StopFl
     """Prepare, assemble, train, export. `folder` is None off rank 0."""
     launch.on_main(world, "model", lambda: check_model(config))
     prepared = launch.once_per_host(world, "prepare", lambda: prepare(config))
+    check_alike("contents", contents_of(prepared), world)
     mesh = build_mesh(world, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
     train_loader, val_loader = _loaders(config, prepared, mesh)
     in_epoch = steps_per_epoch(len(prepared.train), train_loader.spec)

@@ -151,6 +151,33 @@ def test_folders_of_one_host_each_are_refused(inputs: Path, tmp_path: Path) -> N
     assert not list(tmp_path.glob("local_*/metrics.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("differently", "message"),
+    [
+        (["optim.lr=2e-5", "data.max_length=500"], "data.max_length 500, not 512, optim.lr 2e-05, not 1e-05"),
+        (["data.train_files={other}"], 'tokens of data.train_files "'),
+    ],
+)
+def test_hosts_that_were_started_differently_are_refused(
+    inputs: Path, tmp_path: Path, differently: list[str], message: str
+) -> None:
+    write_word_problems(tmp_path / "data", 40, 8, seed=2)
+    other = tmp_path / "data" / "single_turn" / "train.parquet"
+    second = [text.format(other=other) for text in differently]
+    environments = [home(tmp_path, name, inputs) for name in ("a", "b")]
+    mine = training(inputs, tmp_path / "out")
+    theirs = [text for text in mine if text.partition("=")[0] not in {key.partition("=")[0] for key in second}]
+    commands = agents(free_port(), [mine, [*theirs, *second]])
+    finished = start_all(list(zip(commands, environments, strict=True)))
+    assert all(each.returncode for each in finished)
+    text = finished[0].stderr + finished[1].stderr
+    assert text.count("not every process was started with the same command, versions and data") == 1, text[-3000:]
+    # torchrun decides which of the two is rank 0
+    assert message in text or "data.max_length 512, not 500, optim.lr 1e-05, not 2e-05" in text
+    assert f"rank 1 on {HOST} has " in text
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "refused"
+
+
 def srun(inputs: Path, folder: Path, arguments: list[str], size: int = 2) -> list[subprocess.CompletedProcess[str]]:
     """Plain processes, each on a host of its own as srun would start them, but that all hosts are this one."""
     common = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": str(size), "SLURM_JOB_NODELIST": f"node[1-{size}]"}
