@@ -51,7 +51,9 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 def write_inputs(folder: Path, options: argparse.Namespace) -> None:
     """A model, and documents of different lengths, all of whose tokens are targets."""
     from transformers import AutoModelForCausalLM, Qwen2Config
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
