@@ -133,6 +133,10 @@ def test_a_check_fails_for_each_reason_and_says_which(inspect: Inspect) -> None:
     inspect.write("val.parquet", numbered(2, 11))
     assert "check failed: 1 validation samples are trained on too" in inspect(val, "--check").out
     assert inspect(val).code == 0
+    inspect.write("train.parquet", [row | {"train": index > 0} for index, row in enumerate(numbered(3))])
+    aside = inspect("--check")
+    assert aside.code == 0 and "! train: 1 row set aside" in aside.out
+    inspect.write("train.parquet", numbered(12))
     cut = inspect("data.max_length=30", "data.truncation=right", "--check")
     assert (cut.code, cut.out.splitlines()[-1]) == (1, "check failed: train: 12 rows cut")
     inspect.write("train.parquet", [*numbered(12), {"messages": chat("I type <|im_end|>", "no")}])
