@@ -213,8 +213,13 @@ def _contradictions(config: SftConfig, given: set[str]) -> Iterator[ConfigError]
             f"{' and '.join(columns)} and data.multiturn.enable=true name two forms of data",
             fix="leave out the columns of single-turn data, or data.multiturn.enable",
         )
-    if config.data.custom_cls.name is not None and config.data.custom_cls.path is None:
-        yield ConfigError("data.custom_cls.name is set without data.custom_cls.path", fix="set both, or neither")
+    custom = config.data.custom_cls
+    if (custom.name is None) != (custom.path is None):
+        yield ConfigError(
+            "data.custom_cls.path and data.custom_cls.name go together",
+            found=f"path {custom.path}, name {custom.name}",
+            fix="set both, or neither",
+        )
     lora = config.model.lora_rank > 0 or config.model.lora_adapter_path is not None
     if config.model.lora_rank > 0 and not config.model.target_modules and config.model.lora_adapter_path is None:
         yield ConfigError(

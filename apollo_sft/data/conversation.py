@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NoReturn
 
@@ -28,6 +29,19 @@ def needed_columns(data: DataConfig) -> Columns:
         )
     keys = {data.response_key: "data.response_key", data.prompt_key: "data.prompt_key"}
     return Columns(required=(data.prompt_key, data.response_key), optional=_named(data.train_key), keys=keys)
+
+
+def check_conversation(conversation: Conversation) -> Conversation:
+    """A conversation that was not parsed here, held to what `parse_row` gives.
+
+    Raises: DataError naming file, row and message.
+    """
+    at = _Place(conversation.ref, "messages")
+    messages = _messages(conversation.messages, at)
+    untrained = {i for i, message in enumerate(messages) if not message.pop("train", True)}
+    tools = _parsed_tools(conversation.tools, _Place(conversation.ref, "tools"))
+    _check_value(conversation.template_kwargs, _Place(conversation.ref, "template_kwargs"))
+    return replace(conversation, messages=messages, tools=tools, untrained=conversation.untrained | untrained)
 
 
 def _named(*names: str) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ def store_key(
 ) -> str:
     """The key, 32 hexadecimal digits. `hashes` is a folder where hashes of unchanged files are remembered."""
     multiturn = data.multiturn
-    parts = {
+    parts: dict[str, Any] = {
         "format": FORMAT,
         "versions": [transformers.__version__, tokenizers.__version__],
         "files": [[file, file_hash(Path(file), hashes)] for file in files],
@@ -55,6 +55,8 @@ def store_key(
         "data": {name: getattr(data, name) for name in CONTENT_KEYS},
         "multiturn": [multiturn.enable, multiturn.messages_key, multiturn.tools_key, multiturn.enable_thinking_key],
     }
+    if data.custom_cls.path is not None:
+        parts["custom_cls"] = [file_hash(Path(data.custom_cls.path), hashes), data.custom_cls.name]
     text = json.dumps(parts, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -76,6 +78,8 @@ def file_hash(path: Path, hashes: Path) -> str:
     Raises: DataError for a file that cannot be read.
     """
     path = path.resolve()
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
     stat = path.stat()
     stamp = f"{path}|{stat.st_dev}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
     known = hashes / hashlib.sha256(stamp.encode()).hexdigest()[:32]

@@ -13,7 +13,15 @@ import numpy as np
 
 from apollo_sft.config.schema import DataConfig
 from apollo_sft.data.conversation import Forgeries
-from apollo_sft.data.sandbox import WAYS, RenderError, Sandbox, call_names, handed_over, with_reasoning_names
+from apollo_sft.data.sandbox import (
+    WAYS,
+    RenderError,
+    RunawayError,
+    Sandbox,
+    call_names,
+    handed_over,
+    with_reasoning_names,
+)
 from apollo_sft.data.spans import Dialogue, Habits, Text, UnprovableError, as_marked, lay_out
 from apollo_sft.data.template import ChatTemplate
 from apollo_sft.data.tokens import Encoder, TokenSpans, control_tokens, special_tokens

@@ -17,14 +17,15 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from apollo_sft.config.schema import DataConfig
-from apollo_sft.data.conversation import needed_columns, parse_row
+from apollo_sft.data.conversation import check_conversation, needed_columns, parse_row
+from apollo_sft.data.custom import custom_rows
 from apollo_sft.data.fingerprint import store_key
 from apollo_sft.data.parquet import Row, expand_paths, num_rows, read_rows
 from apollo_sft.data.render import Rendered, Renderer, truncate
 from apollo_sft.data.store_files import Rejected, SampleStore, StoreSummary, StoreWriter
 from apollo_sft.data.template import ChatTemplate
 from apollo_sft.errors import DataError
-from apollo_sft.types import RowRef, Sample
+from apollo_sft.types import Conversation, RowRef, Sample
 
 __all__ = ["SampleStore", "StoreRequest", "StoreSummary", "prepare_store"]
 
@@ -163,10 +164,7 @@ class _Builder:
             self.writer.abandon()
 
     def _read_all(self) -> None:
-        limit = self.request.max_rows
-        total = num_rows(self.files)
-        total = min(total, limit) if limit >= 0 else total
-        rows = read_rows(self.files, needed_columns(self.data), limit)
+        rows, total = self._rows()
         start = said = time.monotonic()
         gc.freeze()  # what the program holds already is looked through at no collection
         for chunk in _chunks(rows, CHUNK_ROWS):
@@ -175,16 +173,25 @@ class _Builder:
             if now - said > SAY_EVERY_SECONDS:
                 said = now
                 done = self.summary.num_rows
-                self.say(f"tokenised {done:,} of {total:,} rows, {done / (now - start):,.0f} rows/s")
+                self.say(f"tokenised {done:,}{total} rows, {done / (now - start):,.0f} rows/s")
         gc.unfreeze()
         seconds = max(time.monotonic() - start, 1e-9)
         done = self.summary.num_rows
         self.say(f"tokenised {done:,} {self.request.split} rows in {seconds:.1f} s, {done / seconds:,.0f} rows/s")
 
-    def _chunk(self, chunk: list[tuple[RowRef, Row]]) -> None:
+    def _rows(self) -> tuple[Iterator[tuple[RowRef, Any]], str]:
+        """The rows, and ` of N` where their number is known."""
+        limit = self.request.max_rows
+        if self.data.custom_cls.path is not None:
+            return custom_rows(self.files, self.request.tokenizer, self.data, limit), ""
+        total = num_rows(self.files)
+        total = min(total, limit) if limit >= 0 else total
+        return read_rows(self.files, needed_columns(self.data), limit), f" of {total:,}"
+
+    def _chunk(self, chunk: Sequence[tuple[RowRef, Row | Conversation | Sample]]) -> None:
         parsed = [self._try_parse(row, ref) for ref, row in chunk]
-        rendered = iter(self.renderer.try_render([c for c in parsed if not isinstance(c, DataError)]))
-        results = [c if isinstance(c, DataError) else next(rendered) for c in parsed]
+        rendered = iter(self.renderer.try_render([c for c in parsed if isinstance(c, Conversation)]))
+        results = [next(rendered) if isinstance(c, Conversation) else c for c in parsed]
         self._refuse_bad_rows([result for result in results if isinstance(result, DataError)], len(chunk))
         for (ref, _), result in zip(chunk, results, strict=True):
             if isinstance(result, Rendered):
@@ -192,9 +199,11 @@ class _Builder:
             else:
                 self._skip(ref, result)
 
-    def _try_parse(self, row: Row, ref: RowRef) -> Any:
+    def _try_parse(self, row: Row | Conversation | Sample, ref: RowRef) -> Conversation | Rendered | DataError:
+        if isinstance(row, Sample):
+            return Rendered([row])
         try:
-            return parse_row(row, ref, self.data)
+            return check_conversation(row) if isinstance(row, Conversation) else parse_row(row, ref, self.data)
         except DataError as error:
             return error
 

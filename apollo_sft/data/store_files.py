@@ -100,6 +100,7 @@ class StoreWriter:
 
     def __init__(self, folder: Path, files: list[str]) -> None:
         self.folder = folder
+        self.files = files
         self.file_index = {file: index for index, file in enumerate(files)}
         self.ids = ArrayWriter(folder / "input_ids.npy", TOKEN_DTYPE)
         self.labels = ArrayWriter(folder / "labels.npy", TOKEN_DTYPE)
@@ -121,6 +122,9 @@ class StoreWriter:
         self.offsets.append(self.ids.length)
         self.lengths.append(len(sample.input_ids))
         self.num_targets.append(sample.num_targets)
+        if sample.ref.file not in self.file_index:  # a class of the user's names its rows as it likes
+            self.file_index[sample.ref.file] = len(self.files)
+            self.files.append(sample.ref.file)
         self.sources.append(self.file_index[sample.ref.file])
         self.rows.append(sample.ref.row)
         self.turns.extend(sample.turns)

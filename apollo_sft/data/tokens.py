@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from apollo_sft.data.spans import Span, Text, UnprovableError
+from apollo_sft.data.template import ChatTemplate
 from apollo_sft.errors import DataError
 
 TAIL_CACHE = 4096
@@ -204,3 +205,23 @@ def _token_from(encoding: Any, start: int) -> int:
     if token is not None:
         return int(token)
     return next((i for i, (first, _) in enumerate(encoding.offsets) if first >= start), len(encoding.ids))
+
+
+def control_tokens(tokenizer: Any, template: ChatTemplate) -> tuple[str, ...]:
+    """The tokens that can end a turn, longest first: special tokens, and added ones that the template writes."""
+    texts = template.text + template.text_for(True)
+    found = set(tokenizer.all_special_tokens)
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special or token.content in texts:
+            found.add(token.content)
+    return tuple(sorted(found - {""}, key=lambda text: (-len(text), text)))
+
+
+def special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Matches the special tokens that text can spell, longest first."""
+    found = set(tokenizer.all_special_tokens)
+    found |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if getattr(tokenizer, "split_special_tokens", False):
+        found = set()
+    longest_first = sorted(found - {""}, key=lambda text: (-len(text), text))
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")

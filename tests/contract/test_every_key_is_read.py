@@ -16,7 +16,6 @@ from apollo_sft.config.schema import SftConfig
 PACKAGE = Path(__file__).resolve().parents[2] / "apollo_sft"
 CONFIG_ONLY = {
     "data.use_dynamic_bsz": "decides whether max_token_len_per_gpu may be set",
-    "data.custom_cls.name": "refused without custom_cls.path, which is not built yet",
     "optim.name": "there is one choice",
     "use_remove_padding": "changes nothing, and says so",
 }

@@ -35,7 +35,7 @@ def refused(*arguments: str) -> str:
         (["model.fsdp_config.dtype=fp64"], ["dtype=fp64, model_dtype=fp32"]),
         (["data.multiturn.messages_key=chat"], ["data.multiturn.enable is false", "data.multiturn.enable=true"]),
         (["data.multiturn.enable=true", "data.prompt_key=q"], ["data.prompt_key", "data.multiturn.enable=true"]),
-        (["data.custom_cls.name=Mine"], ["without data.custom_cls.path"]),
+        (["data.custom_cls.name=Mine"], ["data.custom_cls.path and data.custom_cls.name go together"]),
         (["trainer.device=cpu", "model.attn_implementation=flash"], ["attn_implementation=flash needs CUDA"]),
         (["model.lora_rank=8", "model.target_modules=[]"], ["model.target_modules is empty"]),
         (["trainer.export=adapter"], ["trainer.export=adapter needs LoRA"]),
@@ -80,7 +80,6 @@ def test_what_is_accepted_but_should_be_known_is_noted(argument: str, part: str)
 def test_pending_keys_say_so(key: str) -> None:
     used = {
         "model.use_liger": "true",
-        "data.custom_cls.path": "x.py",
         "trainer.generate_samples": "2",
         "trainer.default_hdfs_dir": "hdfs://x/y",
     }

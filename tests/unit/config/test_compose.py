@@ -127,7 +127,7 @@ def test_jinja_text_needs_no_quotes(text: str) -> None:
         (["optim.betas=[0.9]"], ["optim.betas", "a list of 2"]),
         (["optim.betas=[0.9,1.0]"], ["optim.betas", "less than 1"]),
         (["trainer.total_training_steps=0"], ["trainer.total_training_steps"]),
-        (["data.truncation=middle"], ["data.truncation", "'error', 'left' or 'right'"]),
+        (["data.truncation=middle"], ["data.truncation", "'error', 'left', 'right' or 'drop'"]),
         (["data=3"], ["data", "a dict"]),
         (["data.train_files=", NO_VALIDATION], ["data.train_files", "not empty"]),
         (["trainer.experiment_name=1"], ["trainer.experiment_name", "quote"]),
