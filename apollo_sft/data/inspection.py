@@ -175,29 +175,34 @@ def scan(store: SampleStore) -> Scan:
 
 def duplicates(store: SampleStore, digests: np.ndarray) -> Found:
     """Samples whose token ids an earlier sample has too; examples as `this row = that row`."""
-    found = Found()
     order = np.argsort(digests, kind="stable")
     repeats = np.flatnonzero(digests[order][1:] == digests[order][:-1]) + 1
     if not len(repeats):
-        return found
+        return Found()
     _, first = np.unique(digests, return_index=True)
     originals = dict(zip(digests[first].tolist(), first.tolist(), strict=True))
-    for index in np.sort(order[repeats])[:NAMED].tolist():
-        found.add(f"{store.ref(index)} = {store.ref(originals[int(digests[index])])}")
-    found.count = len(repeats)
-    return found
+    again = np.sort(order[repeats]).tolist()
+    pairs = (f"{store.ref(index)} = {store.ref(originals[int(digests[index])])}" for index in again)
+    return Found(len(again), _first_different(pairs))
 
 
 def overlap(train: SampleStore, train_digests: np.ndarray, val: SampleStore, val_digests: np.ndarray) -> Found:
     """Validation samples that are trained on, token by token."""
-    found = Found()
     unique, first = np.unique(train_digests, return_index=True)
     shared = np.flatnonzero(np.isin(val_digests, unique))
-    for index in shared[:NAMED].tolist():
-        at = int(first[np.searchsorted(unique, val_digests[index])])
-        found.add(f"{val.ref(index)} = {train.ref(at)}")
-    found.count = len(shared)
-    return found
+    same = first[np.searchsorted(unique, val_digests[shared])]
+    pairs = (f"{val.ref(i)} = {train.ref(at)}" for i, at in zip(shared.tolist(), same.tolist(), strict=True))
+    return Found(len(shared), _first_different(pairs))
+
+
+def _first_different(texts: Iterable[str]) -> list[str]:
+    """The first few, each once: a row of several samples is named once."""
+    found: dict[str, None] = {}
+    for text in texts:
+        found[text] = None
+        if len(found) == NAMED:
+            break
+    return list(found)
 
 
 def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:

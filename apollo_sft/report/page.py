@@ -114,7 +114,8 @@ def _chart(block: Bars) -> str:
 
 
 def _passages(block: Passages) -> str:
-    switch = '<label class="switch"><input type="checkbox" class="tokens"> token boundaries; ids under the pointer</label>'
+    switch = "token boundaries; ids under the pointer"
+    switch = f'<label class="switch"><input type="checkbox" class="tokens"> {switch}</label>'
     legend = f'<p class="legend"><mark>what is trained</mark> <span>what the model only reads</span>{switch}</p>'
     return _section(block.title, legend + "".join(_passage(passage) for passage in block.passages))
 
