@@ -156,13 +156,14 @@ def _picks(split: Split, options: argparse.Namespace) -> list[tuple[Split, Pick]
 def _picks_of_page(
     split: Split, asked: list[tuple[Split, Pick]], options: argparse.Namespace
 ) -> list[tuple[Split, Pick]]:
-    """What was asked for, else a bit of everything."""
+    """The rows that were asked for; else a usual sample first, and what was asked for, or a bit of everything."""
     from apollo_sft.train.inspection import at_random, usual, worst
 
-    store = split.store
-    return asked or [
-        (split, pick) for pick in [*usual(store), *at_random(store, options.count, options.seed), *worst(store)]
-    ]
+    if options.row:
+        return asked
+    some = [*at_random(split.store, options.count, options.seed), *worst(split.store)]
+    first = [(split, pick) for pick in usual(split.store)]
+    return first + (asked or [(split, pick) for pick in some])
 
 
 def _conclude(found: Inspection, check: bool) -> int:

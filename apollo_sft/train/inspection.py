@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data import inspection as count
-from apollo_sft.data.audit import findings
+from apollo_sft.data.audit import findings, stretches
 from apollo_sft.data.inspection import FileCounts, Found, Loss, Packing
 from apollo_sft.data.plan import PlanSpec, steps_per_epoch
 from apollo_sft.data.store_files import SampleStore
@@ -22,6 +23,8 @@ from apollo_sft.train.optim import Schedule
 from apollo_sft.train.preflight import Prepared, load_external_lib, prepare
 from apollo_sft.train.run import plan_spec
 
+COMPARED = 8
+"""Samples by which the tokenizer is compared with its file."""
 SHOWN = 2
 """Samples of each kind that `worst` names."""
 
@@ -52,6 +55,7 @@ class Inspection:
     splits: list[Split]
     overlap: Found | None
     refusal: str | None
+    tokenizer_differs: str | None
 
     @property
     def problems(self) -> list[str]:
@@ -104,8 +108,28 @@ def inspect_data(config: SftConfig, processes: int | None) -> Inspection:
     overlap = None
     if prepared.val is not None:
         overlap = count.overlap(prepared.train, scans[0].digests, prepared.val, scans[1].digests)
+    differs = _tokenizer_differs(prepared)
     packing = count.packing(prepared.train.lengths, spec, sp_size)
-    return Inspection(config, prepared, processes, spec, schedule, packing, splits, overlap, refusal)
+    return Inspection(config, prepared, processes, spec, schedule, packing, splits, overlap, refusal, differs)
+
+
+def _tokenizer_differs(prepared: Prepared) -> str | None:
+    """Where tokenizer.json alone splits a sample otherwise than the tokenizer that transformers makes of the folder.
+
+    For some kinds of model it puts parts of its own in the place of the file's.
+    """
+    path = prepared.base.folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    alone = Tokenizer.from_file(str(path))
+    for index in range(min(len(prepared.train), COMPARED)):
+        text = "".join(text for text, _ in stretches(prepared.train[index], prepared.tokenizer))
+        expected = alone.encode(text, add_special_tokens=False).tokens
+        found = prepared.tokenizer(text, add_special_tokens=False).tokens()
+        at = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), None)
+        if at is not None:
+            return f"{' '.join(found[at : at + 4])} instead of {' '.join(expected[at : at + 4])}"
+    return None
 
 
 def _prepare(config: SftConfig) -> tuple[Prepared, str | None]:

@@ -81,6 +81,9 @@ def _notes(found: Inspection, clean: Clean) -> Iterator[Note]:
         notes.append(Note("good", "no validation sample is trained on"))
     if found.refusal is not None:
         yield Note("bad", visible(f"a training with these keys is refused: {found.refusal}"))
+    if found.tokenizer_differs is not None:
+        text = "transformers splits the text otherwise than tokenizer.json says, because of model_type in config.json"
+        notes.append(Note("look", text, [clean(found.tokenizer_differs)]))
     for level in ("bad", "look", "good"):
         yield from (note for note in notes if note.level == level)
 

@@ -167,6 +167,18 @@ def test_duplicates_and_replies_without_a_stop_are_pointed_out(inspect: Inspect)
     assert re.search(r"! train: 1 samples without a stop token.*\n      train.parquet row 3\n", ended.out)
 
 
+def test_a_tokenizer_that_transformers_changes_is_pointed_out(inspect: Inspect) -> None:
+    """For model_type qwen2 it puts a pre-tokenizer of its own in the place of the file's."""
+    inspect.write("train.parquet", [{"messages": chat("q", "one two three")}])
+    assert "tokenizer.json" not in inspect().out
+    file = inspect.folder / "model" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    apart = {"type": "Split", "pattern": {"Regex": "t"}, "behavior": "Isolated", "invert": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [apart, content["pre_tokenizer"]]}
+    file.write_text(json.dumps(content))
+    assert "! transformers splits the text otherwise than tokenizer.json says" in inspect().out
+
+
 def test_rows_that_are_asked_for(inspect: Inspect) -> None:
     inspect.write("train.parquet", [*numbered(3), {"messages": chat("q\x1b[31m", "one two three " * 60)}])
     whole = inspect("--row", "1")
