@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from apollo_sft.errors import ConfigError, Preempted
+from apollo_sft.errors import ConfigError, Preempted, redact
 from apollo_sft.report.log import say, warn
 from apollo_sft.report.metrics import Record
 
@@ -60,8 +60,8 @@ class Wandb:
         import wandb
 
         self._run = wandb.init(
-            project=info.project,
-            name=info.experiment,
+            project=redact(info.project),
+            name=redact(info.experiment),
             dir=str(info.folder),
             config=info.config,
             id=_wandb_id(info.folder / "wandb" / "run_id"),

@@ -56,9 +56,9 @@ def secret_arguments(inputs: Path, out: Path) -> list[str]:
         inputs,
         out,
         *SAFE,
-        f"trainer.project_name=https://me:{IN_A_URL}@host/x?X-Amz-Signature={SIGNED}&a=1",
         f"trainer.experiment_name={HUB}",
-        f"data.apply_chat_template_kwargs={{api_key: {NAMED}}}",
+        f"data.apply_chat_template_kwargs={{api_key: {NAMED}, "
+        f"url: 'https://me:{IN_A_URL}@host/x?X-Amz-Signature={SIGNED}&a=1'}}",
         "trainer.logger=[console,wandb,tensorboard]",
     )
 
@@ -70,7 +70,9 @@ def test_no_secret_is_written_or_said(inputs: Path, tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert found_in(out, finished.stdout + finished.stderr) == []
     assert "https://***@host/x" in (out / "config.yaml").read_text()
-    assert yaml.safe_load((out / "config.yaml").read_text())["data"]["apply_chat_template_kwargs"] == {"api_key": "***"}
+    kept = yaml.safe_load((out / "config.yaml").read_text())["data"]["apply_chat_template_kwargs"]
+    assert kept == {"api_key": "***", "url": "https://***@host/x?X-Amz-Signature=***&a=1"}
+    assert list(out.glob("wandb/offline-run-*/run-*.wandb")), "wandb took part"
     assert json.loads((out / "run.json").read_text())["overridden"]["trainer.experiment_name"] == "***"
     again = run(command, WANDB_MODE="offline", **OF_THE_ENVIRONMENT)
     assert "is complete" in again.stderr, "what was hidden makes no other configuration"

@@ -255,6 +255,15 @@ def test_names_that_leave_the_model_folder(entry: Entry, inputs: Path, change: C
     assert_refused(entry(arguments(inputs, inputs / "out")), "outside")
 
 
+@pytest.mark.parametrize("change", [absolute_shard, shard_above])
+def test_names_that_leave_it_are_refused_even_where_links_are_followed(
+    entry: Entry, inputs: Path, change: Callable[[Path], None]
+) -> None:
+    change(inputs)
+    ended = entry(arguments(inputs, inputs / "out", "model.follow_links=true"))
+    assert_refused(ended, "names a file outside itself")
+
+
 def test_links_out_of_an_adapter(adapter: Path, entry: Entry, inputs: Path) -> None:
     outside = (adapter / "adapter_model.safetensors").rename(inputs / "outside")
     (adapter / "adapter_model.safetensors").symlink_to(outside)
