@@ -15,6 +15,7 @@ WHOLE_STRATEGIES = ("one process", "fsdp2", "fsdp", "hsdp", "fsdp2 + offload")
 
 CHECKPOINTING = "model.enable_gradient_checkpointing=true"
 SELECTIVE = "model.gradient_checkpointing_policy=selective"
+SELECTIVE = "model.gradient_checkpointing_policy=selective"
 NO_SYNC = "model.fsdp_config.use_no_sync_for_gradient_accumulation=true"
 OFFLOAD = "model.fsdp_config.cpu_offload=true"
 KEEP = "model.fsdp_config.reshard_after_forward=false"
@@ -48,6 +49,7 @@ def micro(size: int) -> str:
 
 
 SWITCHES: list[list[str]] = [[], [CHECKPOINTING], [NO_SYNC], [CHECKPOINTING, NO_SYNC]]
+EXTRAS = ([KEEP], [LARGE], [BALANCE])
 BATCHING = [[micro(1)], [micro(2)], [micro(4)], [micro(8)], TOKENS]
 
 COVERING: dict[int, Cells] = {
@@ -67,6 +69,7 @@ COVERING: dict[int, Cells] = {
             [LARGE, micro(8)],
             [BALANCE, *TOKENS],
             [FSDP1, *TOKENS],
+            [sp(2), CHECKPOINTING, SELECTIVE, micro(8)],
             [FSDP1, sp(2), NO_SYNC, micro(8)],
             [FSDP1, OFFLOAD, CHECKPOINTING, micro(8)],
             [LARGE, CHECKPOINTING, SELECTIVE, *TOKENS],
@@ -135,7 +138,7 @@ def full_grid(processes: int) -> Cells:
     for layout in layouts(processes):
         batching = BATCHING if layout[2] in WHOLE_STRATEGIES else [TOKENS]
         cells[WHOLE] += [[*place(layout), *more, *how] for more in SWITCHES for how in batching]
-        cells[WHOLE] += [[*place(layout), *more, *TOKENS] for more in ([KEEP], [LARGE], [BALANCE])]
+        cells[WHOLE] += [[*place(layout), *more, *TOKENS] for more in EXTRAS]
     for turn, name in enumerate(MODELS):
         if name != WHOLE:
             cells[name] = [
