@@ -79,9 +79,9 @@ def test_it_says_what_a_training_then_does(tmp_path: Path, capfd: pytest.Capture
     keys = training_arguments(inputs, tmp_path / "out", "trainer.total_epochs=2")
     assert main(["inspect", *keys]) == 0
     out = capfd.readouterr().out
-    stores = {path.name for path in (inputs / "store").iterdir()}
+    stores = sorted((inputs / "store").glob("*/meta.json"))
     metrics = train_here(inputs, tmp_path / "out", "trainer.total_epochs=2")
-    assert {path.name for path in (inputs / "store").iterdir()} == stores
+    assert sorted((inputs / "store").glob("*/meta.json")) == stores and len(stores) == 2
     assert re.search(rf"^  steps +{metrics[-1]['step']} \(2 epochs\)", out, re.M)
     audit = json.loads((tmp_path / "out" / "data_audit.json").read_text())
     figures = re.search(r"^([\d,]+) rows +→ +([\d,]+) samples +→ +([\d,]+) tokens +→ +([\d,]+) targets", out, re.M)
