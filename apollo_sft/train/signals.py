@@ -83,15 +83,16 @@ class StopFlag:
         first = None
         with os.fdopen(self._heard, "rb", buffering=0) as heard:
             while number := heard.read(1):
-                if number[0] not in SIGNALS or self._when == "never":
-                    continue
-                now = time.monotonic()
-                first = first or now
-                if self._when != "between steps":
-                    if not self._ended.wait(GRACE_SECONDS):
-                        self.end_now("preempted", Preempted.exit_code, f"stopped by {self.name} {self._where}")
-                elif now - first > SAME_REQUEST_SECONDS:
-                    self.end_now("failed", 128 + number[0], "ended at once by a second signal")
+                if number[0] in SIGNALS and self._when != "never":
+                    first = first or time.monotonic()
+                    self._end_if_due(number[0], time.monotonic() - first)
+
+    def _end_if_due(self, number: int, seconds_since_first: float) -> None:
+        if self._when == "between steps":
+            if seconds_since_first > SAME_REQUEST_SECONDS:
+                self.end_now("failed", 128 + number, "ended at once by a second signal")
+        elif not self._ended.wait(GRACE_SECONDS):
+            self.end_now("preempted", Preempted.exit_code, f"stopped by {self.name} {self._where}")
 
     def end_now(self, status: Literal["preempted", "failed"], code: int, found: str) -> None:
         """End the process from any thread, whatever the main thread does. `found` is what the user is told."""
