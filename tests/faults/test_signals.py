@@ -145,7 +145,8 @@ def what_is_wrong(code: int, said: str, out: Path, name: str) -> list[str]:
         wrong.append(f"run.json says {status(out)}")
     if "Traceback" in said:
         wrong.append("a traceback")
-    if said.count(f"apollo-sft: stopped by {name} ") != int((out / "run.json").exists()):
+    expected = {1} if (out / "run.json").exists() else {0, 1}  # before a rank has begun there is nobody to say it
+    if said.count(f"apollo-sft: stopped by {name} ") not in expected:
         wrong.append("it is not said once")
     if model_files(out):
         wrong.append("there is a model")
