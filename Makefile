@@ -31,7 +31,7 @@ demo: env
 	$(BIN)/apollo-sft demo
 
 test: dev
-	$(BIN)/pytest -m "not long"
+	$(BIN)/pytest -n 2 -m "not long"
 
 test-long: dev
 	$(BIN)/pytest -m long
