@@ -192,6 +192,12 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) and content.get("kind") == MARKER else None
 
 
+def status_of(exit_code: int) -> Status:
+    """What run.json says of a run that ended with this code, which is not 0."""
+    endings: dict[int, Status] = {2: "refused", 75: "preempted"}
+    return endings.get(exit_code, "failed")
+
+
 def settle_run(folder: Path, code: int, since: float) -> int:
     """Make run.json say what the exit code says, of a run that began after `since` (seconds since 1970) and is over.
 
@@ -202,7 +208,7 @@ def settle_run(folder: Path, code: int, since: float) -> int:
         return code
     if run["status"] == "finished":
         return 0
-    status = {2: "refused", 75: "preempted"}.get(code, "failed")
+    status = status_of(code)
     if run["status"] != status:
         changed = run | {"status": status, "finished": run["finished"] or _now()}
         publish.write_durably(folder / RUN_JSON, json.dumps(changed, indent=2, ensure_ascii=False) + "\n")

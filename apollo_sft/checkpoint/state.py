@@ -164,6 +164,7 @@ def _random_states() -> dict[str, Tensor]:
     """This rank's, under a name of its own."""
     name = f"random/{os.environ.get('RANK', '0')}"
     states = {name: torch.get_rng_state()}
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # by this run; offloaded weights lie on the CPU, but dropout is drawn on the GPU
+    # Not where the weights lie: offloaded ones lie on the CPU, but dropout is drawn on the GPU.
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states[f"{name}/cuda"] = torch.cuda.get_rng_state()
     return states

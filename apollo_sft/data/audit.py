@@ -56,7 +56,7 @@ def describe(
     lines = _table([(name, store.summary) for name, store in stores], plan, tokenizer)
     for name, store in stores:
         lines += [f"  ! {name}: {remark}" for remark in remarks(store.summary)]
-    example = _example_index(train)
+    example = usual_sample(train)
     legend = f"{TARGET_START}{TARGET_END} = what is trained"
     lines += ["", f"Example ({train.ref(example)}), {legend}:", ""]
     lines.append(marked(train[example], tokenizer, colour))
@@ -170,7 +170,7 @@ def _stops(summary: StoreSummary, tokenizer: Any) -> str:
     return ", ".join(names) or "none"
 
 
-def _example_index(store: SampleStore) -> int:
+def usual_sample(store: SampleStore) -> int:
     """A sample of ordinary length that is trained on more than a stop token: the first one up to the median."""
     usual = (store.lengths <= np.median(store.lengths)) & (store.num_targets > 1)
     return int(np.argmax(usual)) if usual.any() else 0

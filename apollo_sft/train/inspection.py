@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data import inspection as count
-from apollo_sft.data.audit import findings, stretches
+from apollo_sft.data.audit import findings, stretches, usual_sample
 from apollo_sft.data.inspection import FileCounts, Found, Loss, Packing
 from apollo_sft.data.plan import PlanSpec, steps_per_epoch
 from apollo_sft.data.store_files import SampleStore
@@ -172,9 +172,7 @@ class Pick:
 
 
 def usual(store: SampleStore) -> list[Pick]:
-    """A sample of ordinary length that is trained on more than a stop token."""
-    fitting = (store.lengths <= np.median(store.lengths)) & (store.num_targets > 1)
-    return [Pick(int(np.argmax(fitting)) if fitting.any() else 0, "a usual one")]
+    return [Pick(usual_sample(store), "a usual one")]
 
 
 def worst(store: SampleStore) -> list[Pick]:

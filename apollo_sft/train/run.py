@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from apollo_sft.checkpoint.agree import explained
-from apollo_sft.checkpoint.layout import RunFolder, Status
+from apollo_sft.checkpoint.layout import RunFolder, Status, status_of
 from apollo_sft.config.compose import recorded, to_yaml
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.loader import Loader
@@ -88,7 +88,7 @@ def _in_folder(
         stop.never()
         status = "finished"
     except (ApolloError, Stopped) as error:
-        status = {2: "refused", 75: "preempted"}.get(error.exit_code, "failed")  # type: ignore[assignment]
+        status = status_of(error.exit_code)
         raise
     except OSError as error:
         raise _about_the_disk(error, config) from error
