@@ -54,8 +54,6 @@ def main(arguments: list[str]) -> int:
         print(HELP)
         return 0
     options, overrides = _parse(arguments)
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # as `python -m` does: model.external_lib may lie in the working directory
     composed = entry.check(overrides)
     if composed is None:
         return 0

@@ -34,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         hint = f"; did you mean apollo-sft train {name} …?" if "=" in name else hint
         print(f"apollo-sft: unknown command {name}{hint}", file=sys.stderr)
         return 2
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as `python -m` does: model.external_lib may lie in the working directory
     try:
         code: int = importlib.import_module(f"apollo_sft.cli.{name}").main(rest)
     except ApolloError as error:

@@ -27,8 +27,6 @@ def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         return entry.main(["--help"])
     nproc, overrides = _take_nproc(arguments)
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # as `python -m` does: model.external_lib may lie in the working directory
     composed = entry.check(overrides)
     if composed is None:
         return 0

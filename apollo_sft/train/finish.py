@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from apollo_sft.checkpoint.agree import free_bytes
 from apollo_sft.checkpoint.export import (
     AdapterForm,
     ExportOptions,
@@ -17,19 +13,13 @@ from apollo_sft.checkpoint.export import (
     save_model,
 )
 from apollo_sft.checkpoint.layout import RunFolder
-from apollo_sft.checkpoint.resume import whole_checkpoints
-from apollo_sft.checkpoint.state import num_bytes as state_bytes
-from apollo_sft.checkpoint.tensor_files import num_bytes
 from apollo_sft.config.schema import SftConfig
-from apollo_sft.errors import ConfigError
-from apollo_sft.model import attention
-from apollo_sft.model.load import build_on_meta
-from apollo_sft.model.lora import adapter_tensors, file_name, inject, lora_config, merge
+from apollo_sft.model.lora import adapter_tensors, file_name, lora_config, merge
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World
 from apollo_sft.report.console import clock
 from apollo_sft.report.log import say, warn
-from apollo_sft.train.assemble import resolve_precision, strategy_of
+from apollo_sft.train.assemble import strategy_of
 from apollo_sft.train.preflight import Prepared
 from apollo_sft.train.reporter import Reporter
 
@@ -79,35 +69,6 @@ def hf_form(config: SftConfig, prepared: Prepared, causal_lm: Any) -> ModelForm 
     trained = {name: p for name, p in causal_lm.named_parameters() if p.requires_grad}
     names = {file_name(name): f"{IN_CHECKPOINT}{name}" for name in trained}
     return AdapterForm(names, adapter, sum(p.numel() * p.element_size() for p in trained.values()))
-
-
-def check_disk(config: SftConfig, prepared: Prepared, root: Path) -> None:
-    """Before a weight is read: the disk must hold two checkpoints and the finished model.
-
-    A run that goes on has one of them already.
-    Raises: ConfigError.
-    """
-    precision = resolve_precision(config.model, config.trainer.device != "cpu" and torch.cuda.is_available())
-    adapter = lora_config(config.model, prepared.base.source)
-    stored = precision.master if adapter is None else precision.compute
-    attention.register(attention.sdpa_kernel)  # its name must be known; nothing runs
-    causal_lm = build_on_meta(prepared.hf_config, stored, config.model.trust_remote_code)
-    model_bytes = sum(num_bytes(spec) for spec in prepared.base.tensors.values())
-    if adapter is not None:
-        inject(causal_lm, adapter, precision.master)
-        model_bytes = 0 if config.trainer.export == "adapter" else model_bytes
-    form = hf_form(config, prepared, causal_lm)
-    one = state_bytes(causal_lm, config.trainer.checkpoint.save_contents) + (form.num_bytes if form else 0)
-    has_one = any(whole_checkpoints(root / "checkpoints"))
-    needed = (1 if has_one else 2) * one + model_bytes
-    if free_bytes(root) < needed:
-        raise ConfigError(
-            f"trainer.default_local_dir={root} has no room for two checkpoints and the finished model",
-            found=f"{free_bytes(root):,} bytes free",
-            expected=f"{needed:,} bytes ({one:,} a checkpoint)",
-            fix="make room, choose another trainer.default_local_dir, or leave hf_model out of "
-            "trainer.checkpoint.save_contents",
-        )
 
 
 def summary(reporter: Reporter, config: SftConfig) -> str:

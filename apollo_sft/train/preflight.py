@@ -11,9 +11,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from apollo_sft.checkpoint.agree import free_bytes
 from apollo_sft.checkpoint.conversion import plan_export
 from apollo_sft.checkpoint.publish import read_json
-from apollo_sft.checkpoint.tensor_files import FOREIGN_FORMS, read_base_tensors, safe_path
+from apollo_sft.checkpoint.resume import whole_checkpoints
+from apollo_sft.checkpoint.state import num_bytes as state_bytes
+from apollo_sft.checkpoint.tensor_files import FOREIGN_FORMS, num_bytes, read_base_tensors, safe_path
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.store import SampleStore, StoreRequest, prepare_store
 from apollo_sft.data.template import ChatTemplate, resolve_template
@@ -22,6 +25,7 @@ from apollo_sft.model import attention
 from apollo_sft.model.load import build_on_meta, check_architecture, check_longest, find_model, in_short, read_config
 from apollo_sft.model.lora import ADAPTER_FILE, check_adapter_file, inject, lora_config
 from apollo_sft.report.log import say
+from apollo_sft.train.assemble import DTYPES
 from apollo_sft.types import BaseModel
 
 
@@ -91,7 +95,7 @@ def _open_base(config: SftConfig) -> tuple[BaseModel, Any]:
 
 
 def check_model(config: SftConfig) -> None:
-    """Build the model without memory and hold it against its files: what would else fail once the weights are read.
+    """Build the model without memory and hold it against its files and the disk: what would else fail much later.
 
     Raises: ModelError, ConfigError.
     """
@@ -99,11 +103,12 @@ def check_model(config: SftConfig) -> None:
     if not base.tensors:
         raise _no_weights(base.folder)
     attention.register(attention.sdpa_kernel)  # its name must be known; nothing runs
-    causal_lm = build_on_meta(hf_config, torch.float32, config.model.trust_remote_code)
+    master = DTYPES[config.model.fsdp_config.model_dtype]
+    causal_lm = build_on_meta(hf_config, master, config.model.trust_remote_code)
     try:
         if (base.folder / "generation_config.json").is_file():
             read_json(base.folder / "generation_config.json")
-        plan_export(causal_lm, base, config.trainer.export_dtype)
+        plan = plan_export(causal_lm, base, config.trainer.export_dtype)
         _check_layer_names(config, causal_lm)
         adapter = config.model.lora_adapter_path
         for name in (ADAPTER_FILE, "adapter_config.json") if adapter is not None else ():
@@ -112,9 +117,30 @@ def check_model(config: SftConfig) -> None:
         raise ModelError(str(error)) from error
     wanted = lora_config(config.model, base.source)
     if wanted is not None:
-        inject(causal_lm, wanted, torch.float32)
+        inject(causal_lm, wanted, master)
     if adapter is not None:
         check_adapter_file(causal_lm, adapter)
+    _check_disk(config, causal_lm, sum(map(num_bytes, plan.tensors.values())), is_lora=wanted is not None)
+
+
+def _check_disk(config: SftConfig, causal_lm: Any, model_bytes: int, is_lora: bool) -> None:
+    """The disk must hold two checkpoints and the finished model. A run that goes on has one of them already.
+
+    Raises: ConfigError.
+    """
+    root, contents = Path(config.trainer.default_local_dir), config.trainer.checkpoint.save_contents
+    hf_bytes = state_bytes(causal_lm, ["model"]) if is_lora else model_bytes
+    one = state_bytes(causal_lm, contents) + ("hf_model" in contents) * hf_bytes
+    has_one = any(whole_checkpoints(root / "checkpoints"))
+    needed = (1 if has_one else 2) * one + (config.trainer.export != "adapter") * model_bytes
+    if free_bytes(root) < needed:
+        raise ConfigError(
+            f"trainer.default_local_dir={root} has no room for two checkpoints and the finished model",
+            found=f"{free_bytes(root):,} bytes free",
+            expected=f"{needed:,} bytes ({one:,} a checkpoint)",
+            fix="make room, choose another trainer.default_local_dir, or leave hf_model out of "
+            "trainer.checkpoint.save_contents",
+        )
 
 
 def _no_weights(folder: Path) -> ModelError:

@@ -26,7 +26,7 @@ from apollo_sft.report.log import say, setup_logging, warn
 from apollo_sft.report.sinks import RunInfo, check_backends
 from apollo_sft.train.assemble import assemble, needs_group, strategy_of
 from apollo_sft.train.checkpoints import Checkpoints
-from apollo_sft.train.finish import check_disk, export, hf_form, summary
+from apollo_sft.train.finish import export, hf_form, summary
 from apollo_sft.train.loop import Run, run_loop
 from apollo_sft.train.opening import (
     announce,
@@ -152,7 +152,6 @@ def _run(config: SftConfig, world: World, folder: RunFolder | None, stop: StopFl
     schedule = schedule_of(config, in_epoch)
     if folder is not None:
         announce(config, prepared, schedule, train_loader, folder)
-    launch.on_main(world, "disk", lambda: check_disk(config, prepared, Path(config.trainer.default_local_dir)))
     seed_everything(config.trainer.seed, world.rank)
     model, optimizer = assemble(config, prepared.base.folder, prepared.hf_config, world, mesh)
     facts = {"processes": world.size, "data": prepared.train.key, "config": recorded(config)}
