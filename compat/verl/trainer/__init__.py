@@ -1,0 +1,3 @@
+from verl import nothing_else
+
+__getattr__ = nothing_else(__name__)
