@@ -14,6 +14,9 @@ COMMANDS = {
     "train": "fine-tune a model on parquet files",
     "inspect": "show what a training would train on, token by token, without a GPU or weights",
     "verify": "show that every layout of a training gives the same gradient",
+    "eval": "let a model folder answer questions, and count the right answers",
+    "workflow": "run a workflow file of AlphaApollo: its preparations, then its training",
+    "prepare": "make training files from GSM8K, math sets, tool conversations or data of your own",
     "demo": "train a small model from nothing, in about two minutes, and show what it learned",
 }
 

@@ -72,22 +72,27 @@ def _num_processes(trainer: TrainerConfig, nproc: int | None) -> int:
 
 
 def _torchrun(processes: int, overrides: list[str]) -> int:
-    """Run torchrun, pass signals on to it, return the exit code of the rank that failed first."""
+    """Run torchrun, return the exit code of the rank that failed first."""
     command = [sys.executable, "-m", "apollo_sft.cli.launcher", "--standalone", "--nnodes=1"]
     command += [f"--nproc_per_node={processes}", "-m", "apollo_sft", *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(processes)))}
-    launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+    return run_passing_signals(command, environment)
+
+
+def run_passing_signals(command: list[str], environment: dict[str, str]) -> int:
+    """Run a command of ours, pass signals on to it, return its exit code."""
+    running = subprocess.Popen(command, env=environment, start_new_session=True)
     passed: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         del frame
         passed.append(number)
-        launcher.send_signal(number)
+        running.send_signal(number)
 
     passed_on = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, forward) for number in passed_on}
     try:
-        code = launcher.wait()
+        code = running.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,0 +1,169 @@
+"""`apollo-sft workflow FILE.yaml`: AlphaApollo's workflow files, run with our modules.
+
+A file holds `preprocess` (modules with their args), `runner` (how the trainer is started, and its overrides) and
+perhaps `env`. All of it is read and checked before the first command runs.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from yaml import YAMLError
+
+from apollo_sft.cli.train import run_passing_signals
+from apollo_sft.config.compose import compose
+from apollo_sft.errors import ConfigError, redact
+
+USAGE = """apollo-sft workflow FILE.yaml [--dry-run] [key=value …]
+
+  --dry-run                   print the commands and stop
+  key=value                   a key of the trainer, after the file's own; --key=value and --key value mean the same
+  preprocess.ARG=value        an argument of every step, or its module: preprocess.module=…
+  preprocess.0.ARG=value      the same of one step, counted from 0
+  runner.torchrun.KEY=value   how the trainer is started, such as runner.torchrun.nproc_per_node=4
+"""
+TRAINERS = (
+    "verl.trainer.fsdp_sft_trainer",
+    "alphaapollo.core.generation.verl.trainer.fsdp_sft_trainer",
+    "apollo_sft",
+)
+PREPARES = {
+    "alphaapollo.data_preprocess.prepare_sft_tool": "sft-tool",
+    "alphaapollo.data_preprocess.prepare_sft_no_tool": "sft-no-tool",
+    "examples.data_preprocess.gsm8k": "gsm8k",
+    "examples.data_preprocess.prepare_informal_math": "informal-math",
+    "examples.data_preprocess.multiturn": "multiturn",
+}
+"""Module -> our command, `apollo-sft prepare …`."""
+OURS = [sys.executable, "-m", "apollo_sft.cli.main"]
+ONE_HOST: dict[str, Any] = {"standalone": True, "nnodes": 1, "nproc_per_node": 1}
+
+
+class Step(BaseModel, extra="forbid"):
+    module: str
+    args: dict[str, Any] = {}
+
+
+class Runner(BaseModel, extra="forbid"):
+    launcher: str = "python"
+    module: str
+    torchrun: dict[str, Any] = {}
+    overrides: list[Any] = []
+
+
+class Workflow(BaseModel, extra="forbid"):
+    preprocess: list[Step] = []
+    runner: Runner
+    env: dict[str, Any] = {}
+
+
+def main(arguments: list[str]) -> int:
+    """Returns 0, or the exit code of the command that failed; the ones after it are not run. Raises: ConfigError."""
+    if "--help" in arguments or "-h" in arguments:
+        print(USAGE)
+        return 0
+    file, pairs = _read_words([word for word in arguments if word != "--dry-run"])
+    workflow, overrides = _read_file(file, pairs)
+    commands = [list(_preparation(step)) for step in workflow.preprocess]
+    commands.append(_training(workflow.runner, [*map(str, workflow.runner.overrides), *overrides]))
+    environment = os.environ | {name: str(value) for name, value in workflow.env.items()}
+    for command in commands:
+        print(redact(f"+ {shlex.join(command)}"), flush=True)
+        code = 0 if "--dry-run" in arguments else run_passing_signals(command, environment)
+        if code:
+            return code
+    return 0
+
+
+def _read_words(words: list[str]) -> tuple[Path, list[tuple[str, str]]]:
+    """The file and the (key, value) pairs of a command line. Raises: ConfigError."""
+    files, pairs = [], []
+    waiting = iter(words)
+    for word in waiting:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("-") and not equals:
+            value = next(waiting, "--")
+            if value.startswith("--"):
+                raise ConfigError(f"{word} has no value", expected=f"{word} VALUE, or key=value")
+        if key == "config" or not (equals or word.startswith("-")):
+            files.append(value or key)
+        else:
+            pairs.append((key, value))
+    if len(files) != 1:
+        raise ConfigError("a workflow is one file", found=" ".join(files) or "none", expected="FILE.yaml key=value …")
+    return Path(files[0]).expanduser(), pairs
+
+
+def _read_file(file: Path, pairs: list[tuple[str, str]]) -> tuple[Workflow, list[str]]:
+    """The workflow with the pairs that are its own, references resolved, and the trainer's overrides among the pairs.
+
+    Raises: ConfigError.
+    """
+    try:
+        tree = Workflow.model_validate(OmegaConf.to_container(OmegaConf.load(file))).model_dump()
+        overrides = [f"{key}={value}" for key, value in pairs if not _set(tree, key, value)]
+        return Workflow.model_validate(OmegaConf.to_container(OmegaConf.create(tree), resolve=True)), overrides
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "the file"
+        raise ConfigError(f"{file} is not the workflow of a training", found=f"{where}: {problem['msg']}") from error
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{file} cannot be read as a workflow", found=str(error)) from error
+
+
+def _set(tree: dict[str, Any], key: str, value: str) -> bool:
+    """Set a key of the file, before references are resolved. Returns False for a key of the trainer.
+
+    Raises: ConfigError.
+    """
+    section, _, name = key.partition(".")
+    if section == "runner":
+        changed = OmegaConf.merge(tree, OmegaConf.from_dotlist([f"{key}={value}"]))
+        tree |= OmegaConf.to_container(changed)  # type: ignore[arg-type]
+    if section != "preprocess":
+        return section == "runner"
+    steps = {f"{at}.": step for at, step in enumerate(tree["preprocess"])}
+    steps |= {f"{step['module']}.": step for step in steps.values()}
+    one = next((prefix for prefix in steps if name.startswith(prefix)), "")
+    argument = name.removeprefix(one)
+    if not argument or "." in argument:
+        raise ConfigError(f"{key}: there is no such step", expected=", ".join(f"preprocess.{each}…" for each in steps))
+    for step in [steps[one]] if one else tree["preprocess"]:
+        if argument == "module":
+            step["module"] = value
+        else:
+            step["args"][argument] = value.split(",") if argument == "data_sources" else value
+    return True
+
+
+def _preparation(step: Step) -> Iterator[str]:
+    """`apollo-sft prepare …` with the step's args as options. Raises: ConfigError for a module that we do not have."""
+    if step.module not in PREPARES:
+        raise ConfigError(f"preprocess: there is no module {step.module} here", expected=", ".join(PREPARES))
+    yield from (*OURS, "prepare", PREPARES[step.module])
+    for name, value in step.args.items():
+        yield f"--{name}"
+        if value is not None:
+            yield from map(str, value if isinstance(value, list) else [value])
+
+
+def _training(runner: Runner, overrides: list[str]) -> list[str]:
+    """Raises: ConfigError for what the trainer would refuse of its command line, before hours of preparation."""
+    if runner.module not in TRAINERS:
+        raise ConfigError(f"runner: there is no module {runner.module} here", expected=" or ".join(TRAINERS))
+    if runner.launcher not in ("torchrun", "python"):
+        raise ConfigError("runner.launcher cannot be used", found=runner.launcher, expected="torchrun or python")
+    compose(overrides)
+    options = ONE_HOST | (runner.torchrun if runner.launcher == "torchrun" else {})
+    if options == ONE_HOST | {"nproc_per_node": options["nproc_per_node"]}:
+        return [*OURS, "train", f"--nproc={options['nproc_per_node']}", *overrides]
+    words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items() if value]
+    return [sys.executable, "-m", "apollo_sft.cli.launcher", *words, "-m", "apollo_sft", *overrides]
