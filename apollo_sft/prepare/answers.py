@@ -1,0 +1,57 @@
+"""Final answers in worked solutions: what stands in the last `\\boxed{}`, or after the last `####`."""
+
+from __future__ import annotations
+
+import re
+
+from apollo_sft.prepare.rejection import RejectedRow
+
+MARKER = "####"
+BOX = re.compile(r"\\f?boxed\s*(?:\{|(?P<bare>[^\s{}$\\]+))")
+"""`\\boxed{…}`, `\\fbox{…}`, and TeX's form without braces: `\\boxed 7`."""
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+
+
+def final_answer(text: str) -> str | None:
+    """The last boxed answer, else the one after the last `####`; None when there is neither.
+
+    Raises: RejectedRow when the last box is not closed, or is empty.
+    """
+    boxed = last_boxed(text)
+    return marked(text) if boxed is None else boxed
+
+
+def last_boxed(text: str) -> str | None:
+    """What stands in the last `\\boxed{}` of `text`, however deep the braces in it; None when there is no box.
+
+    Raises: RejectedRow when that box is not closed, or is empty.
+    """
+    boxes = list(BOX.finditer(text))
+    if not boxes:
+        return None
+    box = boxes[-1]
+    inside = box["bare"] if box["bare"] is not None else _braced(text[box.end() :])
+    if not inside.strip():
+        raise RejectedRow("the last \\boxed{} is empty")
+    return inside.strip()
+
+
+def marked(text: str) -> str | None:
+    """What follows the last `####` on its line, without thousands separators: `1234` of `#### 1,234`. None without it."""
+    if MARKER not in text:
+        return None
+    line = text.rpartition(MARKER)[2].strip().partition("\n")[0]
+    return THOUSANDS.sub("", line.strip()) or None
+
+
+def _braced(text: str) -> str:
+    """`text` up to the brace that closes the one before it; `\\{` and `\\}` are characters of the answer."""
+    depth = 1
+    escaped = False
+    for position, char in enumerate(text):
+        if not escaped:
+            depth += {"{": 1, "}": -1}.get(char, 0)
+        if depth == 0:
+            return text[:position]
+        escaped = char == "\\" and not escaped
+    raise RejectedRow("the last \\boxed{ is not closed")

@@ -1,0 +1,151 @@
+"""Source -> rows -> files of every split, `rejected.jsonl` and the manifest. The same for every data set."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from apollo_sft.checkpoint.publish import describe_file
+from apollo_sft.data.parquet import Row
+from apollo_sft.errors import DataError
+from apollo_sft.prepare.columns import has_any
+from apollo_sft.prepare.output import Output, SplitWriter
+from apollo_sft.prepare.records import Origin
+from apollo_sft.prepare.rejection import RejectedRow
+from apollo_sft.prepare.sources import Source, column_names, source_rows
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One data set: how a row becomes a row of ours.
+
+    `needed`: what a file must hold, and the columns that may hold it. `describe`: lines that say what was found.
+    """
+
+    dataset: str
+    data_source: str
+    schema: pa.Schema
+    convert: Callable[[Row, Origin], Row]
+    needed: Mapping[str, tuple[str, ...]]
+    describe: Callable[[], list[str]]
+    instruction: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """What became of one split. `longest`: bytes of text in its largest row."""
+
+    file: Path
+    rows_in: int
+    rows_out: int
+    rejected: Counter[str]
+
+
+def prepare(task: Task, source: Source, output: Output, say: Say) -> dict[str, Split]:
+    """Write every split of `source`, and say what was taken and what was rejected.
+
+    Raises: DataError when columns are missing, a file is damaged, or a split is left without a row.
+    """
+    inputs = {str(file): describe_file(file) for files in source.files.values() for file in files}
+    for files in source.files.values():
+        for file in files:
+            _check_columns(task, file)
+    splits = {split: _write(task, source.files[split], split, output) for split in source.files}
+    for line in task.describe():
+        say(line)
+    shared = _report_overlap(output, splits, say)
+    facts: dict[str, Any] = {
+        "dataset": task.dataset,
+        "data_source": task.data_source,
+        "instruction": task.instruction,
+        "source": {"kind": source.kind, "name": source.name, "revision": source.revision, "files": inputs},
+    }
+    output.publish(facts | splits_facts(splits, shared))
+    return splits
+
+
+def splits_facts(splits: dict[str, Split], shared: dict[str, int]) -> dict[str, Any]:
+    """The part of the manifest that says what became of the rows, and the version that wrote them."""
+    counts = {
+        name: {"rows_in": split.rows_in, "rows_out": split.rows_out, "rejected": dict(sorted(split.rejected.items()))}
+        for name, split in splits.items()
+    }
+    version = importlib.metadata.version("apollo-sft")
+    return {"splits": counts, "prompts_also_in_first_split": shared, "apollo_sft": version}
+
+
+def _check_columns(task: Task, file: Path) -> None:
+    names = column_names(file)
+    for what, paths in task.needed.items():
+        if not has_any(names, paths):
+            raise DataError(
+                f"{file} has no column for the {what}",
+                found=f"columns {', '.join(names) or '(none)'}",
+                expected=f"one of {', '.join(dict.fromkeys(path.partition('.')[0] for path in paths))}",
+                fix="apollo-sft prepare custom takes columns of any name",
+            )
+
+
+def _write(task: Task, files: list[Path], split: str, output: Output) -> Split:
+    path = output.staging / f"{split}.parquet"
+    reasons: Counter[str] = Counter()
+    rows_in = 0
+    with SplitWriter(path, task.schema) as writer:
+        for index, (ref, row) in enumerate(source_rows(files)):
+            rows_in += 1
+            try:
+                writer.add(task.convert(row, Origin(task.data_source, split, index)))
+            except RejectedRow as rejected:
+                reasons[rejected.reason] += 1
+                output.reject(split, ref, rejected.reason)
+    if writer.num_rows == 0:
+        raise DataError(
+            f"split {split!r}: no row is left, nothing was written",
+            found="; ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common())
+            or "a file without rows",
+            expected=f"rows that {task.dataset} can be made of, in {', '.join(map(str, files[:3]))}",
+        )
+    return Split(output.folder / path.name, rows_in, writer.num_rows, reasons)
+
+
+def _report_overlap(output: Output, splits: dict[str, Split], say: Say) -> dict[str, int]:
+    """Rows of the later splits whose prompt is in the first one too, counted; nothing is removed."""
+    for name, split in splits.items():
+        say(f"{name}: {split.rows_in:,} rows read, {split.rows_out:,} written")
+        for reason, count in split.rejected.most_common():
+            say(f"  {count:,} rejected: {reason}")
+    first, *others = splits
+    shared = {name: _num_shared(output.staging, first, name) for name in others}
+    for name, count in shared.items():
+        if count:
+            say(f"warning: {count:,} rows of {name} ask what {first} asks too: they measure memory, not learning")
+    return shared
+
+
+def _num_shared(folder: Path, first: str, other: str) -> int:
+    """Only the hashes of the smaller split's prompts are kept."""
+    wanted = Counter(_prompts(folder / f"{other}.parquet"))
+    seen = set()
+    for prompt in _prompts(folder / f"{first}.parquet"):
+        if prompt in wanted:
+            seen.add(prompt)
+    return sum(wanted[prompt] for prompt in seen)
+
+
+def _prompts(file: Path) -> Any:
+    """What each row asks: the question, or all that is not the assistant's in a conversation; as a hash."""
+    parquet = pq.ParquetFile(file)
+    column = "question" if "question" in parquet.schema_arrow.names else "messages"
+    for batch in parquet.iter_batches(columns=[column]):
+        for value in batch.column(0).to_pylist():
+            asked = value if isinstance(value, str) else [m["content"] for m in value if m["role"] != "assistant"]
+            yield hash(str(asked))

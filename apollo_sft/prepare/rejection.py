@@ -1,0 +1,11 @@
+"""A row that cannot be prepared: it goes to rejected.jsonl with its reason, and the others go on."""
+
+from __future__ import annotations
+
+
+class RejectedRow(Exception):  # noqa: N818 - it is no error of the program: the row is listed
+    """`reason` is a short sentence that many rows share: rejects are counted by it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
