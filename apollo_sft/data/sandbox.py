@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import BuiltinMethodType, FrameType
 from typing import Any
 
 import jinja2
@@ -29,6 +29,13 @@ OURS = ("messages", "tools", "documents", "add_generation_prompt")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 DICT_METHODS = frozenset(dir(dict))
 LOOP_NAMES = frozenset(name for name in dir(LoopContext) if not name.startswith("_"))
+STR_METHODS = frozenset(name for name in dir(str) if not name.startswith("_")) - {"format", "format_map"}
+QUICK_CALLS = STR_METHODS - {"join"}
+"""`join` runs over what the template hands to it."""
+JINJA_ARGUMENTS = frozenset({"_loop_vars", "_block_vars"})
+"""What compiled templates add to a call inside of a loop, for functions that ask for it."""
+PLAIN = frozenset({str, int, bool, list, dict})
+KEPT_JSON = 512
 MAX_SECONDS = 5
 """CPU time of one rendering, and of compiling the template; an honest one takes microseconds."""
 MAX_MEMORY_BYTES = 2 << 30
@@ -68,9 +75,7 @@ class Sandbox:
                 raise DataError(f"data.apply_chat_template_kwargs: {name} is set by the trainer")
         self.kwargs = kwargs
         self.template = template
-        self._tools: list[dict[str, Any]] | None = None
-        self._schemas: set[int] = set()
-        self._json: dict[tuple[Any, ...], str] = {}
+        self._json: dict[Any, tuple[Any, str]] = {}
         self._events = 0
         """Beginnings and ends of what a template does: odd while one runs."""
         with self.bounded():
@@ -87,7 +92,6 @@ class Sandbox:
     ) -> str:
         """Call it inside of `bounded`. Raises: RenderError, RunawayError."""
         compiled = self.plain if tools is None else self.with_tools
-        self._keep_schemas(tools)
         given = {"messages": messages, "tools": tools, "documents": None}
         given |= self.kwargs | row_kwargs | {"add_generation_prompt": add_generation_prompt}
         text: str = self._run(compiled.render, given)
@@ -134,39 +138,55 @@ class Sandbox:
             raise DataError(f"the chat template does not compile ({source})", found=line or _said_by(error)) from error
 
     def _quick(self, environment: Any) -> Any:
-        """The same environment, quicker: fields of a dict are found at once, tool schemas become JSON once.
+        """The same environment, quicker: what it says of the usual values is said at once, JSON is written once.
 
-        Jinja looks for an attribute first, which plain dicts have only for their methods; and it asks whether a
-        template may see an attribute, which holds for all public ones of `loop`.
+        Jinja looks for an attribute first, which plain dicts have only for their methods; and the sandbox asks whether
+        a template may see an attribute and call it, which holds for all public ones of `loop`, of texts (but for those
+        that format), and for what a namespace was given.
         """
         quick = environment.overlay()
-        slow_getattr, slow_tojson = quick.getattr, quick.filters["tojson"]
+        slow_getattr, slow_call = quick.getattr, quick.call
+        namespace = environment.globals["namespace"]
 
         def quick_getattr(value: Any, name: str) -> Any:
-            if type(value) is dict and name not in DICT_METHODS:
+            kind = type(value)
+            if kind is dict and name not in DICT_METHODS:
                 return value[name] if name in value else quick.undefined(obj=value, name=name)
-            if type(value) is LoopContext and name in LOOP_NAMES:
+            if (kind is LoopContext and name in LOOP_NAMES) or (kind is str and name in STR_METHODS):
                 return getattr(value, name)
+            if kind is namespace and name[:1] != "_":
+                given = object.__getattribute__(value, "_Namespace__attrs").get(name)
+                if type(given) in PLAIN:
+                    return given
             return slow_getattr(value, name)
 
-        def quick_tojson(value: Any, **how: Any) -> str:
-            if id(value) not in self._schemas:
-                return str(slow_tojson(value, **how))
-            key = (id(value), *sorted(how.items()))
-            if key not in self._json:
-                self._json[key] = str(slow_tojson(value, **how))
-            return self._json[key]
+        def quick_call(context: Any, called: Any, *args: Any, **kwargs: Any) -> Any:
+            if type(called) is BuiltinMethodType and type(called.__self__) is str and called.__name__ in QUICK_CALLS:
+                for name in JINJA_ARGUMENTS & kwargs.keys():
+                    del kwargs[name]
+                return called(*args, **kwargs)
+            return slow_call(context, called, *args, **kwargs)
 
-        quick.getattr = quick_getattr
-        quick.filters = {**quick.filters, "tojson": quick_tojson}
+        quick.getattr, quick.call = quick_getattr, quick_call
+        quick.filters = {**quick.filters, "tojson": self._quick_tojson(quick.filters["tojson"])}
         return quick
 
-    def _keep_schemas(self, tools: list[dict[str, Any]] | None) -> None:
-        """The objects of `tools` stay alive and as they are while their JSON is kept."""
-        if tools is not self._tools:
-            self._tools, self._json = tools, {}
-            schemas = [schema for tool in tools or () for schema in (tool, tool.get("function"))]
-            self._schemas = {id(schema) for schema in (tools, *schemas)}
+    def _quick_tojson(self, slow_tojson: Callable[..., Any]) -> Callable[..., str]:
+        """As `slow_tojson`. A template can change no object, so what is kept alive is written as it was before."""
+
+        def quick_tojson(value: Any, **how: Any) -> str:
+            key = (id(value), *sorted(how.items())) if how else id(value)
+            kept = self._json.get(key)
+            if kept is not None:
+                return kept[1]
+            text = str(slow_tojson(value, **how))
+            if type(value) is dict:
+                if len(self._json) >= KEPT_JSON:
+                    self._json.clear()
+                self._json[key] = value, text
+            return text
+
+        return quick_tojson
 
     def _timed(self, work: Callable[[Any], Any], argument: Any) -> Any:
         self._events += 1
@@ -187,6 +207,7 @@ class Sandbox:
         try:
             resource.setrlimit(resource.RLIMIT_AS, _at_most(_address_space_bytes() + MAX_MEMORY_BYTES, memory))
             _postpone_the_kill(cpu)
+            self._json.clear()
             signal.setitimer(signal.ITIMER_PROF, 1, 1)
             yield
         finally:
