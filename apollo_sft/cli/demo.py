@@ -20,10 +20,11 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
+from apollo_sft.cli.eval import shown
 from apollo_sft.errors import ConfigError
 from apollo_sft.prepare.demo_model import write_base_model
 from apollo_sft.prepare.word_problems import LARGEST, write_word_problems
-from apollo_sft.train.generate import exact_match, generate_answers, load_for_generation
+from apollo_sft.train.generate import exact_match, generate_answers, is_right, load_for_generation
 
 NUM_TRAIN = 8000
 NUM_HELD_OUT = 200
@@ -228,16 +229,9 @@ def _say_answers(console: Console, held_out: HeldOut, answers: dict[str, list[st
     for i in held_out.examples():
         table.add_row("question", Text(held_out.questions[i], style="bold"))
         for name, texts in answers.items():
-            table.add_row(name, _shown(texts[i], exact_match([texts[i]], [held_out.truths[i]]) == 1))
+            table.add_row(name, shown(texts[i], is_right(texts[i], held_out.truths[i])))
         table.add_row("", "")
     console.print(table)
-
-
-def _shown(answer: str, right: bool) -> Text:
-    """One line: line breaks become `/`, a long answer is cut."""
-    line = " / ".join(part for part in answer.splitlines() if part.strip()) or "(blank)"
-    line = line if len(line) <= 60 else line[:60] + " …"
-    return Text.assemble(line, ("  right" if right else "  wrong", "green" if right else "red"))
 
 
 def _say_command(console: Console, command: Sequence[str]) -> None:

@@ -62,15 +62,23 @@ def parse_row(row: Row, ref: RowRef, data: DataConfig) -> Conversation:
     return Conversation(messages, tools, kwargs, ref, untrained)
 
 
-def _single_turn(row: Row, ref: RowRef, data: DataConfig) -> list[Message]:
-    prompt_at = _Place(ref, data.prompt_key)
-    prompt = _descend(row[data.prompt_key], tuple(data.prompt_dict_keys or ()), prompt_at, "data.prompt_dict_keys")
+def parse_prompt(row: Row, ref: RowRef, data: DataConfig) -> list[Message]:
+    """The messages of the prompt of a single-turn row, which may lack its response.
+
+    Raises: DataError naming file, row, column and message.
+    """
+    at = _Place(ref, data.prompt_key)
+    prompt = _descend(row[data.prompt_key], tuple(data.prompt_dict_keys or ()), at, "data.prompt_dict_keys")
     if isinstance(prompt, str):
-        messages = [_text_message("user", prompt, prompt_at)]
-    else:
-        messages = _messages(prompt, prompt_at)
-        if messages[-1]["role"] != "user":
-            prompt_at.fail("the last message of a prompt must be the user's", found=f"role {messages[-1]['role']!r}")
+        return [_text_message("user", prompt, at)]
+    messages = _messages(prompt, at)
+    if messages[-1]["role"] != "user":
+        at.fail("the last message of a prompt must be the user's", found=f"role {messages[-1]['role']!r}")
+    return messages
+
+
+def _single_turn(row: Row, ref: RowRef, data: DataConfig) -> list[Message]:
+    messages = parse_prompt(row, ref, data)
     at = _Place(ref, data.response_key)
     response = _descend(row[data.response_key], tuple(data.response_dict_keys or ()), at, "data.response_dict_keys")
     if not isinstance(response, str):

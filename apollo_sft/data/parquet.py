@@ -89,6 +89,12 @@ def num_rows(files: Sequence[str]) -> int:
     return sum(_open(file).metadata.num_rows for file in files)
 
 
+def column_names(file: str) -> list[str]:
+    """Raises: DataError for a file that is not parquet."""
+    names: list[str] = _open(file).schema_arrow.names
+    return names
+
+
 def _read_file(file: str, columns: Columns) -> Iterator[Row]:
     parquet = _open(file)
     names = _existing(file, parquet.schema_arrow.names, columns)
