@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -24,8 +22,6 @@ from apollo_sft.parallel.place import Place, read_place
 T = TypeVar("T")
 POLL_SECONDS = 0.5
 """How often a rank that waits for another one looks again."""
-SILENCE_SECONDS = 300.0
-"""The longest that a rank may give no sign of life. It gives one while it waits and computes: it must be stopped."""
 READY, FAILED = "ready", "1"
 """Verdicts at the rendezvous store: go on, or the exit code of a failure."""
 
@@ -127,7 +123,7 @@ def _meet(place: Place) -> int:
 
     Raises: TopologyError on rank 0 when two processes took the same place: they would share a GPU.
     """
-    store = _store()
+    store = rendezvous_store()
     if store.add(f"place/{place.host}", 1) == 1:
         store.add("place/hosts", 1)
     if store.add(f"place/{place.host}/{place.local_rank}", 1) > 1:
@@ -179,7 +175,7 @@ def ask_others(name: str, text: str) -> list[str]:
 
     `name` is used once in a run.
     """
-    store = _store()
+    store = rendezvous_store()
     store.set(f"complaints/{name}", "")
     store.set(f"asked/{name}", text)
     _wait_for(f"answered/{name}")
@@ -190,7 +186,7 @@ def ask_others(name: str, text: str) -> list[str]:
 
 def answer(world: World, name: str, question: Callable[[str], str | None]) -> None:
     """Off rank 0: answer `ask_others` with None or one line of complaint; end in silence when anybody complained."""
-    store = _store()
+    store = rendezvous_store()
     complaint = question(_wait_for(f"asked/{name}"))
     if complaint is not None:
         store.append(f"complaints/{name}", complaint + "\n")
@@ -203,7 +199,7 @@ def _lead(world: World, key: str, work: Callable[[], T], all_hosts: str | None =
     """Work, and leave a verdict at the rendezvous store for those who wait; at `all_hosts` once all hosts are done."""
     if world.size == 1:
         return work()
-    store = _store()
+    store = rendezvous_store()
     code = FAILED
     try:
         result = work()
@@ -226,69 +222,15 @@ def _follow(key: str) -> None:
 
 def _wait_for(key: str, store: Any = None) -> str:
     """Wait at the store, not in a collective: no timeout ends a long preparation, and a signal is heard in between."""
-    store, pause = store or _store(), 0.01
+    store, pause = store or rendezvous_store(), 0.01
     while not store.check([key]):
         time.sleep(pause)
         pause = min(2 * pause, POLL_SECONDS)
     return str(store.get(key).decode())
 
 
-class Pulse:
-    """A sign of life of each rank at the rendezvous store; each looks after the next one, so that a lost one is named.
-
-    `lost` is called in a thread, with a sentence, when the next rank or the store was silent for `limit_seconds`.
-    """
-
-    def __init__(self, world: World, limit_seconds: float, lost: Callable[[str], object]) -> None:
-        self._rank, self._next = world.rank, (world.rank + 1) % world.size
-        self._limit = min(limit_seconds, SILENCE_SECONDS)
-        self._every = min(self._limit / 5, 10.0)
-        self._lost = lost
-        self._over = threading.Event()
-        self._said = ""
-        self._heard_at = self._answered_at = time.monotonic()
-        if world.size > 1:
-            self._store = _store().clone()  # the main thread may hold the other connection while it waits
-            for work in (self._beat, self._judge):
-                threading.Thread(target=work, name="pulse", daemon=True).start()
-
-    def end(self) -> None:
-        """This rank is done; nobody is to miss it."""
-        self._over.set()
-
-    def _beat(self) -> None:
-        mine, number = f"alive/{self._rank}", 0
-        with suppress(dist.DistNetworkError):  # the store has ended, and so will the job
-            while not self._over.wait(self._every):
-                number += 1
-                self._store.set(mine, f"{number} {socket.gethostname()}")
-                there = self._store.check([f"alive/{self._next}"])
-                said = self._store.get(f"alive/{self._next}").decode() if there else ""
-                self._answered_at = time.monotonic()
-                if said != self._said:
-                    self._said, self._heard_at = said, self._answered_at
-            self._store.set(mine, READY)
-        self._over.set()
-
-    def _judge(self) -> None:
-        before = time.monotonic()
-        while not self._over.wait(self._every):
-            now = time.monotonic()
-            if now - before > 3 * self._every:  # it was this rank, or the whole machine, that stood still
-                self._heard_at = self._answered_at = now
-            before = now
-            if now - self._answered_at > self._limit:
-                self._lost(f"the rendezvous store did not answer for {self._limit:.0f} s: {_who_serves()} stands still")
-            elif now - self._heard_at > self._limit and self._said != READY:
-                where = f" on {self._said.partition(' ')[2]}" if self._said else ""
-                self._lost(f"rank {self._next}{where} stands still: it gave no sign of life for {self._limit:.0f} s")
-
-
-def _who_serves() -> str:
-    return "torchrun there" if "TORCHELASTIC_RUN_ID" in os.environ else f"rank 0 on {os.environ.get('MASTER_ADDR')}"
-
-
-def _store() -> Any:
+def rendezvous_store() -> Any:
+    """The rendezvous store of this run, where ranks leave words for each other without a collective."""
     return dist.distributed_c10d._get_default_store()
 
 

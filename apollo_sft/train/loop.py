@@ -13,6 +13,7 @@ from apollo_sft.data.plan import steps_per_epoch
 from apollo_sft.errors import Preempted
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World, any_rank
+from apollo_sft.parallel.pulse import Pulse
 from apollo_sft.report.metrics import Record, StepFacts, train_record, val_record
 from apollo_sft.train.checkpoints import Checkpoints
 from apollo_sft.train.evaluate import evaluate
@@ -35,6 +36,7 @@ class Run:
     config: SftConfig
     checkpoints: Checkpoints
     reporter: Reporter
+    pulse: Pulse
 
     @property
     def steps_per_epoch(self) -> int:
@@ -66,6 +68,7 @@ def run_loop(run: Run, stop: StopFlag, first_step: int) -> None:
     clip = run.config.optim.clip_grad
     began = time.perf_counter()
     for batch in run.train.batches(range(first_step, run.schedule.total_steps)):
+        run.pulse.step_ended()
         rate = run.schedule.rate(batch.step)
         for group in run.optimizer.param_groups:
             group["lr"] = rate

@@ -22,6 +22,7 @@ from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import Mesh, build_mesh
 from apollo_sft.parallel.place import read_place
+from apollo_sft.parallel.pulse import Pulse
 from apollo_sft.report.log import say, setup_logging, warn
 from apollo_sft.report.sinks import RunInfo, check_backends
 from apollo_sft.train.assemble import assemble, needs_group, strategy_of
@@ -59,10 +60,11 @@ def train(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str]
     stop, seconds = stop or StopFlag(), config.trainer.timeout_seconds
     world = launch.start(config.trainer.device, needs_group(config, on_cuda), seconds)
     # Half: when a rank stands still it is named before the others give up waiting for it.
-    pulse = launch.Pulse(world, seconds / 2, lambda found: stop.end_now("failed", TrainingError.exit_code, found))
+    pulse = Pulse(world, seconds / 2, lambda found: stop.end_now("failed", TrainingError.exit_code, found), warn)
     try:
-        _in_folder(config, overridden, notes, world, stop)
+        _in_folder(config, overridden, notes, world, stop, pulse)
     except BaseException:
+        pulse.end(failed=True)
         if world.size > 1:
             raise  # the group stays: the others must not lose their connections before this rank has said why
         launch.stop()
@@ -73,7 +75,12 @@ def train(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str]
 
 
 def _in_folder(
-    config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str], world: World, stop: StopFlag
+    config: SftConfig,
+    overridden: Mapping[str, Any],
+    notes: Sequence[str],
+    world: World,
+    stop: StopFlag,
+    pulse: Pulse,
 ) -> None:
     """Claim the run folder, run, and write down in run.json how it ended."""
     folder = launch.on_main(world, "claim", lambda: _claim(config, overridden, notes, world, stop))
@@ -84,7 +91,7 @@ def _in_folder(
         stop.at_once(BEFORE_TRAINING)
         check_alike("start", start_of(config), world)
         check_shared(config.trainer.default_local_dir, world, folder)
-        _run(config, world, folder, stop)
+        _run(config, world, folder, stop, pulse)
         stop.never()
         status = "finished"
     except (ApolloError, Stopped) as error:
@@ -141,7 +148,7 @@ def _claim(
     return folder
 
 
-def _run(config: SftConfig, world: World, folder: RunFolder | None, stop: StopFlag) -> None:
+def _run(config: SftConfig, world: World, folder: RunFolder | None, stop: StopFlag, pulse: Pulse) -> None:
     """Prepare, assemble, train, export. `folder` is None off rank 0."""
     launch.on_main(world, "model", lambda: check_model(config))
     prepared = launch.once_per_host(world, "prepare", lambda: prepare(config))
@@ -160,7 +167,7 @@ def _run(config: SftConfig, world: World, folder: RunFolder | None, stop: StopFl
     newest = launch.from_main(folder.resume_from if folder is not None else None, world)
     first_step = checkpoints.begin(newest, model, optimizer)
     reporter = _reporter(config, folder, schedule, first_step)
-    run = Run(world, model, optimizer, schedule, train_loader, val_loader, config, checkpoints, reporter)
+    run = Run(world, model, optimizer, schedule, train_loader, val_loader, config, checkpoints, reporter, pulse)
     stop.between_steps()
     try:
         run_loop(run, stop, first_step)

@@ -100,6 +100,48 @@ def test_a_lost_rank_ends_the_job_and_is_named(
     assert seconds < 2 * silence + SHUTDOWN_SECONDS + 30, "half a minute is left for a busy machine"
 
 
+NEVER_COMES = """
+import os, time
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+steps = 0
+
+def wait_for_ever(optimizer, args, kwargs):
+    global steps
+    steps += 1
+    while os.environ["RANK"] == {rank!r} and steps == 3:
+        time.sleep(3600)
+
+register_optimizer_step_pre_hook(wait_for_ever)
+"""
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.long)])
+def test_a_rank_that_lives_but_never_comes_is_named(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """Signs of life go on: only where each rank stands tells who is missing."""
+    (tmp_path / "never_comes.py").write_text(NEVER_COMES.format(rank=str(rank)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    out = tmp_path / "out"
+    process = start(by("apollo-sft"), inputs, out, ENDLESS, "model.external_lib=never_comes")
+    wait_for(lambda: num_lines(out) >= 2, process, out)
+    began = time.monotonic()
+    code = process.wait(timeout=TIMEOUT_SECONDS)
+    seconds = time.monotonic() - began
+    named = (
+        rf"no step has ended for {SILENCE_SECONDS} s; rank {rank} on \S+: in wait_for_ever \(\S+never_comes\.py:\d+\)"
+    )
+    wrong = [] if code == 1 else [f"exit code {code}"]
+    wrong += [] if re.search(named, said(out)) else ["it is not named"]
+    wrong += [] if f"rank {1 - rank} on" in said(out).rpartition("waited trainer.timeout_seconds")[0] else ["not said"]
+    wrong += [] if status(out) == "failed" else [f"run.json says {status(out)}"]
+    name = f"rank {rank} of 2 lives but never comes to a collective, timeout {2 * SILENCE_SECONDS} s"
+    record(name, trials=1, failures=int(bool(wrong)), worst_seconds=seconds)
+    assert not wrong, said(out)
+    assert seconds < 3 * SILENCE_SECONDS + SHUTDOWN_SECONDS + 30, "half a minute is left for a busy machine"
+
+
 @pytest.mark.parametrize("launcher", ["apollo-sft", pytest.param("torchrun", marks=pytest.mark.long)])
 def test_ranks_end_with_their_launcher(inputs: Path, tmp_path: Path, launcher: str) -> None:
     out = tmp_path / "out"
