@@ -37,7 +37,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def marked(text: str) -> str | None:
-    """What follows the last `####` on its line, without thousands separators: `1234` of `#### 1,234`. None without it."""
+    """What follows the last `####` on its line, without thousands separators: `1234` of `#### 1,234`; or None."""
     if MARKER not in text:
         return None
     line = text.rpartition(MARKER)[2].strip().partition("\n")[0]

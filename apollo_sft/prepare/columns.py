@@ -28,14 +28,15 @@ ONLY_WORKED = {*WORKED, "response", "output", "extra_info.answer", "messages"}
 class Finder:
     """Finds the texts of a row, and counts in which columns: `taken["question"]["problem"]` is a number of rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep_instructions: bool = False) -> None:
+        self.keep_instructions = keep_instructions
         self.taken: dict[str, Counter[str]] = {"question": Counter(), "answer": Counter(), "final answer": Counter()}
         self.also: dict[str, Counter[str]] = {"question": Counter(), "answer": Counter(), "final answer": Counter()}
 
     def question(self, row: Row) -> str:
         """The question without an instruction of an earlier preparation. Raises: RejectedRow when there is none."""
         found = _texts(row, QUESTION, "user")
-        texts = [(path, without_instruction(text)) for path, text in found]
+        texts = found if self.keep_instructions else [(path, without_instruction(text)) for path, text in found]
         texts = [(path, text) for path, text in texts if text]
         if not texts:
             raise RejectedRow("no question")
@@ -81,6 +82,14 @@ def has_any(names: list[str], paths: tuple[str, ...]) -> bool:
     return any(path.partition(".")[0] in names for path in paths)
 
 
+def at_path(row: Row, path: str) -> Any:
+    """The value at `column.field.field`; None where there is none."""
+    value: Any = row
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
 def as_text(value: Any) -> str:
     """A cell as text, stripped: the elements of a list one a line, a struct as JSON. Empty for None."""
     if value is None:
@@ -96,9 +105,7 @@ def _texts(row: Row, paths: tuple[str, ...], role: str) -> list[tuple[str, str]]
     """The non-empty texts at `paths`, in this order."""
     found = []
     for path in paths:
-        value: Any = row
-        for name in path.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
+        value = at_path(row, path)
         text = _only_message(value, role) if _is_chat(value) else as_text(value)
         if text:
             found.append((path, text))

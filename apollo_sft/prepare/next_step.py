@@ -10,22 +10,40 @@ import pyarrow.parquet as pq
 
 DEFAULT_BATCH = 256
 DEFAULT_LENGTH = 1024
+LONGEST = 8192
+BYTES_PER_TOKEN = 2
+TEMPLATE_TOKENS = 64
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 
 
-def training_keys(files: Mapping[str, Path]) -> list[str]:
-    """The keys of a training on these files: the first split is trained, the second, if any, is held out."""
-    train, *others = files.values()
+def training_keys(files: Mapping[str, Path], largest: int) -> list[str]:
+    """The keys of a training on these files: `train`, or the first, is trained; the next, if any, is held out.
+
+    `largest`: bytes of text in the largest row.
+    """
+    train = files.get("train") or next(iter(files.values()))
+    others = [file for file in files.values() if file != train]
     parquet = pq.ParquetFile(train)
     keys = [f"data.train_files={train}", f"data.val_files={others[0] if others else 'null'}"]
     if "messages" in parquet.schema_arrow.names:
-        keys += ["data.multiturn.enable=true", "data.multiturn.messages_key=messages", "data.max_length=2048"]
+        keys += ["data.multiturn.enable=true", "data.multiturn.messages_key=messages"]
     else:
         keys += ["data.prompt_key=question", "data.response_key=answer"]
+    keys += _length_keys(largest)
     rows = parquet.metadata.num_rows
     if rows < DEFAULT_BATCH:
         keys.append(f"data.train_batch_size={1 << (rows.bit_length() - 1)}")
     return [*keys, f"model.partial_pretrain={MODEL}", "trainer.default_local_dir=sft-model"]
+
+
+def _length_keys(largest: int) -> list[str]:
+    """Room for the largest row: a token of math or code has two bytes or more. What is beyond the limit is left out."""
+    length = DEFAULT_LENGTH
+    while length < LONGEST and largest / BYTES_PER_TOKEN + TEMPLATE_TOKENS > length:
+        length *= 2
+    fits = largest / BYTES_PER_TOKEN + TEMPLATE_TOKENS <= length
+    keys = [f"data.max_length={length}"] if length > DEFAULT_LENGTH else []
+    return keys if fits else [*keys, "data.truncation=drop"]
 
 
 def commands(keys: list[str]) -> str:

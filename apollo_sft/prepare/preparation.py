@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from apollo_sft.prepare.columns import has_any
 from apollo_sft.prepare.output import Output, SplitWriter
 from apollo_sft.prepare.records import Origin
 from apollo_sft.prepare.rejection import RejectedRow
-from apollo_sft.prepare.sources import Source, column_names, source_rows
+from apollo_sft.prepare.sources import Source, column_names
 
 Say = Callable[[str], None]
+PREVIEWED = 2
+SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +46,13 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """What became of one split. `longest`: bytes of text in its largest row."""
+    """What became of one split. `rejected`: rows by reason. `largest`: bytes of text in its largest row."""
 
     file: Path
     rows_in: int
     rows_out: int
     rejected: Counter[str]
+    largest: int
 
 
 def prepare(task: Task, source: Source, output: Output, say: Say) -> dict[str, Split]:
@@ -55,11 +60,9 @@ def prepare(task: Task, source: Source, output: Output, say: Say) -> dict[str, S
 
     Raises: DataError when columns are missing, a file is damaged, or a split is left without a row.
     """
+    check_columns(task, source)
     inputs = {str(file): describe_file(file) for files in source.files.values() for file in files}
-    for files in source.files.values():
-        for file in files:
-            _check_columns(task, file)
-    splits = {split: _write(task, source.files[split], split, output) for split in source.files}
+    splits = {split: _write(task, source, split, output) for split in source.splits}
     for line in task.describe():
         say(line)
     shared = _report_overlap(output, splits, say)
@@ -73,6 +76,30 @@ def prepare(task: Task, source: Source, output: Output, say: Say) -> dict[str, S
     return splits
 
 
+def preview(task: Task, source: Source) -> list[str]:
+    """The first rows as they would be written, a line a message; why, for a row that would be rejected."""
+    lines = []
+    split = source.splits[0]
+    for index, (ref, row) in enumerate(islice(source.rows(split), PREVIEWED)):
+        lines.append(f"-- {ref}")
+        try:
+            lines += _shown(task.convert(row, Origin(task.data_source, split, index)))
+        except RejectedRow as rejected:
+            lines.append(f"   rejected: {rejected.reason}")
+    return lines
+
+
+def _shown(row: Row) -> list[str]:
+    messages = row.get("messages") or [*row["prompt"], {"role": "assistant", "content": row["answer"]}]
+    lines = []
+    for message in messages:
+        text = "" if message["content"] is None else json.dumps(message["content"], ensure_ascii=False)
+        calls = [f"calls {c['function']['name']} {c['function']['arguments']}" for c in message.get("tool_calls", ())]
+        line = " ".join([f"   {message['role']}:", *([text] if text else []), *calls])
+        lines.append(line if len(line) <= SHOWN_CHARACTERS else line[:SHOWN_CHARACTERS] + "…")
+    return lines
+
+
 def splits_facts(splits: dict[str, Split], shared: dict[str, int]) -> dict[str, Any]:
     """The part of the manifest that says what became of the rows, and the version that wrote them."""
     counts = {
@@ -83,6 +110,13 @@ def splits_facts(splits: dict[str, Split], shared: dict[str, int]) -> dict[str, 
     return {"splits": counts, "prompts_also_in_first_split": shared, "apollo_sft": version}
 
 
+def check_columns(task: Task, source: Source) -> None:
+    """Raises: DataError when a file has no column for what the task needs."""
+    for files in source.files.values():
+        for file in files:
+            _check_columns(task, file)
+
+
 def _check_columns(task: Task, file: Path) -> None:
     names = column_names(file)
     for what, paths in task.needed.items():
@@ -91,19 +125,21 @@ def _check_columns(task: Task, file: Path) -> None:
                 f"{file} has no column for the {what}",
                 found=f"columns {', '.join(names) or '(none)'}",
                 expected=f"one of {', '.join(dict.fromkeys(path.partition('.')[0] for path in paths))}",
-                fix="apollo-sft prepare custom takes columns of any name",
+                fix="apollo-sft prepare custom --help: it takes columns of any name",
             )
 
 
-def _write(task: Task, files: list[Path], split: str, output: Output) -> Split:
+def _write(task: Task, source: Source, split: str, output: Output) -> Split:
     path = output.staging / f"{split}.parquet"
     reasons: Counter[str] = Counter()
-    rows_in = 0
+    rows_in = largest = 0
     with SplitWriter(path, task.schema) as writer:
-        for index, (ref, row) in enumerate(source_rows(files)):
+        for index, (ref, row) in enumerate(source.rows(split)):
             rows_in += 1
             try:
-                writer.add(task.convert(row, Origin(task.data_source, split, index)))
+                made = task.convert(row, Origin(task.data_source, split, index))
+                largest = max(largest, _num_bytes(made))
+                writer.add(made)
             except RejectedRow as rejected:
                 reasons[rejected.reason] += 1
                 output.reject(split, ref, rejected.reason)
@@ -112,9 +148,18 @@ def _write(task: Task, files: list[Path], split: str, output: Output) -> Split:
             f"split {split!r}: no row is left, nothing was written",
             found="; ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common())
             or "a file without rows",
-            expected=f"rows that {task.dataset} can be made of, in {', '.join(map(str, files[:3]))}",
+            expected=f"rows that {task.dataset} can be made of, in {source.name}",
         )
-    return Split(output.folder / path.name, rows_in, writer.num_rows, reasons)
+    return Split(output.folder / path.name, rows_in, writer.num_rows, reasons, largest)
+
+
+def _num_bytes(row: Row) -> int:
+    """Bytes of the texts of a row. Raises: RejectedRow for text that no file can hold."""
+    texts = [row.get(name) for name in ("messages", "tools", "prompt", "answer", "reward_model")]
+    try:
+        return len(json.dumps(texts, ensure_ascii=False).encode())
+    except UnicodeEncodeError as error:
+        raise RejectedRow("a text is not valid Unicode") from error
 
 
 def _report_overlap(output: Output, splits: dict[str, Split], say: Say) -> dict[str, int]:

@@ -16,8 +16,8 @@ KNOWN_INSTRUCTIONS = (
     BOXED_INSTRUCTION,
     "Let's think step by step and output the final answer within \\boxed{}.",
 )
-"""What data that were prepared before may end with, here by verl, or begin with by AlphaApollo: it is taken off, and none
-stands twice."""
+"""What questions that were prepared before end with (here, by verl) or begin with (by AlphaApollo): it is taken off, so
+that none stands twice."""
 
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 QUESTION_SCHEMA = pa.schema(

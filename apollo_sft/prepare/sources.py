@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
@@ -16,16 +16,31 @@ from apollo_sft.types import RowRef
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
 ROWS_LOOKED_AT = 100
+PEEKED = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """`files`: the files of each split, in order. `name` and `revision`: what the manifest says of their origin."""
+    """`files`: the files of each split, in order. `name` and `revision`: what the manifest says of their origin.
+
+    `generated`: the rows themselves, by split, where they come from no file.
+    """
 
     kind: str
     name: str
     revision: str | None
     files: dict[str, list[Path]]
+    generated: dict[str, list[Row]] = field(default_factory=dict)
+
+    @property
+    def splits(self) -> list[str]:
+        return [*self.files, *self.generated]
+
+    def rows(self, split: str) -> Iterator[tuple[RowRef, Row]]:
+        """Every row of the split with its place. Raises: DataError for a damaged file, naming file and line."""
+        if split in self.files:
+            return source_rows(self.files[split])
+        return ((RowRef(self.name, index), row) for index, row in enumerate(self.generated[split]))
 
 
 def local_source(path: Path, splits: Sequence[str], subset: str | None) -> Source:
@@ -98,7 +113,7 @@ def _holds(path: PurePosixPath, split: str) -> bool:
 def column_names(file: Path) -> list[str]:
     """The columns of a parquet file; the keys of the first rows of a JSON file."""
     if file.suffix == ".parquet":
-        return next(iter(_columns([file])))[1]
+        return _parquet_columns(file)
     rows = (row for _, row in islice(_json_rows(file), ROWS_LOOKED_AT))
     return list(dict.fromkeys(key for row in rows for key in row))
 
@@ -116,19 +131,19 @@ def source_rows(files: Sequence[Path]) -> Iterator[tuple[RowRef, Row]]:
             yield from _json_rows(file)
 
 
-def _columns(files: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
-    for file in files:
-        try:
-            yield file, pq.read_schema(file).names
-        except (OSError, ValueError) as error:
-            raise DataError(f"{file}: not a readable parquet file", found=str(error).splitlines()[0]) from error
+def _parquet_columns(file: Path) -> list[str]:
+    try:
+        names: list[str] = pq.read_schema(file).names
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: not a readable parquet file", found=str(error).splitlines()[0]) from error
+    return names
 
 
 def _json_rows(file: Path) -> Iterator[tuple[RowRef, Row]]:
     """JSON lines; or, in a `.json` file that begins with `[`, one list, which is read whole."""
     with file.open(encoding="utf-8-sig") as lines:
         try:
-            if file.suffix == ".json" and lines.read(1) == "[":
+            if file.suffix == ".json" and lines.read(PEEKED).lstrip().startswith("["):
                 lines.seek(0)
                 yield from _list_rows(file, lines.read())
                 return

@@ -1,4 +1,7 @@
-"""GSM8K for SFT and RL: `python3 -m examples.data_preprocess.gsm8k`; the same as `apollo-sft prepare gsm8k`."""
+"""GSM8K for SFT and RL: what `apollo-sft prepare gsm8k` does, from a checkout.
+
+python3 -m examples.data_preprocess.gsm8k [OPTION …]; --help shows the options.
+"""
 
 import sys
 

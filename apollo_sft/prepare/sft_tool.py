@@ -1,0 +1,59 @@
+"""Conversations with tools: reasoning and calls by the assistant, outputs by the tool, which are never trained.
+
+Rows that hold real tool messages keep them; a solution with ```python and ```output fences is taken apart.
+"""
+
+from __future__ import annotations
+
+from apollo_sft.data.parquet import Row
+from apollo_sft.prepare.chat_shapes import messages_of, tools_of
+from apollo_sft.prepare.columns import ANSWER, QUESTION, as_text, at_path
+from apollo_sft.prepare.informal_math import BoxedProblems
+from apollo_sft.prepare.preparation import Task
+from apollo_sft.prepare.records import CHAT_SCHEMA, Origin, chat_row
+from apollo_sft.prepare.rejection import RejectedRow
+from apollo_sft.prepare.tool_text import TOOLS, runs_code, turns
+
+DATA_SOURCE = "AI-MO/NuminaMath-TIR"
+CHATS = ("messages", "conversations")
+TOOL_ROLES = ("tool", "function", "observation", "function_call", "function_response")
+
+
+def task(data_source: str, instruction: str | None, code_as: str) -> Task:
+    """`instruction`: what questions of text rows end with, as in informal-math.
+
+    `code_as`: `calls` for calls of a tool `python`, with the column `tools`; `text` for fences in the assistant's text.
+    """
+    problems = BoxedProblems(instruction)
+
+    def convert(row: Row, origin: Origin) -> Row:
+        chat = next((row[name] for name in CHATS if _has_tools(row.get(name))), None)
+        if chat is not None:
+            return chat_row(origin, messages_of(chat), tools_of(row.get("tools")), None)
+        if not any(runs_code(text) for text in _solutions(row)):
+            raise RejectedRow("no tool is called")
+        question, answer, truth = problems.read(row)
+        user = {"role": "user", "content": problems.suffix.prompt(question)}
+        messages = [user, *turns(answer, code_as == "calls")]
+        return chat_row(origin, messages, TOOLS if code_as == "calls" else None, truth)
+
+    needed = {"question": (*QUESTION, *CHATS), "answer": (*ANSWER, *CHATS)}
+    return Task("sft-tool", data_source, CHAT_SCHEMA, convert, needed, problems.describe, problems.suffix.text)
+
+
+def _solutions(row: Row) -> list[str]:
+    """Every text that may be the solution; of a conversation, the turns."""
+    cells = [at_path(row, path) for path in ANSWER]
+    chats = [turn.get("content") for cell in cells if isinstance(cell, list) for turn in cell if isinstance(turn, dict)]
+    return [as_text(text) for text in (*cells, *chats)]
+
+
+def _has_tools(chat: object) -> bool:
+    """Whether a cell is a conversation in which a tool is called, or speaks."""
+    if isinstance(chat, str):
+        return '"tool_calls"' in chat or any(f'"{role}"' in chat for role in TOOL_ROLES)
+    turns = [turn for turn in chat if isinstance(turn, dict)] if isinstance(chat, list) else []
+    return any(
+        turn.get("tool_calls") or turn.get("function_call") or turn.get("role", turn.get("from")) in TOOL_ROLES
+        for turn in turns
+    )
