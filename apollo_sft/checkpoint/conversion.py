@@ -67,7 +67,7 @@ def plan_export(model: Any, base: BaseModel, export_dtype: str) -> ExportPlan:
     wanted = dict(base.tensors) or _default_names(model, state, meta)
     reader = _Reader(model, meta)
     reads = [reader.follow(name) for name in sorted(wanted, key=_natural_key)]
-    groups = _direct_groups([read for read in reads if read.pattern is None and read.memory_name in meta])
+    groups = _direct_groups(_once([read for read in reads if read.pattern is None and read.memory_name in meta], state))
     groups += reader.converted_groups([read for read in reads if read.pattern is not None])
     covered = {source for group in groups for source in group.sources}
     groups += _extra_groups(model, state, covered)
@@ -110,6 +110,13 @@ def _check_shapes(made: Mapping[str, Tensor], base: Mapping[str, TensorSpec]) ->
                 found=tuple(tensor.shape),
                 expected=base[name].shape,
             )
+
+
+def _once(reads: list[_Read], state: Mapping[str, Tensor]) -> list[_Read]:
+    """Without second names of a tied weight, which some bases store twice. The first is the first in the model."""
+    order = {name: at for at, name in enumerate(state)}
+    kept = {id(state[read.memory_name]): read for read in sorted(reads, key=lambda read: -order[read.memory_name])}
+    return [read for read in reads if kept[id(state[read.memory_name])] is read]
 
 
 def _direct_groups(reads: list[_Read]) -> list[Group]:

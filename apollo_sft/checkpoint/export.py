@@ -127,9 +127,10 @@ def finish(writer: ShardWriter, architecture: str, base: BaseModel, plan: Export
     """What lies beside the weights, once they are written."""
     writer.finish()
     folder = writer.folder
-    sidecars.write_config(folder, base, architecture, plan.tensors)
-    sidecars.write_generation_config(folder, base, options.stop_token_ids)
-    sidecars.write_tokenizer(folder, options.tokenizer, options.chat_template)
+    stops = options.stop_token_ids
+    sidecars.write_config(folder, base, architecture, plan.tensors, stops)
+    sidecars.write_generation_config(folder, base, stops)
+    sidecars.write_tokenizer(folder, options.tokenizer, options.chat_template, stops)
     if options.trust_remote_code:
         sidecars.copy_code(folder, base)
 
@@ -187,7 +188,10 @@ class ModelForm:
         """
         folder = checkpoint / HF_FOLDER
         folder.mkdir()
-        state = StateFiles(checkpoint)
+        self.write_to(folder, StateFiles(checkpoint))
+
+    def write_to(self, folder: Path, state: StateFiles) -> None:
+        """Write the model of a state into an empty folder. Raises: CheckpointError as `write`."""
         writer = ShardWriter(folder, self.plan.tensors, self.options.max_shard_bytes)
         for group in self.plan.groups:
             sources = [

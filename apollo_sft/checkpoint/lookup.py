@@ -1,4 +1,4 @@
-"""What a person names, found: the run that a model folder belongs to, and a checkpoint of a run."""
+"""What a person names, found: the run that a folder belongs to, what it says of itself, and a checkpoint of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from apollo_sft.checkpoint import publish, resume
 from apollo_sft.checkpoint.layout import read_run
 from apollo_sft.config.compose import validate
 from apollo_sft.config.schema import SftConfig
@@ -32,3 +33,38 @@ def read_config(run: Path) -> SftConfig:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} is no configuration of a run", found=type(raw).__name__)
     return validate(raw)
+
+
+def find_checkpoint(path: Path, which: str) -> Path:
+    """The checkpoint at `path`; or of the run folder `path` the one that `which` names: latest, best, or a step.
+
+    Raises: ConfigError naming what there is.
+    """
+    folder = path.expanduser().resolve()
+    if (folder / resume.STATE).is_file():
+        return folder
+    checkpoints = folder / "checkpoints"
+    there = [found.name for found in resume.whole_checkpoints(checkpoints)]
+    if not there:
+        raise ConfigError(
+            f"{path} is neither a checkpoint nor a run folder with checkpoints",
+            expected="a folder such as RUN/checkpoints/step_000200, or RUN itself",
+        )
+    name = resume.folder_of(checkpoints, int(which)).name if which.isdecimal() else which
+    found = checkpoints / name
+    if name in there or (found.is_symlink() and found.resolve().name in there):
+        return found.resolve()
+    raise ConfigError(
+        f"the run in {path} has no checkpoint {which}",
+        found=f"{', '.join(sorted(there))}" + ("" if which != resume.BEST else "; trainer.save_best_on keeps the best"),
+        expected="latest, best, or the number of a step",
+    )
+
+
+def trained_stops(run: Path | None) -> tuple[int, ...] | None:
+    """The tokens that ended the trained turns of a run, most frequent first; None when nothing says so."""
+    path = None if run is None else run / "data_audit.json"
+    if path is None or not path.is_file():
+        return None
+    stops = publish.read_json(path).get("train", {}).get("stop_tokens", {})
+    return tuple(int(token) for token in stops)

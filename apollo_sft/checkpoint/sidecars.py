@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,22 @@ SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
-def write_config(folder: Path, base: BaseModel, class_name: str, tensors: Mapping[str, TensorSpec]) -> None:
-    """config.json: the base's own, with the class that was trained and the dtype that the files really have."""
+def write_config(
+    folder: Path, base: BaseModel, class_name: str, tensors: Mapping[str, TensorSpec], stop_token_ids: Sequence[int]
+) -> None:
+    """config.json: the base's own, with the class that was trained and the dtype that the files really have.
+
+    An end token that no trained turn ended with gives way to one that did.
+    """
     config = _without_private(base.config)
     dtype = main_dtype(tensors)
     config["architectures"] = [class_name]
     config["dtype"] = dtype
     if "torch_dtype" in config:  # what older readers look at
         config["torch_dtype"] = dtype
+    own = config.get("eos_token_id")
+    if stop_token_ids and own is not None and not set(own if isinstance(own, list) else [own]) & set(stop_token_ids):
+        config["eos_token_id"] = stop_token_ids[0]
     _write_json(folder / "config.json", config)
 
 
@@ -82,11 +90,19 @@ def _can_be_saved(config: dict[str, Any]) -> bool:
     return True
 
 
-def write_tokenizer(folder: Path, tokenizer: Any, chat_template: str | None) -> None:
-    """The tokenizer's files with the chat template that was used; `None` leaves the tokenizer's own."""
+def write_tokenizer(
+    folder: Path, tokenizer: Any, chat_template: str | None, stop_token_ids: Sequence[int] = ()
+) -> None:
+    """The tokenizer's files with the chat template that was used; `None` leaves the tokenizer's own.
+
+    Its end token becomes the one that ended the trained turns, where that is one and the template writes no end token
+    by name: RL trainers look for the end of a reply by it.
+    """
     written = copy.deepcopy(tokenizer)
     if chat_template is not None:
         written.chat_template = chat_template
+    if len(stop_token_ids) == 1 and "eos_token" not in str(written.chat_template):
+        written.eos_token = written.convert_ids_to_tokens(stop_token_ids[0])
     written.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     private = ("name_or_path", "special_tokens_map_file", "tokenizer_file", "is_local", "local_files_only")

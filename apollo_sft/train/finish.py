@@ -14,7 +14,8 @@ from apollo_sft.checkpoint.export import (
 )
 from apollo_sft.checkpoint.layout import RunFolder
 from apollo_sft.config.schema import SftConfig
-from apollo_sft.model.lora import adapter_tensors, file_name, lora_config, merge
+from apollo_sft.data.template import ChatTemplate
+from apollo_sft.model.lora import adapter_tensors, lora_config, merge, saved_config, trained
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World
 from apollo_sft.report.console import clock
@@ -37,23 +38,28 @@ def export(config: SftConfig, prepared: Prepared, model: SftModel, folder: RunFo
     model = strategy_of(model).by_rows(model)
     adapter = lora_config(config.model, prepared.base.source)
     if adapter is not None:
-        save_adapter(adapter_tensors(model.causal_lm), adapter, root, model, world.is_main)
+        written = saved_config(adapter, model.causal_lm)
+        save_adapter(adapter_tensors(model.causal_lm), written, root, model, world.is_main)
         if config.trainer.export == "adapter":
             return
         merge(model.causal_lm)
     result = save_model(model.causal_lm, prepared.base, root, export_options(config, prepared), world.is_main)
     if result.dropped:
         warn(
-            f"the base model's files hold tensors that this architecture does not use: {', '.join(result.dropped[:5])}"
+            "the base model's files hold tensors that are not written: the architecture does not use them, or they are a "
+            f"second copy of a tied weight: {', '.join(result.dropped[:5])}"
         )
 
 
 def export_options(config: SftConfig, prepared: Prepared) -> ExportOptions:
-    own_template = prepared.tokenizer.chat_template == prepared.template.text
+    return options_of(config, prepared.tokenizer, prepared.template, tuple(prepared.train.summary.stop_tokens))
+
+
+def options_of(config: SftConfig, tokenizer: Any, template: ChatTemplate, stops: tuple[int, ...]) -> ExportOptions:
     return ExportOptions(
-        tokenizer=prepared.tokenizer,
-        chat_template=None if own_template else prepared.template.text,
-        stop_token_ids=tuple(prepared.train.summary.stop_tokens),
+        tokenizer=tokenizer,
+        chat_template=None if tokenizer.chat_template == template.text else template.text,
+        stop_token_ids=stops,
         export_dtype=config.trainer.export_dtype,
         trust_remote_code=config.model.trust_remote_code,
     )
@@ -66,9 +72,9 @@ def hf_form(config: SftConfig, prepared: Prepared, causal_lm: Any) -> ModelForm 
     adapter = lora_config(config.model, prepared.base.source)
     if adapter is None:
         return model_form(causal_lm, IN_CHECKPOINT, prepared.base, export_options(config, prepared))
-    trained = {name: p for name, p in causal_lm.named_parameters() if p.requires_grad}
-    names = {file_name(name): f"{IN_CHECKPOINT}{name}" for name in trained}
-    return AdapterForm(names, adapter, sum(p.numel() * p.element_size() for p in trained.values()))
+    found = list(trained(causal_lm))
+    names = {in_file: f"{IN_CHECKPOINT}{name}" for in_file, name, _ in found}
+    return AdapterForm(names, saved_config(adapter, causal_lm), sum(p.numel() * p.element_size() for *_, p in found))
 
 
 def summary(reporter: Reporter, config: SftConfig) -> str:

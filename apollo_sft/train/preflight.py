@@ -67,11 +67,11 @@ def prepare(config: SftConfig) -> Prepared:
 
     Raises: ConfigError, ModelError, DataError.
     """
-    base, hf_config = _open_base(config)
+    base, hf_config = open_base(config)
     trust = config.model.trust_remote_code
     _check_positions(config, hf_config)
     check_longest(hf_config, config.data.max_length)
-    tokenizer = _load_tokenizer(base.folder, trust)
+    tokenizer = load_tokenizer(base.folder, trust)
     template = resolve_template(tokenizer, config.data)
     train = _store(config, "train", tokenizer, template)
     val = _store(config, "val", tokenizer, template) if config.data.val_files else None
@@ -81,7 +81,7 @@ def prepare(config: SftConfig) -> Prepared:
     return Prepared(base, hf_config, tokenizer, template, train, val)
 
 
-def _open_base(config: SftConfig) -> tuple[BaseModel, Any]:
+def open_base(config: SftConfig) -> tuple[BaseModel, Any]:
     """What lies in the model folder, and transformers' config of it. Files are looked at before a library reads them.
 
     Raises: ModelError.
@@ -99,7 +99,7 @@ def check_model(config: SftConfig) -> None:
 
     Raises: ModelError, ConfigError.
     """
-    base, hf_config = _open_base(config)
+    base, hf_config = open_base(config)
     if not base.tensors:
         raise _no_weights(base.folder)
     attention.register(attention.sdpa_kernel)  # its name must be known; nothing runs
@@ -173,7 +173,7 @@ def _store(config: SftConfig, split: Literal["train", "val"], tokenizer: Any, te
     return prepare_store(StoreRequest(split, paths, max_rows, tokenizer, template, data), say)
 
 
-def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:

@@ -29,5 +29,9 @@ def test_ids_and_template_survive(tmp_path: Path, name: str, template: str | Non
     assert after.chat_template == (template or own)
     assert before.chat_template == own
     assert (after.eos_token, after.pad_token) == (before.eos_token, before.pad_token)
+    write_tokenizer(tmp_path, before, TEMPLATE, (7,))
+    told = AutoTokenizer.from_pretrained(tmp_path)
+    assert (told.eos_token_id, told.pad_token) == (7, before.pad_token)
+    assert told(TEXTS)["input_ids"] == before(TEXTS)["input_ids"]
     for path in tmp_path.iterdir():
         assert str(folder).encode() not in path.read_bytes(), f"{path.name} names a private path"

@@ -1,0 +1,58 @@
+"""`apollo-sft export`: a model folder from a checkpoint of a run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from apollo_sft.errors import ConfigError
+
+HELP = """apollo-sft export CHECKPOINT|RUN_FOLDER [OUT] [options]
+
+Writes the model of a checkpoint as a folder that transformers, vLLM, verl and TRL open by its path: names and shapes of
+the base model's own files, the chat template and the stop tokens that were trained. A LoRA adapter is merged. The end
+of a run does the same with its last step. Needs the base model where it was, but no GPU.
+
+  OUT            a new folder, or one of an earlier export [RUN_FOLDER-step_N, beside the run folder]
+  --step WHICH   of a run folder: latest, best, or the number of a step [latest]
+  --dtype DTYPE  of the files: auto (as the base's), bf16, fp16 or fp32 [as the run was told]
+  --help         this text
+
+Exit codes: 0 done, 1 failed, 2 refused. Files that an export did not write are never replaced."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}", fix=f"{self.prog} --help")
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code. Raises: ApolloError for what cannot be exported."""
+    if "--help" in arguments or "-h" in arguments:
+        print(HELP)
+        return 0
+    options = _parse(arguments)
+    from apollo_sft.checkpoint.lookup import find_checkpoint, find_run
+    from apollo_sft.train.export import export_checkpoint
+
+    checkpoint = find_checkpoint(options.source, options.step)
+    run = find_run(checkpoint)
+    out = options.out
+    if out is None:
+        beside = checkpoint if run is None else run
+        out = beside.with_name(f"{beside.name}-{checkpoint.name if run is not None else 'model'}")
+    for note in export_checkpoint(checkpoint, out, options.dtype):
+        print(note)
+    print(f"{out}: the model of {checkpoint}")
+    print(f"apollo-sft handoff {out} checks what RL will read of it.")
+    return 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="apollo-sft export", add_help=False, allow_abbrev=False)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--step", default="latest")
+    parser.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"))
+    return parser.parse_args(arguments)
