@@ -7,7 +7,7 @@ import re
 from apollo_sft.prepare.rejection import RejectedRow
 
 MARKER = "####"
-BOX = re.compile(r"\\f?boxed\s*(?:\{|(?P<bare>[^\s{}$\\]+))")
+BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[^\s{}$\\]+))")
 """`\\boxed{…}`, `\\fbox{…}`, and TeX's form without braces: `\\boxed 7`."""
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
