@@ -4,13 +4,14 @@
 
 Ours is the whole preparation: reading the file, checking, rendering, proving every target, tokenising, writing the
 store. Theirs is `apply_chat_template(tokenize=True)`, row by row, over conversations that were read and parsed before.
-One thread, CPU time: other programs on the machine change little.
+One thread, CPU time, the two in turn: other programs on the machine change little.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("file")
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--template")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=-1)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more keys, as for training")
     return parser.parse_args()
@@ -61,14 +62,14 @@ def main() -> None:
             summary.update(samples=store.summary.num_samples, turns=store.summary.num_turns)
 
     summary: dict[str, int] = {}
-    rates = {name: len(rows) / min(seconds(work) for _ in range(given.rounds)) for name, work in
-             (("transformers", theirs), ("apollo-sft", ours))}  # fmt: skip
+    pairs = [(seconds(theirs), seconds(ours)) for _ in range(given.rounds)]
     name = Path(given.file).parent.parent.name
+    used = Path(given.template).stem if given.template else "its own template"
     counts = f"{len(rows):,} rows, {summary['samples']:,} samples, {summary['turns']:,} turns"
-    print(f"{name}, {Path(given.tokenizer).name}: {counts}")
-    for who, rate in rates.items():
-        print(f"  {who:13} {rate:8,.0f} rows/s")
-    print(f"  ratio         {rates['apollo-sft'] / rates['transformers']:8.2f}")
+    print(f"{name}, {Path(given.tokenizer).name} with {used}: {counts}")
+    for who, times in zip(("transformers", "apollo-sft"), zip(*pairs, strict=True), strict=True):
+        print(f"  {who:13} {len(rows) / min(times):8,.0f} rows/s")
+    print(f"  ratio         {statistics.median(a / b for a, b in pairs):8.2f} (median of {given.rounds} pairs)")
 
 
 def seconds(work: Any) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -284,25 +283,30 @@ class Forgeries:
         return None if self.in_tools is None else f"the tools spell {self.in_tools}"
 
     def _first(self, value: Any) -> str | None:
-        found = next((match for text in _texts(value) if (match := self.controls.search(text))), None)
+        texts: list[str] = []
+        _collect_texts(value, texts)
+        if not self.controls.search("\n".join(texts)):
+            return None
+        found = next((match for text in texts if (match := self.controls.search(text))), None)
         return None if found is None else found.group()
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _collect_texts(value: Any, into: list[str]) -> None:
     if isinstance(value, str):
-        yield value
+        into.append(value)
     elif isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from _texts(item)
+        into.extend(value)
+        for item in value.values():
+            _collect_texts(item, into)
     elif isinstance(value, list):
         for item in value:
-            yield from _texts(item)
+            _collect_texts(item, into)
 
 
 def _drop_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
+        kept = ((key, item) for key, item in value.items() if item is not None)
+        return {key: item if type(item) is str else _drop_nulls(item) for key, item in kept}
     return [_drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
@@ -322,9 +326,10 @@ def _check_value(value: Any, at: _Place) -> None:
         if not value.isascii():
             _check_text(value, at)
     elif isinstance(value, dict):
-        for key, item in value.items():
-            _check_value(key, at)
-            _check_value(item, at)
+        for pair in value.items():
+            for item in pair:
+                if type(item) is not str or not item.isascii():
+                    _check_value(item, at)
     elif isinstance(value, list):
         for item in value:
             _check_value(item, at)

@@ -16,7 +16,7 @@ from apollo_sft.config.schema import DataConfig
 from apollo_sft.data.template import ChatTemplate
 from apollo_sft.errors import DataError
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever the same inputs give other samples or another layout of the files."""
 
 SETTLED_SECONDS = 2.0

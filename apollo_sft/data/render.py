@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import numpy as np
 from apollo_sft.config.schema import DataConfig
 from apollo_sft.data.conversation import Forgeries
 from apollo_sft.data.sandbox import (
+    REASONING,
     WAYS,
     RenderError,
     RunawayError,
@@ -55,12 +57,14 @@ class RenderCounts:
 class Rendered:
     """One row: its samples, before truncation. `dropped`: why it is not to be trained, None where it is.
 
-    `left_out`: the turns that should have been trained and are in no sample, and why.
+    `left_out`: the turns that should have been trained and are in no sample, and why. `unwritten`: turns that are
+    trained without a part that the row has, by the names of such parts.
     """
 
     samples: list[Sample]
     dropped: str | None = None
     left_out: tuple[tuple[int, ...], str] = ((), "")
+    unwritten: dict[tuple[str, ...], list[int]] = field(default_factory=dict)
 
 
 class Renderer:
@@ -197,8 +201,9 @@ class Renderer:
             return Rendered(samples, f"{forged} (data.special_tokens_in_content=drop)")
         self.counts.add("control_tokens", conversation.ref, forged is not None)
         self.counts.add("expanded_rows", conversation.ref, len(pairs) > 1)
+        unwritten: dict[tuple[str, ...], list[int]] = {}
         for text, tokens in pairs:
-            self._count(conversation, text, tokens)
+            self._count(conversation, text, tokens, unwritten)
         done = {turn for sample in samples for turn in sample.turns}
         left_out = tuple(i for i in trained_turns(conversation, self.data.train_on) if i not in done)
         if self.sandbox.marks_generation(conversation.tools is not None):
@@ -206,24 +211,39 @@ class Renderer:
         else:
             name, why = "turns_left_out", "turns that the template rewrites are not trained (data.history=last_turn)"
         self.counts.add(name, conversation.ref, len(left_out))
-        return Rendered(samples, None, (left_out, why))
+        return Rendered(samples, None, (left_out, why), unwritten)
 
-    def _count(self, conversation: Conversation, text: Text, tokens: TokenSpans) -> None:
+    def _count(
+        self,
+        conversation: Conversation,
+        text: Text,
+        tokens: TokenSpans,
+        unwritten: dict[tuple[str, ...], list[int]],
+    ) -> None:
+        """Count what was met in one sample. `unwritten` grows by its turns that lack a part."""
         counts, ref = self.counts, conversation.ref
         counts.add("cut_turns", ref, tokens.num_cuts)
         pairs = zip(text.spans, tokens.ranges, strict=True)
         for turn, group in groupby(pairs, key=lambda pair: pair[0].turn):
             spans, ranges = zip(*group, strict=True)
-            message, said = conversation.messages[turn], "".join(text.text[span.start : span.end] for span in spans)
+            message, last = conversation.messages[turn], spans[-1]
+            missing = missing_parts(message, "".join([text.text[span.start : span.end] for span in spans]))
+            if missing:
+                unwritten.setdefault(missing, []).append(turn)
             counts.turns += 1
-            counts.add("unpredictable_targets", ref, ranges[0][0] == 0 < ranges[0][1])
-            counts.add("turns_without_stop", ref, spans[-1].stop is None)
-            counts.add("second_stops", ref, spans[-1].second_stop)
-            counts.add("unopened_turns", ref, spans[0].unopened)
-            counts.add("rewritten_turns", ref, spans[0].rewritten)
-            counts.add("unwritten_turns", ref, not _is_written(message, said))
-            counts.add("empty_replies", ref, not message["content"].strip() and "tool_calls" not in message)
-            if spans[-1].stop is not None:
+            met = {
+                "unpredictable_targets": ranges[0][0] == 0 < ranges[0][1],
+                "turns_without_stop": last.stop is None,
+                "second_stops": last.second_stop,
+                "unopened_turns": spans[0].unopened,
+                "rewritten_turns": spans[0].rewritten,
+                "unwritten_turns": bool(missing),
+                "empty_replies": "tool_calls" not in message and not message["content"].strip(),
+            }
+            if True in met.values():
+                for name, is_met in met.items():
+                    counts.add(name, ref, is_met)
+            if last.stop is not None:
                 counts.stop_tokens[int(tokens.ids[ranges[-1][1] - 1])] += 1
 
 
@@ -250,17 +270,45 @@ def _writes_calls(conversation: Conversation, texts: Sequence[Text]) -> bool:
     )
 
 
-def _is_written(message: Message, said: str) -> bool:
-    """Whether content, reasoning and calls of a message are in what the template wrote, but for white space."""
-    parts = [part for part in _spoken(message) if part not in said]
-    together = "".join(said.split()) if parts else ""
-    return all("".join(part.split()) in together for part in parts)
+def missing_parts(message: Message, said: str) -> tuple[str, ...]:
+    """Which of content, reasoning and tool calls of a message are not in what the template wrote of it.
+
+    White space may differ, and text may stand there as in JSON. Of a call the name is looked for, and those texts
+    among its arguments that are spelled alike in every notation.
+    """
+    missing = []
+    if not _is_in(message["content"], said):
+        missing.append("content")
+    reasoning = next((message[name] for name in REASONING if name in message), "")
+    if not _is_in(reasoning, said):
+        missing.append("reasoning")
+    if "tool_calls" in message and not _has_calls(message, said):
+        missing.append("tool calls")
+    return tuple(missing)
 
 
-def _spoken(message: Message) -> Iterator[str]:
-    yield message["content"]
-    yield next((message[name] for name in ("reasoning_content", "thinking", "reasoning") if name in message), "")
-    yield from call_names(message)
+def _is_in(part: str, said: str) -> bool:
+    if part in said or part.strip() in said:
+        return True
+    together = "".join(said.split())
+    return "".join(part.split()) in together or "".join(json.dumps(part, ensure_ascii=False)[1:-1].split()) in together
+
+
+def _has_calls(message: Message, said: str) -> bool:
+    calls = [call.get("function", call) for call in message["tool_calls"]]
+    names = Counter(call["name"] for call in calls)
+    return all(said.count(name) >= count for name, count in names.items()) and all(
+        text in said for call in calls for text in _plain_texts(call.get("arguments"))
+    )
+
+
+def _plain_texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        if value.isalnum() and value.isascii():
+            yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _plain_texts(item)
 
 
 def shifted_labels(ids: np.ndarray, ranges: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -32,6 +32,8 @@ LOOP_NAMES = frozenset(name for name in dir(LoopContext) if not name.startswith(
 STR_METHODS = frozenset(name for name in dir(str) if not name.startswith("_")) - {"format", "format_map"}
 QUICK_CALLS = STR_METHODS - {"join"}
 """`join` runs over what the template hands to it."""
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""The names that templates know for it."""
 JINJA_ARGUMENTS = frozenset({"_loop_vars", "_block_vars"})
 """What compiled templates add to a call inside of a loop, for functions that ask for it."""
 PLAIN = frozenset({str, int, bool, list, dict})
@@ -49,6 +51,17 @@ STDERR = 2
 WAYS = ((False, False), (True, False), (False, True), (True, True))
 """How a tool-calling turn is handed over: (empty content as null, arguments as JSON text). The first is what most
 templates want; the others are tried where a template refuses it, or leaves the calls out."""
+
+
+class _Compiled:
+    """A template that is given its globals with its arguments: jinja would put them together for every rendering."""
+
+    def __init__(self, template: jinja2.Template) -> None:
+        self.template = template
+        self.globals = dict(template.globals)
+
+    def render(self, given: dict[str, Any]) -> str:
+        return "".join(self.template.root_render_func(self.template.new_context(given, shared=True)))
 
 
 class RenderError(Exception):
@@ -76,6 +89,8 @@ class Sandbox:
         self.kwargs = kwargs
         self.template = template
         self._json: dict[Any, tuple[Any, str]] = {}
+        self._of: tuple[Any, Any, dict[str, Any]] | None = None
+        """What templates are given besides messages, for the last tools and arguments of a row."""
         self._events = 0
         """Beginnings and ends of what a template does: odd while one runs."""
         with self.bounded():
@@ -92,8 +107,10 @@ class Sandbox:
     ) -> str:
         """Call it inside of `bounded`. Raises: RenderError, RunawayError."""
         compiled = self.plain if tools is None else self.with_tools
-        given = {"messages": messages, "tools": tools, "documents": None}
-        given |= self.kwargs | row_kwargs | {"add_generation_prompt": add_generation_prompt}
+        if self._of is None or self._of[0] is not tools or self._of[1] is not row_kwargs:
+            own = self.kwargs | row_kwargs
+            self._of = tools, row_kwargs, compiled.globals | {"tools": tools, "documents": None} | own
+        given = self._of[2] | {"messages": messages, "add_generation_prompt": add_generation_prompt}
         text: str = self._run(compiled.render, given)
         return text
 
@@ -117,12 +134,15 @@ class Sandbox:
         return stretches
 
     def _run(self, work: Callable[[Any], Any], argument: Any) -> Any:
+        self._events += 1
         try:
-            result = self._timed(work, argument)
+            result = work(argument)
         except (MemoryError, _TimeUp) as error:
             raise RunawayError(_said_by(error)) from error
         except Exception as error:  # foreign code may raise anything
             raise RenderError(_said_by(error)) from error
+        finally:
+            self._events += 1
         if len(result) > MAX_CHARACTERS:
             raise RenderError(f"the rendering has {len(result):,} characters; at most {MAX_CHARACTERS:,} are allowed")
         return result
@@ -131,8 +151,7 @@ class Sandbox:
         try:
             compiled = self._timed(chat_template_utils._compile_jinja_template, text)
             quick = self._timed(self._quick(compiled.environment).from_string, text)
-            quick.globals = dict(quick.globals)
-            return quick
+            return _Compiled(quick)
         except (Exception, _TimeUp) as error:  # the parser of jinja and that of Python have limits of their own
             line = f"line {error.lineno}: {error.message}" if isinstance(error, jinja2.TemplateSyntaxError) else None
             raise DataError(f"the chat template does not compile ({source})", found=line or _said_by(error)) from error
@@ -264,8 +283,9 @@ def with_reasoning_names(messages: Sequence[Message]) -> list[Message]:
 
 
 def _with_reasoning(message: Message) -> Message:
-    names = ("reasoning_content", "thinking", "reasoning")
-    reasoning = next((message[name] for name in names if message.get(name) is not None), None)
+    if message.keys().isdisjoint(REASONING):
+        return message
+    reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
     if reasoning is None:
         return message
     return {"thinking": reasoning} | message | {"reasoning_content": reasoning}

@@ -262,6 +262,8 @@ def _rewritten(dialogue: Dialogue, turn: Turn, whole: str) -> Span:
 def _span(turn: Turn, text: str, num_messages: int, habits: Habits) -> Span:
     """The span of a turn in a text that holds it, through the second end mark, or the one of the next message."""
     end, stop, second = len(turn.said), turn.stop, False
+    if habits.stops and turn.index + 1 < num_messages:
+        return Span(turn.index, turn.start, end, stop, unopened=turn.unopened)
     following = text[end:].lstrip()
     if stop is not None and turn.index + 1 == num_messages and habits.closing == habits.eos != stop:
         second = habits.eos is not None and following.rstrip() == habits.eos
@@ -285,7 +287,10 @@ def _marks_at_start(text: str, controls: tuple[str, ...]) -> list[str]:
 def _token_at_end(text: str, controls: tuple[str, ...]) -> str | None:
     if not text.endswith(controls):
         return None
-    return next(control for control in controls if text.endswith(control))
+    for control in controls:
+        if text.endswith(control):
+            return control
+    return None
 
 
 def _not_inside_a_token(texts: tuple[str, str], end: int, controls: tuple[str, ...]) -> int:

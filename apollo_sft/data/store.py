@@ -22,7 +22,7 @@ from apollo_sft.data.custom import custom_rows
 from apollo_sft.data.fingerprint import store_key
 from apollo_sft.data.parquet import Row, expand_paths, num_rows, read_rows
 from apollo_sft.data.render import Rendered, Renderer, truncate
-from apollo_sft.data.store_files import Rejected, SampleStore, StoreSummary, StoreWriter
+from apollo_sft.data.store_files import Rejected, SampleStore, StoreSummary, StoreWriter, count_targets
 from apollo_sft.data.template import ChatTemplate
 from apollo_sft.errors import DataError
 from apollo_sft.types import Conversation, RowRef, Sample
@@ -228,6 +228,9 @@ class _Builder:
         left_out, why = row.left_out
         if left_out:
             self.writer.reject(Rejected(ref.file, ref.row, left_out, bool(row.samples), why, 0, 0))
+        for parts, turns in row.unwritten.items():
+            reason = f"replies that are trained without their {' and '.join(parts)}: the template does not write it"
+            self.writer.reject(Rejected(ref.file, ref.row, tuple(turns), True, reason, 0, 0, unwritten=True))
         trained = [self._sample(sample, row.dropped) for sample in row.samples]
         if not any(trained):
             self._not_trained(ref)
@@ -246,10 +249,11 @@ class _Builder:
         """Whether the sample is trained. What is not trained of it is counted and kept in the ledger."""
         data, summary, writer = self.data, self.summary, self.writer
         sample = truncate(whole, data.max_length, data.truncation, self.request.tokenizer.bos_token_id)
-        tokens, targets = len(whole.input_ids), whole.num_targets
+        tokens, targets = len(whole.input_ids), count_targets(whole)
+        kept = targets if sample is whole else count_targets(sample)
         if sample is not whole and data.truncation == "drop":
             dropped = dropped or f"{tokens:,} tokens, more than data.max_length (data.truncation=drop)"
-        elif not sample.num_targets:
+        elif not kept:
             dropped = dropped or (
                 f"no target is left (data.truncation={data.truncation})" if targets else "nothing in it is trained"
             )
@@ -260,10 +264,10 @@ class _Builder:
             summary.targets_lost += targets
             writer.reject(Rejected(*where, False, dropped, tokens, targets))
             return False
-        tokens_lost, targets_lost = tokens - len(sample.input_ids), targets - sample.num_targets
+        tokens_lost, targets_lost = tokens - len(sample.input_ids), targets - kept
         summary.num_samples += 1
         summary.num_tokens += len(sample.input_ids)
-        summary.num_targets += sample.num_targets
+        summary.num_targets += kept
         summary.tokens_cut += tokens_lost
         summary.targets_lost += targets_lost
         summary.max_token_id = max(summary.max_token_id, int(sample.input_ids.max()))

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from apollo_sft.types import RowRef, Sample
+from apollo_sft.types import IGNORE_INDEX, RowRef, Sample
 
 TOKEN_DTYPE = np.dtype("<i4")
 META = "meta.json"
@@ -57,6 +57,7 @@ class Rejected:
     """A row, or one of its samples, that is not trained (`trained` false) or not whole. `turns`: of the sample.
 
     `tokens_lost`, `targets_lost`: what of it is not trained. 0 for a row that could not be rendered.
+    `unwritten`: the turns are trained without a part that the template does not write.
     """
 
     file: str
@@ -66,6 +67,12 @@ class Rejected:
     reason: str
     tokens_lost: int
     targets_lost: int
+    unwritten: bool = False
+
+
+def count_targets(sample: Sample) -> int:
+    """As `Sample.num_targets`, quicker."""
+    return int(np.count_nonzero(sample.labels != IGNORE_INDEX))
 
 
 class ArrayWriter:
@@ -121,7 +128,7 @@ class StoreWriter:
         self.labels.append(sample.labels)
         self.offsets.append(self.ids.length)
         self.lengths.append(len(sample.input_ids))
-        self.num_targets.append(sample.num_targets)
+        self.num_targets.append(count_targets(sample))
         if sample.ref.file not in self.file_index:  # a class of the user's names its rows as it likes
             self.file_index[sample.ref.file] = len(self.files)
             self.files.append(sample.ref.file)

@@ -61,6 +61,7 @@ class Encoder:
         self.backend = tokenizer.backend_tokenizer
         self.splits_specials = bool(getattr(tokenizer, "split_special_tokens", False))
         self.added, self.edges = _edges(() if self.splits_specials else tokenizer.added_tokens_decoder.values())
+        self.longest = max([1, *(len(token.content) for token in tokenizer.added_tokens_decoder.values())])
         self.pieces: dict[str, Piece] = {}
         self.checked = False
         self._tail_ids = lru_cache(TAIL_CACHE)(self._encode_tail)
@@ -68,11 +69,17 @@ class Encoder:
     def encode(self, texts: Sequence[Text]) -> list[TokenSpans | UnprovableError]:
         """One result a text, in order: its tokens, or why a span has none."""
         self._prepare_backend()
-        split = [self._split(text.text) for text in texts]
         if sum(map(len, self.pieces)) > KEPT_CHARACTERS:
             self.pieces.clear()
-        missing = [part for part in dict.fromkeys(part for parts in split for part in parts) if part not in self.pieces]
-        self.pieces.update(zip(missing, self._encode(missing), strict=True))
+        split: list[list[str]] = []
+        missing: dict[str, None] = {}
+        before: list[str] = []
+        for text in texts:
+            kept = self._kept(before, text.text)
+            before = self._split(text.text, before[:kept])
+            split.append(before)
+            missing.update((part, None) for part in before[kept:] if part not in self.pieces)
+        self.pieces.update(zip(missing, self._encode(list(missing)), strict=True))
         if not self.checked and texts:
             self._check(texts[:4], split[:4])
         return [self._try_map(text, parts) for text, parts in zip(texts, split, strict=True)]
@@ -95,12 +102,26 @@ class Encoder:
             )
         self.checked = True
 
-    def _split(self, text: str) -> list[str]:
-        cuts = [match.start() for match in self.added.finditer(text) if match.group() in self.edges]
-        return [text[a:b] for a, b in pairwise([0, *cuts, len(text)]) if a < b]
+    def _kept(self, before: Sequence[str], text: str) -> int:
+        """How many of the pieces `before` of another text are the first pieces of `text` too.
 
-    def _encode(self, parts: Sequence[str]) -> Iterator[Piece]:
-        encodings = self.backend.encode_batch(list(parts), add_special_tokens=False)
+        Where a text is cut is decided from left to right, each time by at most `longest` characters from the cut on.
+        """
+        common = 0
+        for part in before:
+            if not text.startswith(part, common):
+                break
+            common += len(part)
+        return bisect_right([*accumulate(map(len, before))], common - self.longest)
+
+    def _split(self, text: str, first: list[str]) -> list[str]:
+        """The pieces of a text that begins with the pieces `first`."""
+        start = sum(map(len, first))
+        cuts = [match.start() for match in self.added.finditer(text, start) if match.group() in self.edges]
+        return first + [text[a:b] for a, b in pairwise([start, *cuts, len(text)]) if a < b]
+
+    def _encode(self, parts: list[str]) -> Iterator[Piece]:
+        encodings = self.backend.encode_batch(parts, add_special_tokens=False)
         for part, encoding in zip(parts, encodings, strict=True):
             yield Piece(part, np.array(encoding.ids, dtype=np.int32), encoding)
 
