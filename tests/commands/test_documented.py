@@ -104,21 +104,6 @@ TRAININGS = [
     "apollo-sft train key=value …",
     "python -m apollo_sft key=value …",
 ]
-PAGE_GSM8K = (
-    "torchrun --standalone --nnodes=1 --nproc_per_node=2 -m apollo_sft data.train_files=$HOME/data/gsm8k/train.parquet "
-    "data.val_files=$HOME/data/gsm8k/test.parquet data.prompt_key=extra_info data.response_key=extra_info "
-    "data.prompt_dict_keys=['question'] +data.response_dict_keys=['answer'] data.micro_batch_size=4 optim.lr=1e-4 "
-    "model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct trainer.default_local_dir=/tmp/sft_output "
-    "trainer.project_name=gsm8k-sft trainer.experiment_name=qwen-0.5b-sft trainer.logger=['console'] "
-    "trainer.total_epochs=4 ulysses_sequence_parallel_size=2 use_remove_padding=true"
-)
-"""The reference page's first example, whole."""
-PAGE_LORA = (
-    "torchrun --standalone --nnodes=1 --nproc_per_node=2 -m apollo_sft model.partial_pretrain=Qwen/Qwen2.5-7B-Instruct "
-    "model.lora_rank=32 model.lora_alpha=16 model.target_modules=all-linear optim.lr=1e-4 "
-    "data.train_files=$HOME/data/train.parquet data.val_files=$HOME/data/test.parquet trainer.total_epochs=3"
-)
-"""Its second one. The third stands in the README."""
 PRINTING = {
     "apollo-sft train --help": "micro_batch_size_per_gpu: 4",
     "python -m apollo_sft --cfg job key=value …": "max_length: 1024",
@@ -139,6 +124,8 @@ ELSEWHERE = {
     "apollo-sft inspect key=value …": "tests/commands/test_inspect.py",
     "apollo-sft verify key=value …": "tests/commands/test_verify.py",
     "apollo-sft demo": "tests/commands/test_demo_command.py",
+    "apollo-sft workflow FILE.yaml key=value …": "tests/unit/cli/test_workflow.py",
+    "apollo-sft workflow examples/workflows/gsm8k.yaml": "tests/commands/test_workflow.py",
 }
 
 
@@ -148,7 +135,7 @@ def test_every_documented_command_is_known() -> None:
     assert set(counts) == known, f"unknown: {set(counts) - known}; gone: {known - set(counts)}"
 
 
-@pytest.mark.parametrize("command", [*TRAININGS, PAGE_GSM8K, PAGE_LORA], ids=lambda c: c[:40])
+@pytest.mark.parametrize("command", TRAININGS, ids=lambda c: c[:40])
 def test_trainings_leave_a_model_that_transformers_opens(command: str, inputs: Inputs, tmp_path: Path) -> None:
     out = tmp_path / "out"
     finished = run(replaced(command, inputs, out), tmp_path)
