@@ -32,6 +32,8 @@ FINDINGS = {
     "the template ends the prompt at inference: it writes none in a reply",
     "unwritten_turns": "{count} replies lose content, reasoning or tool calls: the template does not write them, "
     "first {rows}",
+    "trained_headers": "{count} replies are trained with the role header before them: the template ignores "
+    "add_generation_prompt, so it is the model that has to write it, first {rows}",
     "unmarked_turns": "{count} turns not trained: the template's generation tags leave them out",
     "control_tokens_dropped": "{count} rows not trained, their text spells control tokens, first {rows}",
     "control_tokens": "{count} rows whose text spells control tokens, trained as they are, first {rows}",

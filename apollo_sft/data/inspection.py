@@ -18,8 +18,9 @@ from apollo_sft.data.plan import PlanSpec, plan, steps_per_epoch
 from apollo_sft.data.store_files import Rejected, SampleStore
 from apollo_sft.types import RowRef
 
-Kind = Literal["refused", "dropped", "cut", "left out", "set aside"]
-"""Left out: turns (data.history). Set aside: nothing in the row was to be trained, by its own word."""
+Kind = Literal["refused", "dropped", "cut", "incomplete", "left out", "set aside"]
+"""Incomplete: replies without a part that the row has and the template does not write. Left out: turns
+(data.history). Set aside: nothing in the row was to be trained, by its own word."""
 NAMED = 5
 MOST_BARS = 16
 MOST_STEPS = 512
@@ -134,7 +135,8 @@ def losses(entries: Iterable[Rejected]) -> list[Loss]:
         loss = found.setdefault((kind, NUMBERS.sub("…", reason)), Loss(kind, reason, found_there))
         place = (entry.file, entry.row)
         if place not in loss.rows and len(loss.examples) < NAMED:
-            loss.examples.append(str(RowRef(*place)))
+            turns = ", turn " + ", ".join(map(str, entry.turns)) if entry.unwritten else ""
+            loss.examples.append(f"{RowRef(*place)}{turns}")
         loss.rows.add(place)
         loss.samples += 1
         loss.tokens += entry.tokens_lost
@@ -145,6 +147,8 @@ def losses(entries: Iterable[Rejected]) -> list[Loss]:
 
 
 def kind_of(entry: Rejected) -> Kind:
+    if entry.unwritten:
+        return "incomplete"
     if entry.trained:
         return "cut" if entry.tokens_lost else "left out"
     if entry.targets_lost or entry.turns:
@@ -206,14 +210,17 @@ def _first_different(texts: Iterable[str]) -> list[str]:
 
 
 def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
-    """(shortest, longest, samples) of each bar; bars are equally wide, of 1, 2 or 5 times a power of ten tokens."""
-    longest = int(lengths.max())
+    """(shortest, longest, samples) of each bar, from the shortest sample to the longest; bars are equally wide, of 1,
+    2 or 5 times a power of ten tokens.
+    """
+    shortest, longest = int(lengths.min()), int(lengths.max())
     width = 1
-    while longest // width >= MOST_BARS:
+    while longest // width - shortest // width >= MOST_BARS:
         power = 10 ** (len(str(width)) - 1)
         width = {1: 2, 2: 5, 5: 10}[width // power] * power
-    counts = np.bincount(lengths // width)
-    return [(index * width, (index + 1) * width - 1, int(count)) for index, count in enumerate(counts)]
+    first = shortest // width
+    counts = np.bincount(lengths // width - first)
+    return [(max(bar * width, 1), (bar + 1) * width - 1, int(count)) for bar, count in enumerate(counts, first)]
 
 
 def packing(lengths: np.ndarray, spec: PlanSpec, multiple: int) -> Packing:

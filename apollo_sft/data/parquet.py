@@ -70,8 +70,17 @@ def read_rows(files: Sequence[str], columns: Columns, max_rows: int = -1) -> Ite
 
     A row holds str, int, float, bool, None, list, dict and what else Arrow has for odd column types; never numpy.
 
-    Raises: DataError for a file that is not parquet, is damaged, or lacks a required column.
+    Raises: DataError for a file that is not parquet, is damaged, or lacks a required column, and for text of a row
+    that is not valid UTF-8.
     """
+    for ref, row in try_rows(files, columns, max_rows):
+        if isinstance(row, DataError):
+            raise row
+        yield ref, row
+
+
+def try_rows(files: Sequence[str], columns: Columns, max_rows: int = -1) -> Iterator[tuple[RowRef, Row | DataError]]:
+    """As `read_rows`, with the error of a row in its place. Raises: DataError for a file."""
     left = max_rows if max_rows >= 0 else None
     for file in files:
         if left == 0:
@@ -95,7 +104,7 @@ def column_names(file: str) -> list[str]:
     return names
 
 
-def _read_file(file: str, columns: Columns) -> Iterator[Row]:
+def _read_file(file: str, columns: Columns) -> Iterator[Row | DataError]:
     parquet = _open(file)
     names = _existing(file, parquet.schema_arrow.names, columns)
     _refuse_huge_cells(file, parquet.metadata, names)
@@ -127,24 +136,22 @@ def _refuse_huge_cells(file: str, metadata: Any, names: list[str]) -> None:
         first += group.num_rows
 
 
-def _to_python(file: str, batch: Any, done: int) -> list[Row]:
+def _to_python(file: str, batch: Any, done: int) -> list[Row | DataError]:
     try:
-        rows: list[Row] = batch.to_pylist()
+        rows: list[Row | DataError] = batch.to_pylist()
     except UnicodeDecodeError:
         rows = [_one_row(file, batch, i, done) for i in range(batch.num_rows)]
     return rows
 
 
-def _one_row(file: str, batch: Any, index: int, done: int) -> Row:
+def _one_row(file: str, batch: Any, index: int, done: int) -> Row | DataError:
     """Row `index` of `batch`, column by column, so that an error can name its place."""
     row: Row = {}
     for name in batch.schema.names:
         try:
             row[name] = batch.column(name)[index].as_py()
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"{file} row {done + index}, column {name}: the text is not valid UTF-8", found=str(error)
-            ) from error
+            return DataError(f"{file} row {done + index}, column {name}: the text is not valid UTF-8", found=str(error))
     return row
 
 

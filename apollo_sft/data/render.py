@@ -227,7 +227,8 @@ class Renderer:
         for turn, group in groupby(pairs, key=lambda pair: pair[0].turn):
             spans, ranges = zip(*group, strict=True)
             message, last = conversation.messages[turn], spans[-1]
-            missing = missing_parts(message, "".join([text.text[span.start : span.end] for span in spans]))
+            said = "".join([text.text[span.start : span.end] for span in spans])
+            missing = missing_parts(message, said)
             if missing:
                 unwritten.setdefault(missing, []).append(turn)
             counts.turns += 1
@@ -238,6 +239,7 @@ class Renderer:
                 "unopened_turns": spans[0].unopened,
                 "rewritten_turns": spans[0].rewritten,
                 "unwritten_turns": bool(missing),
+                "trained_headers": self.habits.header != "" and said.lstrip().startswith(self.habits.header),
                 "empty_replies": "tool_calls" not in message and not message["content"].strip(),
             }
             if True in met.values():

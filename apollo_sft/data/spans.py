@@ -62,24 +62,30 @@ class Habits:
 
     `stops`: a reply ends with such a token of its own; else the start of the next message may be its end (GLM).
     `closing`: the mark that closes the whole text behind the stop of its last reply (Phi-3), None where there is none.
+    `header`: what stands between a prompt and the content of its reply where the template has no generation prompt:
+    there the model has to write it, so it is trained. Nothing but white space where the contents follow one another.
     """
 
     controls: tuple[str, ...]
     eos: str | None
     stops: bool
     closing: str | None
+    header: str = ""
 
     @classmethod
     def of(cls, render: Render, controls: tuple[str, ...], eos: str | None) -> Habits:
         """Found out on a conversation of two marks."""
         probe = [{"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}]
         try:
-            tails = [render(probe, going_on).rpartition(MARK)[2] for going_on in (False, True)]
+            wholes = [render(probe, going_on) for going_on in (False, True)]
+            prompts = [render(probe[:1], going_on) for going_on in (False, True)]
         except (RenderError, RunawayError):  # the first row will say so, by its name
             return cls(controls, eos, True, None)
-        tail, going_on = (_marks_at_start(text, controls) for text in tails)
+        tail, going_on = (_marks_at_start(text.rpartition(MARK)[2], controls) for text in wholes)
         closing = tail[1] if len(tail) == 2 and going_on[:1] == tail[:1] and going_on[1:2] != tail[1:] else None
-        return cls(controls, eos, bool(tail), closing)
+        has_prompt = prompts[0] != prompts[1] or not wholes[0].startswith(prompts[0])
+        header = "" if has_prompt else wholes[0].removeprefix(prompts[0]).partition(MARK)[0].strip()
+        return cls(controls, eos, bool(tail), closing, header)
 
     def stop_of(self, text: str) -> str | None:
         """The token at the end of `text` that ends a reply."""

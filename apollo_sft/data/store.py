@@ -20,7 +20,7 @@ from apollo_sft.config.schema import DataConfig
 from apollo_sft.data.conversation import check_conversation, needed_columns, parse_row
 from apollo_sft.data.custom import custom_rows
 from apollo_sft.data.fingerprint import store_key
-from apollo_sft.data.parquet import Row, expand_paths, num_rows, read_rows
+from apollo_sft.data.parquet import Row, expand_paths, num_rows, try_rows
 from apollo_sft.data.render import Rendered, Renderer, truncate
 from apollo_sft.data.store_files import Rejected, SampleStore, StoreSummary, StoreWriter, count_targets
 from apollo_sft.data.template import ChatTemplate
@@ -186,9 +186,9 @@ class _Builder:
             return custom_rows(self.files, self.request.tokenizer, self.data, limit), ""
         total = num_rows(self.files)
         total = min(total, limit) if limit >= 0 else total
-        return read_rows(self.files, needed_columns(self.data), limit), f" of {total:,}"
+        return try_rows(self.files, needed_columns(self.data), limit), f" of {total:,}"
 
-    def _chunk(self, chunk: Sequence[tuple[RowRef, Row | Conversation | Sample]]) -> None:
+    def _chunk(self, chunk: Sequence[tuple[RowRef, Row | Conversation | Sample | DataError]]) -> None:
         parsed = [self._try_parse(row, ref) for ref, row in chunk]
         rendered = iter(self.renderer.try_render([c for c in parsed if isinstance(c, Conversation)]))
         results = [next(rendered) if isinstance(c, Conversation) else c for c in parsed]
@@ -199,7 +199,11 @@ class _Builder:
             else:
                 self._skip(ref, result)
 
-    def _try_parse(self, row: Row | Conversation | Sample, ref: RowRef) -> Conversation | Rendered | DataError:
+    def _try_parse(
+        self, row: Row | Conversation | Sample | DataError, ref: RowRef
+    ) -> Conversation | Rendered | DataError:
+        if isinstance(row, DataError):
+            return row
         if isinstance(row, Sample):
             return Rendered([row])
         try:
@@ -313,6 +317,6 @@ class _Builder:
         )
 
 
-def _chunks(rows: Iterator[tuple[RowRef, Row]], size: int) -> Iterator[list[tuple[RowRef, Row]]]:
+def _chunks(rows: Iterator[tuple[RowRef, Any]], size: int) -> Iterator[list[tuple[RowRef, Any]]]:
     while chunk := list(islice(rows, size)):
         yield chunk

@@ -21,11 +21,15 @@ MAX_JSON_BYTES = 100_000_000
 IMPLEMENTATION = re.compile(r"_?\w+_implementation(?:_internal)?")
 """Keys that name a function for attention or experts. One with a slash in it would be fetched from the hub."""
 
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+HUB_WEIGHTS = "*.safetensors"
+HUB_WEIGHT_INDEX = "*.safetensors.index.json"
 
 
-def find_model(source: str) -> Path:
+def find_model(source: str, weights: bool = True) -> Path:
     """The folder of a local model, or the local snapshot of a hub id (downloaded when it is not in the cache).
+
+    `weights` false: what is downloaded is configuration and tokenizer only.
 
     Raises: ModelError when neither is to be had.
     """
@@ -42,7 +46,9 @@ def find_model(source: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, allow_patterns=HUB_FILES))
+        wanted = [*HUB_FILES, HUB_WEIGHTS] if weights else HUB_FILES
+        unwanted = None if weights else [HUB_WEIGHT_INDEX]
+        return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=unwanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"model.partial_pretrain={source} is no local folder and could not be had from the hub",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from apollo_sft.data import inspection as count
 from apollo_sft.data.audit import findings, stretches, usual_sample
 from apollo_sft.data.inspection import FileCounts, Found, Loss, Packing
 from apollo_sft.data.plan import PlanSpec, steps_per_epoch
-from apollo_sft.data.store_files import SampleStore
+from apollo_sft.data.store_files import Rejected, SampleStore
 from apollo_sft.errors import ConfigError, DataError
 from apollo_sft.parallel.mesh import Mesh, check_mesh
 from apollo_sft.report.log import setup_logging
@@ -25,6 +26,13 @@ from apollo_sft.train.run import plan_spec
 
 COMPARED = 8
 """Samples by which the tokenizer is compared with its file."""
+PROBLEMS = {
+    "refused": "refused",
+    "dropped": "dropped",
+    "cut": "cut",
+    "incomplete": "with replies that the template does not write whole",
+}
+"""What a check fails with."""
 SHOWN = 2
 """Samples of each kind that `worst` names."""
 
@@ -62,10 +70,12 @@ class Inspection:
         """Why a check fails: what of the data is not trained as it stands, or is validated on and trained."""
         found = []
         for split in self.splits:
-            for kind in ("refused", "dropped", "cut"):
+            for kind, words in PROBLEMS.items():
                 rows = {row for loss in split.losses if loss.kind == kind for row in loss.rows}
                 if rows:
-                    found.append(f"{split.name}: {rows_in_words(len(rows))} {kind}")
+                    found.append(f"{split.name}: {rows_in_words(len(rows))} {words}")
+            if split.unstopped.count:
+                found.append(f"{split.name}: {split.unstopped.count:,} samples without a stop token")
         if self.overlap is not None and self.overlap.count:
             found.append(f"{self.overlap.count:,} validation samples are trained on too")
         return found
@@ -135,14 +145,14 @@ def _tokenizer_differs(prepared: Prepared) -> str | None:
 def _prepare(config: SftConfig) -> tuple[Prepared, str | None]:
     """As a training does; where it refuses rows, without them, so that all of them can be named."""
     try:
-        return prepare(config), None
+        return prepare(config, weights=False), None
     except DataError as error:
         lenient = with_values(config, _lenient(config))
         if lenient == config:
             raise
         refusal = error
     try:
-        return prepare(lenient), str(refusal)
+        return prepare(lenient, weights=False), str(refusal)
     except DataError:  # no row is left
         raise refusal from None
 
@@ -176,15 +186,16 @@ def usual(store: SampleStore) -> list[Pick]:
 
 
 def worst(store: SampleStore) -> list[Pick]:
-    """The longest, those with the least share of targets, and the first that are cut."""
+    """The longest, those with the least share of targets, and the first that are cut or incomplete."""
     longest = np.argsort(-store.lengths, kind="stable")[:SHOWN]
     least = np.argsort(store.num_targets / store.lengths, kind="stable")[:SHOWN]
     picks = [Pick(int(index), "among the longest") for index in longest]
     picks += [Pick(int(index), "among the least share of targets") for index in least]
-    cut = [entry for entry in store.rejected() if count.kind_of(entry) == "cut"][:SHOWN]
-    for entry in cut:
-        turns = [index for index in _samples_of(store, entry.file, entry.row) if store[index].turns == entry.turns]
-        picks += [Pick(index, entry.reason) for index in turns[:1]]
+    for kind in ("cut", "incomplete"):
+        entries = (entry for entry in store.rejected() if count.kind_of(entry) == kind)
+        for entry in islice(entries, SHOWN):
+            of_entry = (i for i in _samples_of(store, entry.file, entry.row) if set(store[i].turns) & set(entry.turns))
+            picks += [Pick(index, entry.reason) for index in islice(of_entry, 1)]
     return _together(picks)
 
 
@@ -207,12 +218,20 @@ def of_row(store: SampleStore, place: str) -> list[Pick]:
         )
     row = int(number)
     lost = [entry for entry in store.rejected() if (entry.file, entry.row) == (files[0], row)]
-    reasons = {entry.turns: entry.reason for entry in lost}
-    picks = [Pick(i, reasons.get(store[i].turns, "whole")) for i in _samples_of(store, files[0], row)]
+    picks = []
+    for index in _samples_of(store, files[0], row):
+        turns = set(store[index].turns)
+        reasons = [_with_turns(entry, turns) for entry in lost if entry.trained and turns & set(entry.turns)]
+        picks.append(Pick(index, "; ".join(reasons) or "whole"))
     picks += [Pick(None, f"not trained: {e.reason}", f"{files[0]} row {row}") for e in lost if not e.trained]
     if not picks:
         raise ConfigError(f"--row {place}: no such row", found=files[0], fix="--row FILE:NUMBER for another file")
     return picks
+
+
+def _with_turns(entry: Rejected, shown: set[int]) -> str:
+    turns = [turn for turn in entry.turns if turn in shown]
+    return f"turn {', '.join(map(str, turns))}: {entry.reason}" if entry.unwritten else entry.reason
 
 
 def _samples_of(store: SampleStore, file: str, row: int) -> list[int]:

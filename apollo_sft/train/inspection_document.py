@@ -28,7 +28,14 @@ from apollo_sft.report.document import (
 from apollo_sft.train.inspection import Inspection, Pick, Split, rows_in_words
 from apollo_sft.train.opening import steps_in_words
 
-LOST: dict[str, Level] = {"refused": "bad", "dropped": "bad", "cut": "bad", "left out": "look", "set aside": "look"}
+LOST: dict[str, tuple[Level, str]] = {
+    "refused": ("bad", "refused"),
+    "dropped": ("bad", "dropped"),
+    "cut": ("bad", "cut"),
+    "incomplete": ("bad", "with replies that the template does not write whole"),
+    "left out": ("look", "with turns left out"),
+    "set aside": ("look", "set aside"),
+}
 Clean = Callable[[str], str]
 """Makes a text harmless for a terminal, and leaves out the folder that all files are in."""
 MOST_TOGETHER = 12
@@ -90,13 +97,12 @@ def _notes(found: Inspection, clean: Clean) -> Iterator[Note]:
 
 def _split_notes(split: Split, tokenizer: Any, clean: Clean) -> Iterator[Note]:
     name, summary = split.name, split.store.summary
-    for kind, level in LOST.items():
+    for kind, (level, what) in LOST.items():
         losses = [loss for loss in split.losses if loss.kind == kind]
         if losses:
             rows = {row for loss in losses for row in loss.rows}
             tokens = sum(loss.tokens for loss in losses)
             lost = f", {tokens:,} tokens of them not trained" if tokens else ""
-            what = "with turns left out" if kind == "left out" else kind
             yield Note(level, f"{name}: {rows_in_words(len(rows))} {what}{lost}")
     if not split.losses:
         yield Note("good", f"{name}: all of its {rows_in_words(summary.num_rows)} are trained, none is cut")
@@ -157,9 +163,7 @@ def _counts(name: str, file: FileCounts) -> list[str]:
 
 def _lengths(split: Split, clean: Clean) -> Bars:
     lengths = split.store.lengths
-    found = histogram(lengths)
-    first = next(index for index, (_, _, number) in enumerate(found) if number)
-    bars = [(f"{low:,}–{high:,}" if high > low else f"{low:,}", number) for low, high, number in found[first:]]
+    bars = [(f"{low:,}–{high:,}" if high > low else f"{low:,}", number) for low, high, number in histogram(lengths)]
     middle, most = np.percentile(lengths, [50, 95])
     note = f"Median {middle:,.0f} tokens, 95 % up to {most:,.0f}, longest {int(lengths.max()):,}"
     longest = clean(str(split.store.ref(int(np.argmax(lengths)))))

@@ -62,12 +62,14 @@ def seed_everything(seed: int, rank: int) -> None:
     torch.manual_seed(seed + rank)
 
 
-def prepare(config: SftConfig) -> Prepared:
+def prepare(config: SftConfig, weights: bool = True) -> Prepared:
     """Find the model, check its architecture, tokenise the data once. One process of a host does the work.
+
+    `weights` false: none is downloaded.
 
     Raises: ConfigError, ModelError, DataError.
     """
-    base, hf_config = open_base(config)
+    base, hf_config = open_base(config, weights)
     trust = config.model.trust_remote_code
     _check_positions(config, hf_config)
     check_longest(hf_config, config.data.max_length)
@@ -81,13 +83,13 @@ def prepare(config: SftConfig) -> Prepared:
     return Prepared(base, hf_config, tokenizer, template, train, val)
 
 
-def open_base(config: SftConfig) -> tuple[BaseModel, Any]:
+def open_base(config: SftConfig, weights: bool = True) -> tuple[BaseModel, Any]:
     """What lies in the model folder, and transformers' config of it. Files are looked at before a library reads them.
 
     Raises: ModelError.
     """
     model = config.model
-    folder = find_model(model.partial_pretrain)
+    folder = find_model(model.partial_pretrain, weights)
     tensors = read_base_tensors(folder, model.follow_links)
     hf_config = read_config(folder, model.trust_remote_code)
     check_architecture(hf_config, model.trust_remote_code)
