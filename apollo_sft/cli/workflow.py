@@ -150,8 +150,10 @@ def _preparation(step: Step) -> Iterator[str]:
         raise ConfigError(f"preprocess: there is no module {step.module} here", expected=", ".join(PREPARES))
     yield from (*OURS, "prepare", PREPARES[step.module])
     for name, value in step.args.items():
+        if value is False:
+            continue
         yield f"--{name}"
-        if value is not None:
+        if value is not True and value is not None:
             yield from map(str, value if isinstance(value, list) else [value])
 
 

@@ -17,6 +17,8 @@ preprocess:
       data_source: org/math
       local_dir: ./data
       splits: [train, test]
+      overwrite: true
+      dry_run: false
 runner:
   launcher: torchrun
   module: alphaapollo.core.generation.verl.trainer.fsdp_sft_trainer
@@ -52,7 +54,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
 
 def test_steps_come_first_and_references_are_resolved(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare, train = commands(capsys, file)
-    options = ["--data_source", "org/math", "--local_dir", "./data", "--splits", "train", "test"]
+    options = ["--data_source", "org/math", "--local_dir", "./data", "--splits", "train", "test", "--overwrite"]
     assert prepare == [*OURS, "prepare", "sft-no-tool", *options]
     assert train[:5] == [*OURS, "train", "--nproc=2"]
     assert train[5:] == [
@@ -70,7 +72,7 @@ def test_overrides_come_last_in_every_spelling(file: Path, capsys: pytest.Captur
 
 def test_overrides_of_steps_move_what_refers_to_them(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare, train = commands(capsys, file, "preprocess.local_dir=/d", "--preprocess.0.data_source", "other")
-    assert prepare[-7:-3] == ["--data_source", "other", "--local_dir", "/d"]
+    assert prepare[-8:-4] == ["--data_source", "other", "--local_dir", "/d"]
     assert "data.train_files=/d/other/train.parquet" in train
 
 
