@@ -1,8 +1,10 @@
 """`apollo-sft workflow` on files as AlphaApollo writes them: from the data to a model, by one command."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,13 +54,19 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def workflow(folder: Path, *words: str | Path) -> "subprocess.CompletedProcess[str]":
+def start(folder: Path, *words: str | Path) -> "subprocess.Popen[str]":
     model = [f"model.partial_pretrain={folder / 'model'}", f"trainer.default_local_dir={folder / 'out'}"]
-    command = [sys.executable, "-m", "apollo_sft.cli.main", "workflow", *map(str, words), *SMALL, *model]
+    command = [sys.executable, "-m", "apollo_sft.cli.main", "workflow", *SMALL, *model, *map(str, words)]
     environment = os.environ | {"XDG_CACHE_HOME": str(folder), "HOME": str(folder)}
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def workflow(folder: Path, *words: str | Path) -> "subprocess.CompletedProcess[str]":
+    running = start(folder, *words)
+    said, complained = running.communicate(timeout=TIMEOUT_SECONDS)
+    return subprocess.CompletedProcess([], running.returncode, said, complained)
 
 
 def test_the_sample_file_makes_a_model(folder: Path) -> None:
@@ -70,17 +78,21 @@ def test_the_sample_file_makes_a_model(folder: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(folder / "out").num_parameters()
 
 
-def test_a_file_of_alphaapollo_runs_with_our_modules(folder: Path) -> None:
-    (folder / "theirs.yaml").write_text(THEIRS)
-    ended = workflow(folder, "theirs.yaml")
-    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
-    assert (folder / "data" / "math" / "train.parquet").is_file()
-    assert status(folder / "out") == "finished"
-
-
 def test_what_fails_first_ends_it_with_its_exit_code(folder: Path) -> None:
     ended = workflow(folder, SAMPLE, "preprocess.local_dataset_path=nowhere")
     assert ended.returncode == 2, ended.stderr[-3000:]
     assert "nowhere" in ended.stderr
     assert "apollo_sft.cli.main train" not in ended.stdout
     assert not (folder / "out").exists()
+
+
+def test_a_file_of_alphaapollo_runs_with_our_modules_and_a_signal_reaches_its_training(folder: Path) -> None:
+    (folder / "theirs.yaml").write_text(THEIRS)
+    running = start(folder, "theirs.yaml", "trainer.total_training_steps=1000000", "data.val_files=null")
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not (folder / "out" / "metrics.jsonl").exists() and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    said = running.communicate(timeout=TIMEOUT_SECONDS)
+    assert (folder / "data" / "math" / "train.parquet").is_file()
+    assert (running.returncode, status(folder / "out")) == (75, "preempted"), said
