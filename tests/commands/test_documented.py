@@ -23,6 +23,7 @@ PROGRAMS = ("make", "apollo-sft", "torchrun", "python", "git", "pip")
 BIN = Path(sys.executable).parent
 
 MAKE = "runs the suite itself, or what CI and the long tests run"
+PREPARE = "tests/commands/test_prepare.py"
 FRESH = "a fresh clone: tests/commands/test_fresh_clone.py (long)"
 SMALL = {
     "data.train_batch_size": "8",
@@ -124,6 +125,14 @@ ELSEWHERE = {
     "apollo-sft inspect key=value …": "tests/commands/test_inspect.py",
     "apollo-sft verify key=value …": "tests/commands/test_verify.py",
     "apollo-sft demo": "tests/commands/test_demo_command.py",
+    "apollo-sft prepare gsm8k": PREPARE,
+    "apollo-sft prepare informal-math --data_source DigitalLearningGmbH/MATH-lighteval": PREPARE,
+    "apollo-sft prepare multiturn": PREPARE,
+    "apollo-sft prepare sft-tool": PREPARE,
+    "apollo-sft prepare sft-no-tool": PREPARE,
+    "apollo-sft prepare custom --local_dataset_path chats.jsonl --splits train --dry_run": PREPARE,
+    "apollo-sft prepare custom --local_dataset_path table.parquet --splits train --prompt_column q "
+    "--response_column a": PREPARE,
     "apollo-sft workflow FILE.yaml key=value …": "tests/unit/cli/test_workflow.py",
     "apollo-sft workflow examples/workflows/gsm8k.yaml": "tests/commands/test_workflow.py",
 }
