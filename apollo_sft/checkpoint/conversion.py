@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,14 @@ def plan_export(model: Any, base: BaseModel, export_dtype: str) -> ExportPlan:
         for name in group.targets
     }
     return ExportPlan(groups, tensors, sorted(set(wanted) - set(tensors), key=_natural_key))
+
+
+def follow_names(model: Any, names: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """(name in memory, whether it is fused or split there) of each name in files, as transformers would load them into
+    `model`, which may be on meta. A name that is not read keeps its own, which the model does not hold."""
+    reader = _Reader(model, model.state_dict(keep_vars=True))
+    reads = [reader.follow(name) for name in names]
+    return {read.base_name: (read.memory_name, read.pattern is not None) for read in reads}
 
 
 def _file_dtype(name: str, held: torch.dtype, base: BaseModel, export_dtype: str) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from apollo_sft.checkpoint import publish, resume
 from apollo_sft.checkpoint.layout import read_run
-from apollo_sft.config.compose import validate
+from apollo_sft.config.compose import compose, validate
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.errors import ConfigError
 
@@ -32,7 +34,23 @@ def read_config(run: Path) -> SftConfig:
         raise ConfigError(f"{path} cannot be read", found=error) from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} is no configuration of a run", found=type(raw).__name__)
-    return validate(raw)
+    return config_of(raw)
+
+
+def config_of(saved: Mapping[str, Any]) -> SftConfig:
+    """A configuration that was written down, perhaps before some keys were there: they get their defaults.
+
+    Raises: ConfigError.
+    """
+    defaults = compose(["data.train_files=train.parquet", "data.val_files=null"]).config.model_dump(mode="json")
+    return validate(_completed(saved, defaults))
+
+
+def _completed(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(defaults) | {
+        key: _completed(value, defaults[key]) if isinstance(value, dict) and defaults.get(key) else value
+        for key, value in saved.items()
+    }
 
 
 def find_checkpoint(path: Path, which: str) -> Path:

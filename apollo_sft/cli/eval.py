@@ -13,9 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from apollo_sft.checkpoint.lookup import find_run, read_config
 from apollo_sft.config.compose import Composed, compose
-from apollo_sft.config.schema import DataConfig
 from apollo_sft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -78,24 +76,6 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return overrides, [argument for argument in arguments if not OVERRIDE.match(argument)]
 
 
-def data_keys(folder: Path, composed: Composed) -> DataConfig:
-    """The data section of the run that wrote `folder`, changed by what the command line sets."""
-    run = find_run(folder)
-    if run is None:
-        return composed.config.data
-    tree = read_config(run).data.model_dump()
-    given = composed.config.data.model_dump()
-    for key in composed.overridden:
-        section, _, name = key.partition(".")
-        if section == "data" and name.startswith("multiturn."):
-            field = name.removeprefix("multiturn.")
-            tree["multiturn"][field] = given["multiturn"][field]
-        elif section == "data":
-            top = name.partition(".")[0]
-            tree[top] = given[top]
-    return DataConfig.model_validate(tree)
-
-
 def write_generations(path: Path, answered: Iterable[Answered]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for one in answered:
@@ -133,7 +113,7 @@ def _examine(folder: Path, options: argparse.Namespace, composed: Composed) -> E
     from transformers.utils import logging as transformers_logging
 
     from apollo_sft.data.parquet import column_names, expand_paths
-    from apollo_sft.train.exam import Settings, fitting_keys, read_questions, take_exam
+    from apollo_sft.train.exam import Settings, data_keys, fitting_keys, read_questions, take_exam
 
     transformers_logging.disable_progress_bar()
     files = expand_paths(options.files, "FILE")

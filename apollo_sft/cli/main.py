@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect": "show what a training would train on, token by token, without a GPU or weights",
     "verify": "show that every layout of a training gives the same gradient",
     "export": "write the model of a checkpoint as a folder that RL, vLLM and transformers open",
+    "handoff": "check what RL would read of a model folder",
     "eval": "let a model folder answer questions, and count the right answers",
     "workflow": "run a workflow file of AlphaApollo: its preparations, then its training",
     "prepare": "make training files from GSM8K, math sets, tool conversations or data of your own",

@@ -9,10 +9,13 @@ import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from apollo_sft.checkpoint.lookup import find_run, read_config
+from apollo_sft.config.compose import Composed
 from apollo_sft.config.schema import DataConfig
 from apollo_sft.data.conversation import needed_columns, parse_prompt, parse_row
 from apollo_sft.data.parquet import Columns, Row, read_rows
@@ -103,6 +106,26 @@ class Exam:
     @property
     def num_tokens(self) -> int:
         return sum(one.reply.num_tokens for one in self.answered)
+
+
+def data_keys(folder: Path, composed: Composed) -> DataConfig:
+    """The data section of the run that wrote `folder`, changed by what the command line sets."""
+    run = find_run(folder)
+    if run is None:
+        return composed.config.data
+    tree = read_config(run).data.model_dump()
+    given = composed.config.data.model_dump()
+    for key in composed.overridden:
+        section, _, name = key.partition(".")
+        if name in ("train_files", "val_files"):  # they stand for no files of the run
+            continue
+        if section == "data" and name.startswith("multiturn."):
+            field = name.removeprefix("multiturn.")
+            tree["multiturn"][field] = given["multiturn"][field]
+        elif section == "data":
+            top = name.partition(".")[0]
+            tree[top] = given[top]
+    return DataConfig.model_validate(tree)
 
 
 def fitting_keys(data: DataConfig, columns: Sequence[str]) -> DataConfig:

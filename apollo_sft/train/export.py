@@ -13,10 +13,9 @@ import torch
 from apollo_sft.checkpoint import publish, resume
 from apollo_sft.checkpoint.export import ExportOptions, model_form, save_model
 from apollo_sft.checkpoint.layout import read_run
-from apollo_sft.checkpoint.lookup import find_run, trained_stops
+from apollo_sft.checkpoint.lookup import config_of, find_run, trained_stops
 from apollo_sft.checkpoint.state import StateFiles
 from apollo_sft.checkpoint.verify import verify_model_folder
-from apollo_sft.config.compose import validate
 from apollo_sft.config.schema import DataConfig, SftConfig
 from apollo_sft.data.render import Renderer
 from apollo_sft.data.template import ChatTemplate, resolve_template
@@ -48,7 +47,7 @@ def export_checkpoint(checkpoint: Path, out: Path, export_dtype: str | None = No
             expected="model among them",
             fix=f"its model folder is {checkpoint / 'hf'}" if (checkpoint / "hf").is_dir() else None,
         )
-    config = validate(facts["config"])
+    config = config_of(facts["config"])
     load_external_lib(config.model.external_lib)
     base, hf_config = open_base(config)
     options = _options(config, base, checkpoint, export_dtype)

@@ -46,8 +46,8 @@ def export(config: SftConfig, prepared: Prepared, model: SftModel, folder: RunFo
     result = save_model(model.causal_lm, prepared.base, root, export_options(config, prepared), world.is_main)
     if result.dropped:
         warn(
-            "the base model's files hold tensors that are not written: the architecture does not use them, or they are a "
-            f"second copy of a tied weight: {', '.join(result.dropped[:5])}"
+            "tensors of the base model's files are not written: the architecture does not use them, or they are second "
+            f"copies of tied weights: {', '.join(result.dropped[:5])}"
         )
 
 

@@ -16,6 +16,8 @@ import pytest
 
 from apollo_sft.prepare.demo_model import write_base_model
 from apollo_sft.prepare.word_problems import write_word_problems
+from tests.support.chain import write_chain_model
+from tests.support.data import write_parquet
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -105,6 +107,11 @@ TRAININGS = [
     "apollo-sft train key=value …",
     "python -m apollo_sft key=value …",
 ]
+AFTER_A_TRAINING = [
+    "apollo-sft export out out-best --step best",
+    "apollo-sft handoff out",
+    "apollo-sft eval out test.parquet",
+]
 PRINTING = {
     "apollo-sft train --help": "micro_batch_size_per_gpu: 4",
     "python -m apollo_sft --cfg job key=value …": "max_length: 1024",
@@ -133,6 +140,9 @@ ELSEWHERE = {
     "apollo-sft prepare custom --local_dataset_path chats.jsonl --splits train --dry_run": PREPARE,
     "apollo-sft prepare custom --local_dataset_path table.parquet --splits train --prompt_column q "
     "--response_column a": PREPARE,
+    "apollo-sft export RUN_FOLDER OUT": "tests/ranks/test_export_command.py",
+    "apollo-sft handoff DIR": "tests/ranks/test_handoff.py",
+    "apollo-sft eval DIR FILE.parquet": "tests/unit/cli/test_eval.py",
     "apollo-sft workflow FILE.yaml key=value …": "tests/unit/cli/test_workflow.py",
     "apollo-sft workflow examples/workflows/gsm8k.yaml": "tests/commands/test_workflow.py",
 }
@@ -140,7 +150,7 @@ ELSEWHERE = {
 
 def test_every_documented_command_is_known() -> None:
     counts = Counter(documented())
-    known = {*TRAININGS, *PRINTING, *ELSEWHERE}
+    known = {*TRAININGS, *AFTER_A_TRAINING, *PRINTING, *ELSEWHERE}
     assert set(counts) == known, f"unknown: {set(counts) - known}; gone: {known - set(counts)}"
 
 
@@ -155,6 +165,26 @@ def test_trainings_leave_a_model_that_transformers_opens(command: str, inputs: I
         [sys.executable, "-c", f"{snippet}\nassert model.num_parameters() and tokenizer.chat_template"], tmp_path
     )
     assert opened.returncode == 0, opened.stderr[-2000:]
+
+
+def test_the_commands_after_a_training(tmp_path: Path) -> None:
+    """On a model that knows its one answer before it is trained."""
+    base = write_chain_model(tmp_path / "base")
+    write_parquet(tmp_path / "test.parquet", [{"question": f"{n}", "answer": "so \\boxed{7}"} for n in range(8)])
+    keys = [
+        *(f"{key}={value}" for key, value in (SMALL | {"data.max_length": "128"}).items()),
+        *("data.train_files=test.parquet", "data.val_files=test.parquet", "data.prompt_key=question"),
+        *(f"model.partial_pretrain={base}", "optim.lr=1e-6", "trainer.default_local_dir=out"),
+        "trainer.save_best_on=val/loss",
+    ]
+    trained = run(["apollo-sft", "train", "--nproc", "1", *keys], tmp_path)
+    assert trained.returncode == 0, trained.stderr[-4000:]
+    said = {command: run(shlex.split(command), tmp_path) for command in AFTER_A_TRAINING}
+    assert [done.returncode for done in said.values()] == [0, 0, 0], [done.stderr[-1000:] for done in said.values()]
+    export, handoff, evaluation = (" ".join(done.stdout.split()) for done in said.values())
+    assert "out-best: the model of" in export
+    assert "RL can go on from here" in handoff
+    assert "8 of 8: 100.0 %" in evaluation
 
 
 @pytest.mark.parametrize("command", PRINTING)

@@ -35,10 +35,11 @@ def chain_model(tokenizer: Any, last_of_prompt: str, reply: str, family: str = "
     return model
 
 
-def write_chain_model(folder: Path, reply: str = "\\boxed{7}<|im_end|>", stop: str = "<|im_end|>") -> Path:
-    """A model folder that answers every question of chatml with `reply`, and stops at `stop`."""
-    tokenizer = tiny_tokenizer(eos_token=stop)
-    model = chain_model(tokenizer, "<|im_start|>assistant\n", reply, eos_token_id=tokenizer.eos_token_id)
+def write_chain_model(folder: Path, family: str = "Qwen2", **changes: Any) -> Path:
+    """A model folder that answers every question of chatml with `\\boxed{7}`, and stops."""
+    tokenizer = tiny_tokenizer(eos_token="<|im_end|>")
+    changes = {"eos_token_id": tokenizer.eos_token_id} | changes
+    model = chain_model(tokenizer, "<|im_start|>assistant\n", "\\boxed{7}<|im_end|>", family, **changes)
     model.generation_config = transformers.GenerationConfig(eos_token_id=tokenizer.eos_token_id)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

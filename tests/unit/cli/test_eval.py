@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from apollo_sft.cli.eval import data_keys
 from apollo_sft.cli.main import main
 from apollo_sft.config.compose import compose, to_yaml
+from apollo_sft.train.exam import data_keys
 from tests.support.chain import write_chain_model
 from tests.support.data import write_parquet
 

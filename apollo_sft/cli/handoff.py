@@ -1,0 +1,116 @@
+"""`apollo-sft handoff`: can verl, TRL and vLLM go on from this folder?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from apollo_sft.cli.eval import split_overrides
+from apollo_sft.config.compose import compose
+from apollo_sft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from apollo_sft.train.handoff import Result
+    from apollo_sft.train.handoff_files import Subject
+
+HELP = """apollo-sft handoff DIR [options] [data.key=value …]
+
+Checks a model folder against what verl, TRL and vLLM read of it: files, architecture, names, shapes and dtype of the
+weights, tokenizer, chat template, stop tokens, and whether a greedy reply ends. Prompts of the training data are
+compared with what training rendered, byte for byte. Every failure has a name; docs/handoff.md says what to do.
+
+  --data FILE …        parquet files to compare prompts on [those of the run that wrote DIR, where they still are]
+  --no-generate        load no weights
+  --max-new-tokens N   the longest reply [twice the longest of the compared rows, at most 512]
+  --trust-remote-code  run the folder's own code
+  --json               print the result as JSON
+  --help               this text
+
+Exit codes: 0 all checks pass, 2 something is wrong."""
+STYLES = {"pass": "green", "note": "yellow", "wrong": "bold red", "skipped": "dim", "not checked": "dim"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}", fix=f"{self.prog} --help")
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code. Raises: ApolloError for what is no folder, or for data that cannot be read."""
+    if "--help" in arguments or "-h" in arguments:
+        print(HELP)
+        return 0
+    overrides, rest = split_overrides(arguments)
+    options = _parse(rest)
+    if not options.folder.is_dir():
+        raise ConfigError(f"{options.folder} is not a folder", expected="a local model folder")
+    from transformers.utils import logging as transformers_logging
+
+    from apollo_sft.train.handoff import check_folder, passes
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    results = check_folder(_subject(options, overrides))
+    passed = passes(results)
+    if options.json:
+        checks = [asdict(result) for result in results]
+        print(json.dumps({"folder": str(options.folder), "passed": passed, "checks": checks}, ensure_ascii=False))
+    else:
+        _show(Console(highlight=False), options.folder, results, passed)
+    return 0 if passed else 2
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="apollo-sft handoff", add_help=False, allow_abbrev=False)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--data", nargs="+", default=[])
+    parser.add_argument("--max-new-tokens", type=int)
+    for flag in ("--no-generate", "--trust-remote-code", "--json"):
+        parser.add_argument(flag, action="store_true")
+    return parser.parse_args(arguments)
+
+
+def _subject(options: argparse.Namespace, overrides: list[str]) -> Subject:
+    from apollo_sft.checkpoint.lookup import find_run, read_config
+    from apollo_sft.data.parquet import expand_paths
+    from apollo_sft.train.exam import data_keys
+    from apollo_sft.train.handoff_files import Subject
+
+    run = find_run(options.folder)
+    composed = compose(["data.train_files=train.parquet", "data.val_files=null", *overrides])
+    data = data_keys(options.folder, composed)
+    if options.data:
+        files = tuple(expand_paths(options.data, "--data"))
+    else:
+        files = tuple(file for file in data.train_files if run is not None and Path(file).is_file())
+    return Subject(
+        folder=options.folder,
+        data=data,
+        run=run,
+        base=None if run is None else read_config(run).model.partial_pretrain,
+        files=files,
+        trust_remote_code=options.trust_remote_code,
+        generate=not options.no_generate,
+        max_new_tokens=options.max_new_tokens,
+    )
+
+
+def _show(console: Console, folder: Path, results: list[Result], passed: bool) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for result in results:
+        table.add_row(result.check, Text(result.state, style=STYLES[result.state]), Text(result.what))
+        if result.name is not None:
+            table.add_row("", "", Text.assemble((result.name, "bold"), f": {result.fix}"))
+    console.print(table)
+    end = f"{folder}: RL can go on from here." if passed else f"{folder}: RL cannot go on from here as it is."
+    console.print(Text(f"\n{end}", style="green" if passed else "bold red"), soft_wrap=True)
