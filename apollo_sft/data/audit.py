@@ -136,11 +136,11 @@ def remarks(summary: StoreSummary) -> list[str]:
     return [text for count, text in found if count] + findings(summary)
 
 
-def findings(summary: StoreSummary) -> list[str]:
-    """What the renderer met, in words."""
+def findings(summary: StoreSummary, without: frozenset[str] = frozenset()) -> list[str]:
+    """What the renderer met, in words. `without`: names of FINDINGS that are not asked for."""
     texts = []
     for name, text in FINDINGS.items():
-        if summary.found.get(name):
+        if summary.found.get(name) and name not in without:
             rows = ", ".join(summary.first.get(name, []))
             texts.append(text.format(count=f"{summary.found[name]:,}", turns=f"{summary.num_turns:,}", rows=rows))
     return texts

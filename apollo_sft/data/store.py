@@ -233,7 +233,7 @@ class _Builder:
         if left_out:
             self.writer.reject(Rejected(ref.file, ref.row, left_out, bool(row.samples), why, 0, 0))
         for parts, turns in row.unwritten.items():
-            reason = f"replies that are trained without their {' and '.join(parts)}: the template does not write it"
+            reason = f"replies trained without their {' and '.join(parts)}, which the template does not write"
             self.writer.reject(Rejected(ref.file, ref.row, tuple(turns), True, reason, 0, 0, unwritten=True))
         trained = [self._sample(sample, row.dropped) for sample in row.samples]
         if not any(trained):

@@ -33,6 +33,8 @@ PROBLEMS = {
     "incomplete": "with replies that the template does not write whole",
 }
 """What a check fails with."""
+IN_THE_LEDGER = frozenset({"unwritten_turns"})
+"""Findings that the losses say as well, row by row."""
 SHOWN = 2
 """Samples of each kind that `worst` names."""
 
@@ -111,7 +113,7 @@ def inspect_data(config: SftConfig, processes: int | None) -> Inspection:
             _losses(store, config),
             count.duplicates(store, scan.digests),
             scan.unstopped,
-            findings(store.summary),
+            findings(store.summary, without=IN_THE_LEDGER),
         )
         for (name, store), scan in zip(stores, scans, strict=True)
     ]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from apollo_sft.data.audit import decoded, target_mask, visible
-from apollo_sft.data.inspection import FileCounts, Found, histogram
+from apollo_sft.data.inspection import FileCounts, Found, Loss, histogram
 from apollo_sft.data.plan import steps_per_epoch
 from apollo_sft.data.store_files import SampleStore
 from apollo_sft.report.document import (
@@ -103,7 +103,8 @@ def _split_notes(split: Split, tokenizer: Any, clean: Clean) -> Iterator[Note]:
             rows = {row for loss in losses for row in loss.rows}
             tokens = sum(loss.tokens for loss in losses)
             lost = f", {tokens:,} tokens of them not trained" if tokens else ""
-            yield Note(level, f"{name}: {rows_in_words(len(rows))} {what}{lost}")
+            replies = f": {summary.found['unwritten_turns']:,} replies" if kind == "incomplete" else ""
+            yield Note(level, f"{name}: {rows_in_words(len(rows))} {what}{lost}{replies}")
     if not split.losses:
         yield Note("good", f"{name}: all of its {rows_in_words(summary.num_rows)} are trained, none is cut")
     yield from (Note("look", clean(f"{name}: {finding}")) for finding in split.findings)
@@ -207,13 +208,19 @@ def _losses(found: Inspection, clean: Clean) -> Table:
             f"{loss.samples:,}",
             f"{loss.tokens:,}",
             f"{loss.targets:,}",
-            clean(f"{loss.reason}: {', '.join(loss.examples)}" + (f" ({loss.found})" if loss.found else "")),
+            clean(_why(loss)),
         ]
         for split in found.splits
         for loss in split.losses
     ]
     note = "The run folder of a training holds every such row in rejected.jsonl."
     return Table("Not trained, or not whole", header, rows, words=frozenset({0, 1, 6}), note=note)
+
+
+def _why(loss: Loss) -> str:
+    """The reason, and the first rows; a row that is named with its turns holds commas."""
+    examples = ("; " if loss.kind == "incomplete" else ", ").join(loss.examples)
+    return f"{loss.reason}: {examples}" + (f" ({loss.found})" if loss.found else "")
 
 
 def _passage(split: Split, pick: Pick, tokenizer: Any, clean: Clean, whole: bool) -> Passage:

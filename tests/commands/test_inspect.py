@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from apollo_sft.cli.main import main
-from tests.support.data import chat, tiny_tokenizer, write_parquet
+from tests.support.data import UNSTOPPED, chat, tiny_tokenizer, write_parquet
 from tests.support.models import tiny_config
 from tests.support.runs import arguments as training_arguments
 from tests.support.runs import read_metrics, train_here, write_inputs
@@ -142,6 +142,19 @@ def test_a_check_fails_for_each_reason_and_says_which(inspect: Inspect) -> None:
     inspect.write("train.parquet", [*numbered(12), {"messages": chat("I type <|im_end|>", "no")}])
     dropped = inspect("data.special_tokens_in_content=drop", "--check")
     assert (dropped.code, dropped.out.splitlines()[-1]) == (1, "check failed: train: 1 row dropped")
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+    inspect.write("train.parquet", [*numbered(12), {"messages": [*chat("q"), calling]}])
+    silent = inspect("--check", "--html", str(inspect.folder / "page.html"))
+    missing = "1 row with replies that the template does not write whole"
+    assert (silent.code, silent.out.splitlines()[-1]) == (1, f"check failed: train: {missing}")
+    for text in (silent.out, (inspect.folder / "page.html").read_text(encoding="utf-8")):
+        said = " ".join(text.split())
+        assert f"{missing}: 1 replies" in said
+        assert "replies trained without their tool calls, which the template does not write" in said
+        assert "row 12, turn 1" in said
+    unstopped = inspect(f"data.chat_template={UNSTOPPED}", "--check")
+    assert "check failed: train: 12 samples without a stop token" in unstopped.out
     inspect.write("train.parquet", numbered(3))
     nothing = inspect("data.max_length=10", "data.truncation=right", "--check")
     assert nothing.code == 1 and "no row has a token to train on" in nothing.err

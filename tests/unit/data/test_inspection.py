@@ -1,8 +1,11 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from apollo_sft.data import inspection
@@ -13,6 +16,7 @@ from apollo_sft.data.render import Renderer
 from apollo_sft.data.store import SampleStore, StoreRequest, prepare_store
 from apollo_sft.data.store_files import Rejected
 from apollo_sft.data.template import resolve_template
+from apollo_sft.errors import DataError
 from apollo_sft.types import Conversation, RowRef
 from tests.support.data import FORGETFUL, UNSTOPPED, chat, data_config, tiny_tokenizer, write_parquet
 
@@ -78,6 +82,44 @@ def test_losses_are_grouped_by_reason_whatever_numbers_and_findings_it_holds() -
     assert cut.examples == ["f row 1", "f row 2", "f row 3"]
     assert (refused.kind, refused.reason, refused.found) == ("refused", "bad text", "12 signs")
     assert refused.examples == ["f row 12", "f row 4"]
+
+
+def test_replies_that_the_template_does_not_write_whole_stand_in_the_ledger(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    calling = {"role": "assistant", "content": None, "tool_calls": [call]}
+    thinking = {"role": "assistant", "content": "two", "reasoning_content": "hm"}
+    silent: Rows = [{"messages": [*chat("a", "b", "c"), calling, *chat("d"), thinking]}, {"messages": chat("a", "b")}]
+    store = prepare(tmp_path, {"a.parquet": silent})
+    calls, reasoning = inspection.losses(store.rejected())
+    assert {calls.kind, reasoning.kind} == {"incomplete"}
+    assert (calls.reason, calls.examples) == (
+        "replies trained without their tool calls, which the template does not write",
+        [f"{tmp_path}/a.parquet row 0, turn 3"],
+    )
+    assert (len(calls.rows), calls.tokens, reasoning.examples) == (1, 0, [f"{tmp_path}/a.parquet row 0, turn 5"])
+    [counts] = inspection.count_files(store)
+    assert (counts.rows, counts.rows_trained) == (2, 2)
+
+
+def test_text_that_is_not_utf8_is_one_bad_row(tmp_path: Path) -> None:
+    bad = pa.array([b"ok", b"\xed\xa0\x80", b"ok"]).view(pa.string())
+    pq.write_table(pa.table({"prompt": pa.array(["q"] * 3), "response": bad}), tmp_path / "a.parquet")
+    tokenizer = tiny_tokenizer()
+    data = data_config(store_dir=str(tmp_path / "s"), bad_rows="skip", prompt_key="prompt", response_key="response")
+    request = StoreRequest("train", [str(tmp_path)], -1, tokenizer, resolve_template(tokenizer, data), data)
+    store = prepare_store(request, lambda _: None)
+    assert (len(store), store.summary.num_rows) == (2, 3)
+    [entry] = store.rejected()
+    assert entry.row == 1 and "column response: the text is not valid UTF-8" in entry.reason
+    strict = replace(request, data=data.model_copy(update={"bad_rows": "error"}))
+    with pytest.raises(DataError, match="row 1, column response: the text is not valid UTF-8"):
+        prepare_store(strict, lambda _: None)
+
+
+def test_the_histogram_begins_with_the_shortest_sample() -> None:
+    lengths = np.arange(1500, 2000, 7)
+    bars = inspection.histogram(lengths)
+    assert bars[0][:2] == (1500, 1549) and len(bars) == 10 and bars[0][2] == 8
 
 
 def test_duplicates_and_overlap_name_both_rows(tmp_path: Path) -> None:

@@ -98,6 +98,11 @@ def test_the_sandbox_refuses_what_is_not_the_user_s_and_reports_what_fails() -> 
         "{{ m['keys'] }}{% for t in tools %}{{ loop.first }}{{ loop.index0 }}{{ loop.length }}{{ loop.nextitem }}"
         "{{ t | tojson }}{{ t.function | tojson(indent=2) }}{{ t | tojson(sort_keys=true) }}{% endfor %}",
         "{% for t in tools %}{{ loop.cycle('a', 'b') }}{{ loop.changed(t) }}{{ loop.x is defined }}{% endfor %}",
+        "{% set ns = namespace(i=1, f='{}'.format) %}{% set ns.i = ns.i + 1 %}{{ ns.i }}{{ ns.f('a') }}"
+        "{{ ns.x is defined }}{{ ns.items is defined }}",
+        "{% for x in (1, 2) %}{{ m.content.startswith('a') }}{{ m.content.replace('a', 'b').upper() }}"
+        "{{ ', '.join(m) }}{{ '{0.__class__}{1}'.format(m, 1) }}{{ m.content.split('a', maxsplit=1) }}{% endfor %}",
+        "{% set d = dict(a=1) %}{{ d | tojson }}{{ dict(a=2) | tojson }}{{ dict(a=1) | tojson }}{{ [1] | tojson }}",
         "{% for k, v in m | items %}{{ k }}{{ v | upper }}{% endfor %}{{ tools | tojson }}{{ tools[0].function.name }}",
     ],
 )
@@ -113,7 +118,14 @@ def test_the_quicker_environment_renders_as_transformers_own(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{{ loop.__class__ }}", "{{ loop._iterator }}", "{{ m.__class__ }}", "{{ m.pop('role') }}"]
+    "text",
+    [
+        "{{ loop.__class__ }}",
+        "{{ loop._iterator }}",
+        "{{ m.__class__ }}",
+        "{{ m.pop('role') }}",
+        "{{ '{0.__class__}'.format(m)[:0] }}",
+    ],
 )
 def test_the_quicker_environment_hides_what_the_sandbox_hides(text: str) -> None:
     sandbox = Sandbox(ChatTemplate("{% for m in messages %}" + text + ".x{% endfor %}", "test"), {})
