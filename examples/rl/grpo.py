@@ -39,7 +39,7 @@ class Settings:
     seed: int
     num_prompts: int = 16
     num_generations: int = 8
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-4
     num_warmup_steps: int = 10
 
 
@@ -171,7 +171,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="start from this output folder of apollo-sft train, on its data")
     parser.add_argument("--seed", type=int, default=0, help="of data, model, SFT, GRPO and evaluation [0]")
     parser.add_argument("--sft-steps", type=int, default=150, help="steps of SFT before it is stopped [150]")
-    parser.add_argument("--steps", type=int, default=100, help="steps of GRPO [100]")
+    parser.add_argument("--steps", type=int, default=150, help="steps of GRPO [150]")
     parser.add_argument("--held-out", type=int, default=400, help="questions to evaluate on [400]")
     given = parser.parse_args(argv)
     if min(given.sft_steps, given.steps) < 1 or given.held_out < 2:
