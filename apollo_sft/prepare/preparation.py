@@ -5,17 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from apollo_sft.checkpoint.publish import describe_file
-from apollo_sft.data.parquet import Row
+from apollo_sft.data.parquet import Columns, Row, read_rows
 from apollo_sft.errors import DataError
 from apollo_sft.prepare.columns import has_any
 from apollo_sft.prepare.output import Output, SplitWriter
@@ -186,11 +185,10 @@ def _num_shared(folder: Path, first: str, other: str) -> int:
     return sum(wanted[prompt] for prompt in seen)
 
 
-def _prompts(file: Path) -> Any:
+def _prompts(file: Path) -> Iterator[int]:
     """What each row asks: the question, or all that is not the assistant's in a conversation; as a hash."""
-    parquet = pq.ParquetFile(file)
-    column = "question" if "question" in parquet.schema_arrow.names else "messages"
-    for batch in parquet.iter_batches(columns=[column]):
-        for value in batch.column(0).to_pylist():
-            asked = value if isinstance(value, str) else [m["content"] for m in value if m["role"] != "assistant"]
-            yield hash(str(asked))
+    column = "question" if "question" in column_names(file) else "messages"
+    for _, row in read_rows([str(file)], Columns((column,), (), {})):
+        value = row[column]
+        asked = value if isinstance(value, str) else [m["content"] for m in value if m["role"] != "assistant"]
+        yield hash(str(asked))
