@@ -47,8 +47,8 @@ class Machine:
 
     folder: Path
 
-    def prepare(self, command: str, more: str = "") -> None:
-        """As the page says, from a checkout."""
+    def in_checkout(self, command: str, more: str = "") -> None:
+        """Examples are modules of a checkout: the page runs them there."""
         self._run(f"{command} {more}", ROOT)
 
     def train(self, command: str, more: str, out: str | None = None) -> Path:
@@ -57,15 +57,18 @@ class Machine:
         named = re.findall(r"trainer\.default_local_dir=(\S+)", command)
         folder = self.folder / out if out is not None else Path(named[0])
         where = f"trainer.default_local_dir={folder}" if out is not None else ""
-        self._run(f"{command} {more} {where} trainer.device=cpu", self.folder / "work")
+        self.in_work(f"{command} {more} {where} trainer.device=cpu")
         return folder
+
+    def in_work(self, command: str) -> None:
+        self._run(command, self.folder / "work")
 
     def _run(self, command: str, cwd: Path) -> None:
         """Raises: AssertionError with the end of what it said."""
         variables = {
             "HOME": str(self.folder / "home"),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT / "compat"),
+            "PYTHONPATH": f"{ROOT / 'compat'}:{ROOT}:{os.environ.get('PYTHONPATH', '')}",
             "XDG_CACHE_HOME": str(self.folder / "cache"),
         }
         ended = subprocess.run(
@@ -156,13 +159,13 @@ def test_preparations_and_trainings(machine: Machine) -> None:
     form, gsm8k, lora, multiturn, *preparations, _, _ = page()
     data = machine.folder / "home" / "data"
 
-    machine.prepare(preparations[0], f"--local_dataset_path {GSM8K}")
+    machine.in_checkout(preparations[0], f"--local_dataset_path {GSM8K}")
     assert {"extra_info", "question", "answer", "reward_model"} <= columns(data / "gsm8k" / "train.parquet")
-    machine.prepare(preparations[1], f"--local_dataset_path {machine.folder / 'math'}")
+    machine.in_checkout(preparations[1], f"--local_dataset_path {machine.folder / 'math'}")
     math = data / "DigitalLearningGmbH" / "MATH-lighteval"
     truths = pq.read_table(math / "test.parquet")["reward_model"].to_pylist()
     assert truths[0] == {"style": "rule", "ground_truth": "\\frac{80}{1}"}
-    machine.prepare(preparations[2])
+    machine.in_checkout(preparations[2])
     assert pq.read_metadata(data / "multiturn" / "train.parquet").num_rows >= 2000
     assert pq.read_metadata(data / "multiturn" / "test.parquet").num_rows >= 200
 
@@ -193,20 +196,24 @@ def test_the_pair(machine: Machine) -> None:
     *_, sft, rl = page()
     data = machine.folder / "home" / "data" / "gsm8k"
     if not data.exists():
-        machine.prepare(page()[4], f"--local_dataset_path {GSM8K}")
+        machine.in_checkout(page()[4], f"--local_dataset_path {GSM8K}")
     out = machine.train(filled(sft), f"data.train_files=$HOME/data/gsm8k/train.parquet {SMALL}")
     assert out.name == "sft_ckpt" and f"actor_rollout_ref.model.path=/tmp/{out.name} " in rl
     opened(out, machine.folder / "work" / MODELS[1], STEPS)
-    # RL-HALF
     if importlib.util.find_spec("trl") is None:
-        pytest.skip("TRL is not installed: the RL half of the pair needs the extra apollo-sft[rl]")
+        pytest.skip("the RL half of the pair needs TRL: pip install 'apollo-sft[rl]'")
+    example = f"python3 -m examples.rl.grpo --model {out} --out {machine.folder / 'rl'} --steps 1 --held-out 4"
+    machine.in_work(f"{example} || test $? = 1")  # that is: after one step the reward has not risen
+    result = json.loads((machine.folder / "rl" / "result.json").read_text())
+    assert (result["sft_model"], result["grpo"]["num_steps"]) == (str(out), 1)
+    assert AutoModelForCausalLM.from_pretrained(result["rl_model"]).num_parameters()
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_gsm8k_as_the_page_trains_it(machine: Machine) -> None:
     """No size replaced but the model's: 4 epochs of 7,473 rows in batches of 256."""
-    machine.prepare(page()[4], f"--local_dataset_path {GSM8K} --local_save_dir $HOME/data/gsm8k")
+    machine.in_checkout(page()[4], f"--local_dataset_path {GSM8K} --local_save_dir $HOME/data/gsm8k")
     out = machine.train(page()[1], "", out="whole")
     opened(out, machine.folder / "work" / MODELS[0], 4 * 30)
     metrics = read_metrics(out)
@@ -217,7 +224,7 @@ def test_gsm8k_as_the_page_trains_it(machine: Machine) -> None:
 @pytest.mark.long
 def test_multiturn_as_the_page_trains_it(machine: Machine) -> None:
     """The same on what our script writes: 4 epochs of 2,048 rows in batches of 256."""
-    machine.prepare(page()[6])
+    machine.in_checkout(page()[6])
     out = machine.train(page()[3], "", out="whole_multiturn")
     opened(out, machine.folder / "work" / MODELS[0], 4 * 8)
     metrics = read_metrics(out)
@@ -232,7 +239,7 @@ def test_sequence_ranks_of_the_gsm8k_command_train_what_one_rank_does(machine: M
     tokens = {"bos_token_id": 151643, "eos_token_id": 151645, "pad_token_id": 151643}
     save_tiny_model(base, tiny_config(**shape, **tokens, tie_word_embeddings=True))
     AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "qwen3").save_pretrained(base)
-    machine.prepare(page()[4], f"--local_dataset_path {GSM8K}")
+    machine.in_checkout(page()[4], f"--local_dataset_path {GSM8K}")
     command = page()[1]
     alone = command.replace("nproc_per_node=2", "nproc_per_node=1").replace("parallel_size=2", "parallel_size=1")
     assert alone.count("=1 ") > command.count("=1 ")
