@@ -52,6 +52,13 @@ def local_source(path: Path, splits: Sequence[str], subset: str | None) -> Sourc
         return Source("local", str(path), None, {_only_split(path, splits): [path]})
     if not path.is_dir():
         raise DataError("no such file or folder", found=path, expected="a folder, a parquet file or JSON lines")
+    if next(path.rglob("dataset_info.json"), None) and next(path.rglob("*.arrow"), None):
+        raise DataError(
+            f"{path} was written by save_to_disk of the library datasets",
+            found="Arrow files",
+            expected="parquet or JSON lines",
+            fix="datasets.load_from_disk(FOLDER)[SPLIT].to_parquet(SPLIT + '.parquet') for every split",
+        )
     names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.suffix in SUFFIXES)
     chosen = {split: files_of_split(names, split, subset, str(path)) for split in splits}
     return Source("local", str(path), None, {split: [path / name for name in chosen[split]] for split in splits})

@@ -40,6 +40,14 @@ def test_two_that_may_be_meant_are_an_error(names: list[str]) -> None:
         files_of_split(names, "train", None, "folder")
 
 
+def test_a_folder_of_save_to_disk_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    for name in ("dataset_info.json", "state.json", "data-00000-of-00001.arrow"):
+        (tmp_path / "train" / name).write_text("{}")
+    with pytest.raises(DataError, match="to_parquet"):
+        local_source(tmp_path, ["train"], None)
+
+
 def test_one_file_is_one_split(tmp_path: Path) -> None:
     file = Path(write_parquet(tmp_path / "rows.parquet", [{"question": "1"}]))
     assert local_source(file, ["train"], None).files == {"train": [file]}
