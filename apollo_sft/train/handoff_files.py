@@ -94,6 +94,10 @@ def check_files(subject: Subject) -> str:
             raise WrongError(wrong, f"no {name}", fix)
     if not names & set(TOKENIZER_FILES):
         raise WrongError("missing_tokenizer", "no tokenizer.json", "copy the tokenizer's files of the base model here")
+    changed = _changed(subject.folder)
+    if changed:
+        what = f"changed since an export wrote them: {_some(changed)}"
+        raise WrongError("changed_files", what, "export again, unless somebody meant it", is_note=True)
     return "config, generation config, tokenizer"
 
 
@@ -193,8 +197,10 @@ def check_names(subject: Subject) -> str:
             raise WrongError("shape_differs", found, "config.json and weights must be of one model")
     try:
         plan_export(model, BaseModel(str(subject.folder), subject.folder, subject.config, held), "auto")
-    except (CheckpointError, RuntimeError, ValueError, KeyError) as error:
-        raise WrongError("shape_differs", _line(error), "config.json and weights must be of one model") from error
+    except (CheckpointError, RuntimeError, ValueError, KeyError) as error:  # of what is fused while it is loaded
+        is_absent = isinstance(error, CheckpointError) and "shape" not in str(error)
+        name = "missing_tensors" if is_absent else "shape_differs"
+        raise WrongError(name, _line(error), "config.json and weights must be of one model") from error
     return f"all that {type(model).__name__} takes, and nothing else"
 
 
@@ -211,6 +217,24 @@ def check_dtype(subject: Subject) -> str:
 
 def _names(subject: Subject) -> set[str]:
     return {path.name for path in subject.folder.iterdir() if path.is_file()}
+
+
+def _changed(folder: Path) -> list[str]:
+    """Files that are not what was written, by the list that lies beside them; of weights the size alone is compared."""
+    in_checkpoint = folder / ".." / publish.DIRECTORY_MANIFEST
+    manifest, above = (
+        (folder / publish.MANIFEST, "") if (folder / publish.MANIFEST).is_file() else (in_checkpoint, "hf/")
+    )
+    listed = _read(manifest).get("files", {}) if manifest.is_file() else {}
+    changed = []
+    for name, facts in sorted(listed.items()):
+        path = folder / str(name).removeprefix(above)
+        if not str(name).startswith(above) or not path.is_file():
+            continue
+        same_size = path.stat().st_size == facts["size"]
+        if not same_size or (path.suffix != ".safetensors" and publish.describe_file(path) != facts):
+            changed.append(path.name)
+    return changed
 
 
 def _check_tied(parameter_of: dict[str, int]) -> None:

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 from apollo_sft.cli.main import main
 from tests.support.chain import write_chain_model
 from tests.support.data import tiny_tokenizer, write_parquet
-from tests.support.models import save_tiny_adapter
+from tests.support.exports import MOE
+from tests.support.models import save_tiny_adapter, save_tiny_model, tiny_config
 from tests.support.runs import train_here
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -245,6 +246,34 @@ def test_an_unbroken_copy_and_shards_pass(run: Path, tmp_path: Path, capsys: pyt
     code, found = _results(folder, capsys, "--no-generate")
     assert (code, found["generation"]["state"]) == (0, "skipped")
     assert found["weights"]["what"].endswith("in 2 files")
+
+
+def test_a_missing_expert_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_tiny_model(tmp_path / "model", tiny_config("Qwen3Moe", vocab_size=360, **MOE))
+    tiny_tokenizer(eos_token="<|im_end|>").save_pretrained(folder)
+    _text("generation_config.json", '{"eos_token_id": 2}')(folder)
+    assert _results(folder, capsys, "--no-generate")[0] == 0
+    _weights(lambda tensors: tensors.pop("model.layers.1.mlp.experts.3.up_proj.weight"))(folder)
+    code, found = _results(folder, capsys, "--no-generate")
+    assert (code, found["names"]["name"]) == (2, "missing_tensors")
+    assert "experts.3.up_proj" in found["names"]["what"]
+
+
+def test_edited_files_are_a_note(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the base is gone, nothing else would show that the template is not the trained one."""
+    folder = _copy(run, tmp_path / "model")
+    gone = (folder / "config.yaml").read_text().replace(str(run.parent / "base"), str(tmp_path / "gone"))
+    (folder / "config.yaml").write_text(gone)
+    assert "the base model is not here" in _results(folder, capsys)[1]["template"]["what"]
+    (folder / "chat_template.jinja").write_text(OTHER_TEMPLATE)
+    code, found = _results(folder, capsys, "--no-generate")
+    assert (code, found["files"]["name"]) == (0, "changed_files")
+    assert "chat_template.jinja" in found["files"]["what"]
+    hf = run / "checkpoints" / "latest" / "hf"
+    edited = tmp_path / "step"
+    shutil.copytree(hf.parent, edited)
+    _json("generation_config.json", top_k=3)(edited / "hf")
+    assert "generation_config.json" in _results(edited / "hf", capsys, "--no-generate")[1]["files"]["what"]
 
 
 def test_an_adapter_alone_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
