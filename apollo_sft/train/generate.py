@@ -16,7 +16,8 @@ from apollo_sft.errors import DataError, ModelError
 from apollo_sft.types import Message
 
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-BOXED = "\\boxed{"
+BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[^\s{}$\\]+))")
+"""`\\boxed{…}`, `\\fbox{…}`, and TeX's form without braces: `\\boxed 7`."""
 Z95 = 1.959964
 """Standard deviations on either side of the mean that hold 95 % of a normal distribution."""
 
@@ -130,11 +131,11 @@ def final_answer(text: str) -> str | None:
     None when there is neither.
     """
     marker = text.rfind("####")
-    boxed = text.rfind(BOXED)
-    if marker < 0 and boxed < 0:
+    box = next(iter(reversed(list(BOX.finditer(text)))), None)
+    if marker < 0 and box is None:
         return None
-    if boxed > marker:
-        return _normalise(_braced(text[boxed + len(BOXED) :]))
+    if box is not None and box.start() > marker:
+        return _normalise(_braced(text[box.end() :]) if box["bare"] is None else box["bare"])
     rest = text[marker + len("####") :].strip()
     return _normalise(rest.split("\n", 1)[0])
 
@@ -187,12 +188,15 @@ def _generate_batch(model: Any, tokenizer: Any, texts: list[str], max_new_tokens
 
 
 def _braced(text: str) -> str:
-    """`text` up to the brace that closes the one before it; all of it when none does."""
+    """`text` up to the brace that closes the one before it; all of it when none does. `\\{` is no brace."""
     depth = 1
+    escaped = False
     for i, char in enumerate(text):
-        depth += {"{": 1, "}": -1}.get(char, 0)
+        if not escaped:
+            depth += {"{": 1, "}": -1}.get(char, 0)
         if depth == 0:
             return text[:i]
+        escaped = char == "\\" and not escaped
     return text
 
 
