@@ -110,7 +110,7 @@ def test_a_tokenizer_without_a_template_is_refused(loaded: tuple[Any, Any]):
         (r"cut off \boxed{\frac{1}{2", r"\frac{1}{2"),
         ("(1,2)", None),
         (r"\boxed{(1,2)}", "(1,2)"),
-        (r"\boxed{\left\{ x \right.} is half open", r"\left\{x\right."),
+        (r"\boxed{\left\{ x \right)} is half open", r"\left\{x\right)"),
         (r"\fbox{3} cm, not \boxed 7.", "7"),
         ("no answer 42", None),
         ("", None),
