@@ -22,9 +22,9 @@ from apollo_sft.report.document import (
 )
 from apollo_sft.report.page_style import STYLE
 
-FOLDED_CHARACTERS = 900
+FOLDED_CHARACTERS = 600
 """A longer stretch that is no target is folded up in its middle."""
-KEPT_CHARACTERS = 300
+KEPT_CHARACTERS = 200
 SIGNS = {"good": "✓", "look": "!", "bad": "✗"}
 CHART_WIDTH, CHART_HEIGHT, LABEL_HEIGHT, COUNT_HEIGHT = 960, 180, 26, 18
 HEAD = """<!DOCTYPE html>

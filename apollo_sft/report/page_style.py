@@ -17,7 +17,7 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 s
 main { max-width: 1080px; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
 h1 { margin: 0; font-size: 1.9rem; letter-spacing: -0.02em; }
 header p { margin: 0.3rem 0 0; color: var(--soft); overflow-wrap: anywhere; }
-h2 { margin: 0 0 0.9rem; font-size: 1.05rem; }
+h2 { margin: 0 0 0.9rem; font-size: 1.05rem; overflow-wrap: anywhere; }
 section { margin-top: 1.5rem; padding: 1.3rem 1.5rem; background: var(--sheet); border: 1px solid var(--line);
   border-radius: 12px; }
 .figures { display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem 1.1rem; margin-top: 1.6rem; }
@@ -54,7 +54,7 @@ svg .count { fill: var(--ink); }
 article { margin-top: 1.4rem; }
 article h3 { margin: 0; font-size: 0.98rem; overflow-wrap: anywhere; }
 article p { margin: 0.1rem 0 0.5rem; color: var(--soft); font-size: 0.88rem; }
-.sample { max-height: 34rem; overflow: auto; padding: 0.9rem 1.1rem; border: 1px solid var(--line); border-radius: 9px;
+.sample { max-height: 90rem; overflow: auto; padding: 0.9rem 1.1rem; border: 1px solid var(--line); border-radius: 9px;
   background: var(--paper); color: var(--soft); white-space: pre-wrap; overflow-wrap: anywhere;
   font: 0.86rem/1.7 ui-monospace, "SF Mono", "DejaVu Sans Mono", Menlo, Consolas, monospace; }
 mark { background: var(--target); color: var(--target-ink); border-radius: 4px; padding: 0.12em 0;

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -23,6 +24,7 @@ from apollo_sft.train.opening import schedule_of
 from apollo_sft.train.optim import Schedule
 from apollo_sft.train.preflight import Prepared, load_external_lib, prepare
 from apollo_sft.train.run import plan_spec
+from apollo_sft.types import RowRef, Sample
 
 COMPARED = 8
 """Samples by which the tokenizer is compared with its file."""
@@ -184,7 +186,7 @@ class Pick:
 
 
 def usual(store: SampleStore) -> list[Pick]:
-    return [Pick(usual_sample(store), "a usual one")]
+    return _noted(store, [Pick(usual_sample(store), "a usual one")])
 
 
 def worst(store: SampleStore) -> list[Pick]:
@@ -203,7 +205,7 @@ def worst(store: SampleStore) -> list[Pick]:
 
 def at_random(store: SampleStore, number: int, seed: int) -> list[Pick]:
     chosen = np.random.default_rng(seed).permutation(len(store))[:number]
-    return [Pick(int(index), f"drawn with --seed {seed}") for index in np.sort(chosen)]
+    return _noted(store, [Pick(int(index), f"drawn with --seed {seed}") for index in np.sort(chosen)])
 
 
 def of_row(store: SampleStore, place: str) -> list[Pick]:
@@ -220,20 +222,32 @@ def of_row(store: SampleStore, place: str) -> list[Pick]:
         )
     row = int(number)
     lost = [entry for entry in store.rejected() if (entry.file, entry.row) == (files[0], row)]
-    picks = []
-    for index in _samples_of(store, files[0], row):
-        turns = set(store[index].turns)
-        reasons = [_with_turns(entry, turns) for entry in lost if entry.trained and turns & set(entry.turns)]
-        picks.append(Pick(index, "; ".join(reasons) or "whole"))
+    picks = [
+        Pick(index, "; ".join(_reasons(store[index], lost)) or "whole") for index in _samples_of(store, files[0], row)
+    ]
     picks += [Pick(None, f"not trained: {e.reason}", f"{files[0]} row {row}") for e in lost if not e.trained]
     if not picks:
         raise ConfigError(f"--row {place}: no such row", found=files[0], fix="--row FILE:NUMBER for another file")
     return picks
 
 
-def _with_turns(entry: Rejected, shown: set[int]) -> str:
-    turns = [turn for turn in entry.turns if turn in shown]
-    return f"turn {', '.join(map(str, turns))}: {entry.reason}" if entry.unwritten else entry.reason
+def _noted(store: SampleStore, picks: list[Pick]) -> list[Pick]:
+    """With what the ledger says of each."""
+    refs = {store.ref(pick.index) for pick in picks if pick.index is not None}
+    entries = [entry for entry in store.rejected() if RowRef(entry.file, entry.row) in refs]
+    noted = []
+    for pick in picks:
+        assert pick.index is not None, "only rows that were asked for have no sample"
+        noted.append(replace(pick, why="; ".join([pick.why, *_reasons(store[pick.index], entries)])))
+    return noted
+
+
+def _reasons(sample: Sample, entries: Iterable[Rejected]) -> Iterator[str]:
+    """Why a sample is not whole."""
+    for entry in entries:
+        turns = [turn for turn in entry.turns if turn in sample.turns]
+        if entry.trained and turns and RowRef(entry.file, entry.row) == sample.ref:
+            yield f"turn {', '.join(map(str, turns))}: {entry.reason}" if entry.unwritten else entry.reason
 
 
 def _samples_of(store: SampleStore, file: str, row: int) -> list[int]:

@@ -90,7 +90,7 @@ def bare(text: str) -> str:
         ("lf_glaive_toolcall_en/messages", "phi3", "qwen3_instruct_2507"),
         ("lf_reason_tool_use/messages", "phi3", "qwen3"),
         ("taskmaster4/messages", "phi3", "qwen3"),
-        ("taskmaster4/messages", "smollm2", "smollm3"),
+        ("taskmaster4/messages", "phi3", "smollm3"),
     ],
 )
 def test_every_turn_is_trained_or_reported(
