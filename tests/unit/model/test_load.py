@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from apollo_sft.errors import ModelError
@@ -132,3 +135,20 @@ def test_documents_beyond_the_original_length_are_refused_under_longrope() -> No
     with pytest.raises(ModelError, match=r"data\.max_length=32"):
         load.check_longest(config, 33)
     load.check_longest(tiny_config(), 10**9)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_weights_of_a_hub_model_are_downloaded_only_where_they_are_read(
+    weights: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's own filter decides over the names of a usual repository."""
+    fetched: list[str] = []
+    names = ["config.json", "tokenizer.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors"]
+
+    def snapshot_download(source: str, **patterns: Any) -> str:
+        fetched.extend(filter_repo_objects(names, **patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert load.find_model("a/b", weights) == tmp_path
+    assert set(fetched) == (set(names) if weights else set(names[:2]))
