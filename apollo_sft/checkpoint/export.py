@@ -144,7 +144,7 @@ def save_adapter(tensors: Mapping[str, Tensor], config: Any, root: Path, model: 
     for name, tensor in tensors.items():
         full = _whole(tensor, None)
         if is_writer:
-            whole[name] = full.cpu().contiguous()
+            whole[name] = full.to("cpu", copy=True).contiguous()  # a tied weight comes twice
     agree(attempt(lambda: _write_adapter(whole, config, root)) if is_writer else None, model)
 
 

@@ -14,7 +14,10 @@ from apollo_sft.errors import ConfigError
 
 LOGGERS = ("console", "tensorboard", "wandb", "file")
 LATER_LOGGERS = ("mlflow", "swanlab", "trackio")
-LORA_KEYS = ("model.lora_alpha", "model.target_modules", "model.lora_dropout", "model.use_rslora")
+LORA_KEYS = tuple(
+    f"model.{name}"
+    for name in ("lora_alpha", "target_modules", "lora_dropout", "use_rslora", "use_dora", "modules_to_save")
+)
 UNUSED: tuple[tuple[str, Callable[[SftConfig], bool], str], ...] = (
     ("optim.stable_ratio", lambda c: c.optim.lr_scheduler != "wsd", "without optim.lr_scheduler=wsd"),
     (

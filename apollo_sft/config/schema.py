@@ -142,6 +142,8 @@ class ModelConfig(Section):
     target_modules: Text | Strings
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     use_rslora: bool
+    use_dora: bool
+    modules_to_save: Strings
     lora_adapter_path: PathText | None
     use_liger: bool
 

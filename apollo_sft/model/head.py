@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, cast
@@ -31,58 +32,87 @@ def head_spec(config: Any) -> HeadSpec:
 def attach_loss(head: nn.Module, spec: HeadSpec) -> None:
     """Give the head module a method `loss(hidden, labels)`, so that it can be sharded on its own and still be used.
 
-    `hidden`: (targets, hidden size); `labels`: (targets,). Returns the sum of the cross-entropy, a float64 scalar.
+    `head`: a linear module, or PEFT's LoRA around one. `hidden`: (targets, hidden size); `labels`: (targets,).
+    The method returns the sum of the cross-entropy, a float64 scalar.
     """
 
     def loss(self: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-        return target_loss(hidden, cast(Tensor, self.weight), getattr(self, "bias", None), labels, spec)
+        plain = cast(nn.Module, getattr(self, "base_layer", self))
+        factors = [(hidden, cast(Tensor, plain.weight))]
+        if plain is not self:
+            factors.append(low_rank(self, hidden))
+        return target_loss(factors, getattr(plain, "bias", None), labels, spec)
 
     head.loss = MethodType(loss, head)  # type: ignore[assignment]
 
 
-def target_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, spec: HeadSpec) -> Tensor:
+def low_rank(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """What PEFT's LoRA around the head adds to the logits, as a product: (targets, rank) times (vocabulary, rank)."""
+    (name,) = layer.active_adapters
+    down = layer.lora_A[name]
+    inner = down(layer.lora_dropout[name](hidden.to(down.weight.dtype)))
+    return inner * layer.scaling[name], layer.lora_B[name].weight
+
+
+def target_loss(
+    factors: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None, labels: Tensor, spec: HeadSpec
+) -> Tensor:
     """Sum of cross-entropy over the targets, float64 scalar.
 
-    `hidden`: (targets, hidden size); `weight`: (vocabulary, hidden size); `labels`: (targets,).
+    Logits are the sum of `x @ weight.T` over `factors`, x: (targets, k), weight: (vocabulary, k); hidden states and the
+    head's weight are the first. `bias`: (vocabulary,); `labels`: (targets,).
     Runs chunk by chunk. Where a gradient is needed it is formed in the forward, so that no logits are kept or computed
     twice. Source: the idea of fused linear cross-entropy (Liger Kernel, arXiv:2410.10989).
     """
+    flat = [tensor for pair in factors for tensor in pair]
     grad = torch.is_grad_enabled()
-    return cast(Tensor, _TargetLoss.apply(hidden, weight, bias, labels, spec, grad))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _TargetLoss.apply(labels, spec, grad, bias, *flat))  # type: ignore[no-untyped-call]
 
 
 class _TargetLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, spec: HeadSpec, grad: bool
-    ) -> Tensor:
-        wants_hidden, wants_weight, wants_bias = (grad and wanted for wanted in ctx.needs_input_grad[:3])
+    def forward(ctx: Any, labels: Tensor, spec: HeadSpec, grad: bool, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        hidden, weight = factors[:2]
         wide = torch.promote_types(weight.dtype, torch.float32)
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wants_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if wants_weight else None
-        grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if wants_bias else None
+        wanted = [grad and needed for needed in ctx.needs_input_grad[3:]]
+        grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if wanted[0] else None
+        grads = [_empty_gradient(factor, i % 2 == 1) if wanted[1 + i] else None for i, factor in enumerate(factors)]
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             chunk = slice(start, start + rows)
-            chunk_loss, grad_raw = _chunk(nn.functional.linear(hidden[chunk], weight, bias), labels[chunk], spec, grad)
+            raw = nn.functional.linear(hidden[chunk], weight, bias)
+            for x, w in _pairs(factors[2:]):
+                raw = raw + nn.functional.linear(x[chunk], w)
+            chunk_loss, grad_raw = _chunk(raw, labels[chunk], spec, grad)
             loss += chunk_loss
             if grad_raw is None:
                 continue
             grad_logits = grad_raw.to(weight.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[chunk])
-            if grad_weight is not None:
-                _add_product(grad_weight, grad_logits, hidden[chunk])
+            for (x, w), (grad_x, grad_w) in zip(_pairs(factors), _pairs(grads), strict=True):
+                if grad_x is not None:
+                    torch.mm(grad_logits, w, out=grad_x[chunk])
+                if grad_w is not None:
+                    _add_product(grad_w, grad_logits, x[chunk])
             if grad_bias is not None:
                 grad_bias += grad_raw.sum(0)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.save_for_backward(grad_bias, *grads)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grads = (None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
-        return (*grads, None, None, None)
+        return (None, None, None, *(None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors))
+
+
+def _pairs(flat: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    return zip(flat[::2], flat[1::2], strict=True)
+
+
+def _empty_gradient(factor: Tensor, adds_up: bool) -> Tensor:
+    """A weight's adds up over chunks, in float32 or wider; that of its input is written chunk by chunk."""
+    if adds_up:
+        return torch.zeros(factor.shape, dtype=torch.promote_types(factor.dtype, torch.float32), device=factor.device)
+    return torch.empty_like(factor, memory_format=torch.contiguous_format)
 
 
 def _chunk(raw: Tensor, labels: Tensor, spec: HeadSpec, grad: bool) -> tuple[Tensor, Tensor | None]:

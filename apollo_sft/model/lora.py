@@ -5,7 +5,10 @@ Source: LoRA, arXiv:2106.09685.
 
 from __future__ import annotations
 
+import copy
 import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,28 +21,40 @@ from apollo_sft.errors import ConfigError, ModelError
 
 ADAPTER = "default"
 ADAPTER_FILE = "adapter_model.safetensors"
+BASE_WEIGHT = ".base_layer.weight"
 TAKEN = (
     "r", "lora_alpha", "target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
     "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "task_type", "base_model_name_or_path",
+    "use_dora", "modules_to_save",
 )  # fmt: skip
 """Settings of a saved adapter that are followed."""
-IGNORED = ("peft_type", "peft_version", "auto_mapping", "revision", "inference_mode", "init_lora_weights")
+IGNORED = (
+    "peft_type",
+    "peft_version",
+    "auto_mapping",
+    "revision",
+    "inference_mode",
+    "init_lora_weights",
+    "ensure_weight_tying",
+)
 """Those that say nothing about what the adapter computes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """What was adapted: names of modules, and parameters that are trained, out of all."""
+    """What was adapted: names of modules, those trained whole beside them, and parameters that are trained, of all."""
 
     modules: tuple[str, ...]
+    whole: tuple[str, ...]
     num_trainable: int
     num_parameters: int
 
     def __str__(self) -> str:
         kinds = sorted({name.rpartition(".")[2] for name in self.modules})
         share = self.num_trainable / self.num_parameters
+        whole = f"{', '.join(self.whole)} trained whole, " if self.whole else ""
         return (
-            f"LoRA: {len(self.modules)} modules adapted ({', '.join(kinds)}), "
+            f"LoRA: {len(self.modules)} modules adapted ({', '.join(kinds)}), {whole}"
             f"{self.num_trainable:,} of {self.num_parameters:,} parameters trained ({share:.2%})"
         )
 
@@ -49,10 +64,20 @@ def lora_config(model: ModelConfig, source: str) -> Any | None:
 
     Raises: ConfigError when `lora_adapter_path` is no LoRA adapter, or other keys contradict it.
     """
-    if model.lora_adapter_path is not None:
-        return _saved_config(model, model.lora_adapter_path)
-    if model.lora_rank == 0:
+    if model.lora_adapter_path is None and model.lora_rank == 0:
         return None
+    continued = model.lora_adapter_path is not None
+    config = _saved_config(model, str(model.lora_adapter_path)) if continued else _new_config(model, source)
+    if config.use_dora and model.fsdp_config.wrap_policy.min_num_params:
+        raise ConfigError(
+            "DoRA reads the weights of a linear module from outside, so these cannot be a group of their own",
+            found="model.fsdp_config.wrap_policy.min_num_params, which groups by size",
+            fix="model.fsdp_config.wrap_policy.min_num_params=0",
+        )
+    return config
+
+
+def _new_config(model: ModelConfig, source: str) -> Any:
     from peft import LoraConfig
 
     targets = model.target_modules
@@ -62,6 +87,8 @@ def lora_config(model: ModelConfig, source: str) -> Any | None:
         target_modules=targets if isinstance(targets, str) else list(targets),
         lora_dropout=model.lora_dropout,
         use_rslora=model.use_rslora,
+        use_dora=model.use_dora,
+        modules_to_save=list(model.modules_to_save) or None,
         bias="none",
         task_type="CAUSAL_LM",
         base_model_name_or_path=source,
@@ -83,7 +110,7 @@ def _saved_config(model: ModelConfig, path: str) -> Any:
         raise ConfigError(
             "model.lora_adapter_path is not a plain LoRA adapter",
             found=f"{path}: {raw.get('peft_type')}" + "".join(f", {key}={str(raw[key])[:80]}" for key in odd[:3]),
-            expected="LoRA without DoRA, without modules_to_save and without other additions",
+            expected="LoRA, perhaps with rsLoRA, DoRA and modules_to_save, and no other addition",
         )
     try:
         saved = LoraConfig(**{key: raw[key] for key in TAKEN if raw.get(key) is not None})
@@ -118,21 +145,27 @@ def _read_adapter_json(path: str) -> dict[str, Any]:
 def inject(causal_lm: Any, config: Any, master: torch.dtype, adapter_path: str | None = None) -> Adapted:
     """Freeze the model and add adapters in `master` dtype, in place; on meta they are without memory too.
 
-    `adapter_path`: fill them from this folder (on a rank that holds weights).
-    Raises: ConfigError when `model.target_modules` matches no module; ModelError for an adapter that does not fit.
+    `config.modules_to_save` are trained as they are, in `master` dtype too. PEFT would train a copy of each.
+    `adapter_path`: fill what is trained from this folder (on a rank that holds weights).
+    Raises: ConfigError when a key names modules that are not there or cannot be adapted so; ModelError for an adapter
+    that does not fit.
     """
     from peft import inject_adapter_in_model
 
     on_meta = next(causal_lm.parameters()).is_meta
     causal_lm.requires_grad_(False)
+    only_adapters = copy.copy(config)
+    only_adapters.modules_to_save = None
     try:
-        inject_adapter_in_model(config, causal_lm, ADAPTER, low_cpu_mem_usage=on_meta)
+        inject_adapter_in_model(only_adapters, causal_lm, ADAPTER, low_cpu_mem_usage=on_meta)
     except Exception as error:  # PEFT, of settings that may be a stranger's
         raise ConfigError(
             "model.target_modules cannot be adapted",
             found=(str(error).splitlines() or [type(error).__name__])[0],
             expected="all-linear, names of linear modules, or a regular expression of full names",
         ) from error
+    _check_adapted(causal_lm)
+    _train_whole(causal_lm, config.modules_to_save or ())
     for parameter in causal_lm.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(master)
@@ -140,7 +173,54 @@ def inject(causal_lm: Any, config: Any, master: torch.dtype, adapter_path: str |
         _fill_from(causal_lm, adapter_path)
     modules = tuple(name for name, _ in _adapted(causal_lm))
     trained = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
-    return Adapted(modules, trained, sum(p.numel() for p in causal_lm.parameters()))
+    whole = tuple(_trained_whole(causal_lm))
+    return Adapted(modules, whole, trained, sum(p.numel() for p in causal_lm.parameters()))
+
+
+def _check_adapted(causal_lm: Any) -> None:
+    """Raises: ConfigError for what would not be the same once it is merged, or is not computed here."""
+    uses = Counter(id(p) for _, p in causal_lm.named_parameters(remove_duplicate=False))
+    head = causal_lm.get_output_embeddings()
+    for name, layer in _adapted(causal_lm):
+        if uses[id(layer.base_layer.weight)] > 1:
+            raise ConfigError(
+                "model.target_modules names a weight that two modules share: merged, the adapter would change both",
+                found=name,
+                fix="leave it out, or train it whole: model.modules_to_save",
+            )
+        if ADAPTER in layer.lora_magnitude_vector and (layer is head or not isinstance(layer.base_layer, nn.Linear)):
+            raise ConfigError(
+                "model.use_dora adapts linear modules other than the head",
+                found=f"{name}, a {type(layer.base_layer).__name__}",
+                fix="leave it out of model.target_modules, or model.use_dora=false",
+            )
+
+
+def _train_whole(causal_lm: Any, names: Sequence[str]) -> None:
+    """Modules whose names end so, as in PEFT. Raises: ConfigError when there is none, or one is adapted."""
+    adapted = [name for name, _ in _adapted(causal_lm)]
+    for wanted in names:
+        found = [(name, module) for name, module in causal_lm.named_modules() if name.endswith(wanted)]
+        if not found:
+            raise ConfigError(f"model.modules_to_save: the model has no module {wanted}", fix="a name such as lm_head")
+        for name, module in found:
+            if both := [other for other in adapted if f"{other}.".startswith(f"{name}.")]:
+                raise ConfigError("model.modules_to_save and model.target_modules name the same module", found=both[0])
+            module.requires_grad_(True)
+
+
+def _trained_whole(causal_lm: Any) -> list[str]:
+    """The modules that hold the trained parameters that are no adapter's. Tied weights count under each name."""
+    named = causal_lm.named_parameters(remove_duplicate=False)
+    owners = {name.rpartition(".")[0] for name, p in named if p.requires_grad and f".{ADAPTER}." not in f"{name}."}
+    return sorted(owners)
+
+
+def saved_config(config: Any, causal_lm: Any) -> Any:
+    """PEFT's config for the files of the adapter: every module that is trained whole stands there by its full name."""
+    written = copy.copy(config)
+    written.modules_to_save = _trained_whole(causal_lm) or None
+    return written
 
 
 def _fill_from(causal_lm: Any, path: str) -> None:
@@ -149,9 +229,16 @@ def _fill_from(causal_lm: Any, path: str) -> None:
     check_adapter_file(causal_lm, path)
     saved = load_file(Path(path) / ADAPTER_FILE)
     with torch.no_grad():
-        for name, parameter in causal_lm.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(saved[file_name(name)])
+        for in_file, _, parameter in trained(causal_lm):
+            parameter.copy_(saved.pop(in_file))
+    frozen = {_file_name(name): p for name, p in causal_lm.named_parameters(remove_duplicate=False)}
+    for in_file, copied in saved.items():
+        if not torch.equal(copied.to(frozen[in_file].dtype), frozen[in_file]):
+            raise ModelError(
+                f"{Path(path) / ADAPTER_FILE} holds other base weights than the model",
+                found=in_file,
+                fix="the base that the adapter was trained on",
+            )
 
 
 def check_adapter_file(causal_lm: Any, path: str) -> None:
@@ -169,7 +256,10 @@ def check_adapter_file(causal_lm: Any, path: str) -> None:
             held = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file} is no whole safetensors file", found=error) from error
-    wanted = {file_name(name): tuple(p.shape) for name, p in causal_lm.named_parameters() if p.requires_grad}
+    wanted = {in_file: tuple(p.shape) for in_file, _, p in trained(causal_lm)}
+    frozen = {_file_name(name): tuple(p.shape) for name, p in causal_lm.named_parameters(remove_duplicate=False)}
+    # PEFT copies the base weight of an adapted embedding or head into the file
+    wanted |= {name: shape for name, shape in frozen.items() if name in held and name.endswith(BASE_WEIGHT)}
     if held.keys() != wanted.keys():
         odd = sorted(held.keys() ^ wanted.keys())
         raise ModelError(f"{file} does not fit this model", found=f"{len(odd)} names differ: {', '.join(odd[:3])}")
@@ -179,14 +269,24 @@ def check_adapter_file(causal_lm: Any, path: str) -> None:
             raise ModelError(what, found=f"shape {held[name]}", expected=f"shape {shape}")
 
 
-def file_name(name: str) -> str:
-    """The name of an adapter's parameter in PEFT's own files."""
-    return f"base_model.model.{name}".replace(f".{ADAPTER}.", ".")
+def trained(causal_lm: Any) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Every trained parameter: its name in PEFT's file, its first name in the model, itself. Tied ones come twice."""
+    first = {id(p): name for name, p in causal_lm.named_parameters()}
+    for name, parameter in causal_lm.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            yield _file_name(name), first[id(parameter)], parameter
+
+
+def _file_name(name: str) -> str:
+    plain = name.replace(f".{ADAPTER}.", ".").removesuffix(f".{ADAPTER}")
+    if plain.endswith(".lora_magnitude_vector.weight"):
+        plain = plain.removesuffix(".weight")
+    return f"base_model.model.{plain}"
 
 
 def adapter_tensors(causal_lm: Any) -> dict[str, Tensor]:
-    """The adapter's parameters, sharded or not, under the names of PEFT's own files."""
-    return {file_name(name): p.detach() for name, p in causal_lm.named_parameters() if p.requires_grad}
+    """What is trained, sharded or not, under the names of PEFT's own files."""
+    return {in_file: p.detach() for in_file, _, p in trained(causal_lm)}
 
 
 @torch.no_grad()
@@ -194,11 +294,15 @@ def merge(causal_lm: Any) -> None:
     """Add every adapter to its weight and take it out: the model is then a plain one again. In place, collective.
 
     The product is formed in the adapter's dtype on shards and cast once, to the dtype that the weight has.
+    Source: DoRA, arXiv:2402.09353, equation 5.
     """
     for name, layer in _adapted(causal_lm):
         base = layer.base_layer
         weight = base.weight
         merged = weight.to(torch.promote_types(weight.dtype, torch.float32)) + layer.get_delta_weight(ADAPTER)
+        if ADAPTER in layer.lora_magnitude_vector:
+            magnitude = layer.lora_magnitude_vector[ADAPTER].weight
+            merged = merged * (magnitude / torch.linalg.vector_norm(merged, dim=1)).unsqueeze(1)
         base.weight = nn.Parameter(merged.to(weight.dtype), requires_grad=False)
         parent, _, attribute = name.rpartition(".")
         setattr(causal_lm.get_submodule(parent), attribute, base)

@@ -45,7 +45,11 @@ class SftModel(nn.Module):
         self.sp_size = sp_size
         self.reduces_once = False
         self.strategy = "fsdp2"
-        attach_loss(causal_lm.get_output_embeddings(), head_spec(causal_lm.config))
+        self.attach_head()
+
+    def attach_head(self) -> None:
+        """Once more when adapters have been put in: the head may be another module then."""
+        attach_loss(self.causal_lm.get_output_embeddings(), head_spec(self.causal_lm.config))
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, document_starts: Tensor, longest_document: int

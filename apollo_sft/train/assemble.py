@@ -114,6 +114,7 @@ def assemble(config: SftConfig, folder: Path, hf_config: Any, world: World, mesh
         prove(source, config.trainer.seed)
         if adapter is not None:
             say(str(lora.inject(source.causal_lm, adapter, precision.master, config.model.lora_adapter_path)))
+            source.attach_head()
     attention.register(kernel, _exchange(mesh))
     if mesh.shard is None:
         assert source is not None, "one process reads its own weights"

@@ -8,13 +8,20 @@ MODELS = {
     "window-tied": ("Mistral", {"sliding_window": 5, "tie_word_embeddings": True}),
     "sinks-experts": ("GptOss", {"num_local_experts": 4, "head_dim": 8, "sliding_window": 5}),
     "lora": ("Qwen2", {}),
+    "lora-head": ("Llama", {}),
+    "dora-tied": ("Qwen3", {"tie_word_embeddings": True, "head_dim": 8}),
 }
-WHOLE = "gqa"
+ADAPTERS = {
+    "lora": {},
+    "lora-head": {"target_modules": ["q_proj", "down_proj", "lm_head", "embed_tokens"], "use_rslora": True},
+    "dora-tied": {"use_dora": True, "modules_to_save": ["embed_tokens", "lm_head", "norm"]},
+}
+"""Settings of the adapters of those that have one."""
+WHOLE = ("gqa", "lora")
 WHOLE_STRATEGIES = ("one process", "fsdp2", "fsdp", "hsdp", "fsdp2 + offload")
-"""The model and the strategies that have the product of all axes; the rest have some in turn."""
+"""The models and the strategies that have the product of all axes; the rest have some in turn."""
 
 CHECKPOINTING = "model.enable_gradient_checkpointing=true"
-SELECTIVE = "model.gradient_checkpointing_policy=selective"
 SELECTIVE = "model.gradient_checkpointing_policy=selective"
 NO_SYNC = "model.fsdp_config.use_no_sync_for_gradient_accumulation=true"
 OFFLOAD = "model.fsdp_config.cpu_offload=true"
@@ -60,6 +67,8 @@ COVERING: dict[int, Cells] = {
         "window-tied": [[micro(4)]],
         "sinks-experts": [[micro(4)]],
         "lora": [[micro(3), CHECKPOINTING], TOKENS],
+        "lora-head": [[micro(3)]],
+        "dora-tied": [[micro(3)]],
     },
     2: {
         "gqa": [
@@ -90,6 +99,8 @@ COVERING: dict[int, Cells] = {
             [LARGE, CHECKPOINTING, NO_SYNC, micro(8)],
             [FSDP1, *TOKENS],
         ],
+        "lora-head": [[sp(2), micro(8), CHECKPOINTING], [LARGE, OFFLOAD, *TOKENS], [FSDP1, micro(8)]],
+        "dora-tied": [[sp(2), *TOKENS, CHECKPOINTING], [NO_SYNC, OFFLOAD, micro(4)], [FSDP1, micro(8)]],
     },
     4: {
         "gqa": [
@@ -133,14 +144,15 @@ def full_grid(processes: int) -> Cells:
     """All of it, for the long run."""
     if processes == 8:
         placed = [place(layout) for layout in layouts(8)]
-        return {WHOLE: [[*where, *how] for where in placed for how in ([micro(2), NO_SYNC], TOKENS)]}
-    cells: Cells = {WHOLE: []}
+        return {name: [[*where, *how] for where in placed for how in ([micro(2), NO_SYNC], TOKENS)] for name in WHOLE}
+    whole: list[list[str]] = []
     for layout in layouts(processes):
         batching = BATCHING if layout[2] in WHOLE_STRATEGIES else [TOKENS]
-        cells[WHOLE] += [[*place(layout), *more, *how] for more in SWITCHES for how in batching]
-        cells[WHOLE] += [[*place(layout), *more, *TOKENS] for more in EXTRAS]
+        whole += [[*place(layout), *more, *how] for more in SWITCHES for how in batching]
+        whole += [[*place(layout), *more, *TOKENS] for more in EXTRAS]
+    cells: Cells = {name: list(whole) for name in WHOLE}
     for turn, name in enumerate(MODELS):
-        if name != WHOLE:
+        if name not in WHOLE:
             cells[name] = [
                 [*place(layout), *SWITCHES[(number + turn) % 4], *BATCHING[(number + turn) % 5]]
                 for number, layout in enumerate(layouts(processes))

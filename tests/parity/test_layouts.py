@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.parity.layout_grid import COVERING, MODELS, Cells, full_grid, layout_of, layouts
+from tests.parity.layout_grid import ADAPTERS, COVERING, MODELS, Cells, full_grid, layout_of, layouts
 from tests.support.documents import section, table
 from tests.support.models import save_tiny_adapter, save_tiny_model, tiny_config
 from tests.support.ranks import run_ranks
@@ -29,7 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
     for name, (family, changes) in MODELS.items():
         save_tiny_model(folder / name, tiny_config(family, **changes))
-    save_tiny_adapter(folder / "lora")
+    for name, settings in ADAPTERS.items():
+        save_tiny_adapter(folder / name, **settings)
     write_store(folder / "store", graded_samples(32, 120))
     return folder
 

@@ -43,12 +43,13 @@ def save_tiny_model(folder: Path, config: Any, dtype: torch.dtype = torch.float3
     return folder
 
 
-def save_tiny_adapter(base: Path) -> Path:
-    """An adapter of rank 3 on every linear module, with random A and B, in `base/adapter`."""
+def save_tiny_adapter(base: Path, **changes: Any) -> Path:
+    """An adapter of rank 3 on every linear module, with random values, in `base/adapter`. `changes`: of its config."""
     from peft import LoraConfig, get_peft_model
 
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    adapted = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM"))
+    settings = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | changes
+    adapted = get_peft_model(model, LoraConfig(**settings))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in adapted.parameters():

@@ -32,7 +32,7 @@ def test_loss_and_gradients_equal_full_logits(
 ) -> None:
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk_rows * 11)
     ours, oracle = inputs(rows, bias), inputs(rows, bias)
-    loss = target_loss(*ours[:3], ours[3], spec)
+    loss = target_loss([(ours[0], ours[1])], ours[2], ours[3], spec)
     expected = written_out(*oracle[:3], oracle[3], spec)
     (loss * 0.37).backward()
     (expected * 0.37).backward()
@@ -44,7 +44,7 @@ def test_loss_and_gradients_equal_full_logits(
 
 def test_no_target_gives_zero_and_still_a_gradient_for_the_weight() -> None:
     hidden, weight, _, labels = inputs(0, False)
-    loss = target_loss(hidden, weight, None, labels, HeadSpec())
+    loss = target_loss([(hidden, weight)], None, labels, HeadSpec())
     loss.backward()
     assert loss.item() == 0.0
     assert weight.grad is not None
@@ -54,7 +54,7 @@ def test_no_target_gives_zero_and_still_a_gradient_for_the_weight() -> None:
 def test_a_frozen_head_forms_no_weight_gradient() -> None:
     hidden, weight, _, labels = inputs(4, False)
     frozen = weight.detach()
-    target_loss(hidden, frozen, None, labels, HeadSpec()).backward()
+    target_loss([(hidden, frozen)], None, labels, HeadSpec()).backward()
     assert hidden.grad is not None
     assert frozen.grad is None
 
@@ -62,7 +62,7 @@ def test_a_frozen_head_forms_no_weight_gradient() -> None:
 def test_without_grad_only_the_loss_is_formed() -> None:
     hidden, weight, _, labels = inputs(4, False)
     with torch.no_grad():
-        loss = target_loss(hidden, weight, None, labels, HeadSpec())
+        loss = target_loss([(hidden, weight)], None, labels, HeadSpec())
     assert not loss.requires_grad
     torch.testing.assert_close(loss, written_out(hidden, weight, None, labels, HeadSpec()).detach())
 
@@ -70,7 +70,7 @@ def test_without_grad_only_the_loss_is_formed() -> None:
 def test_bf16_sums_its_weight_gradient_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", 11)
     hidden, weight, _, labels = inputs(256, False, torch.bfloat16)
-    target_loss(hidden, weight, None, labels, HeadSpec()).backward()
+    target_loss([(hidden, weight)], None, labels, HeadSpec()).backward()
     wide_weight = weight.detach().double().requires_grad_()
     written_out(hidden.detach().double(), wide_weight, None, labels, HeadSpec()).backward()
     assert weight.grad is not None

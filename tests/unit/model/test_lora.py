@@ -15,6 +15,7 @@ from apollo_sft.config.compose import compose
 from apollo_sft.config.schema import ModelConfig
 from apollo_sft.errors import ConfigError, ModelError
 from apollo_sft.model import lora
+from apollo_sft.model.head import HeadSpec, attach_loss
 from tests.support.models import save_tiny_adapter, save_tiny_model, tiny_config, tiny_model
 
 
@@ -64,18 +65,34 @@ def test_an_unknown_target_is_refused_by_its_key() -> None:
         adapted("model.target_modules=[no_such_module]")
 
 
-@pytest.mark.parametrize("rslora", ["true", "false"])
-def test_merged_says_what_base_and_adapter_say(tmp_path: Path, rslora: str) -> None:
-    base = save_tiny_model(tmp_path / "base", tiny_config())
+KINDS = {
+    "plain": [],
+    "rank-stabilised": ["model.use_rslora=true"],
+    "DoRA": ["model.use_dora=true"],
+    "on the head": ["model.target_modules=[q_proj,lm_head]"],
+    "on the embedding": ["model.target_modules=[q_proj,embed_tokens]"],
+    "with modules trained whole": ["model.modules_to_save=[lm_head,norm]"],
+    "with an embedding trained whole": ["model.modules_to_save=[embed_tokens]", "model.use_dora=true"],
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_says_what_base_and_adapter_say(tmp_path: Path, kind: str, tied: bool) -> None:
+    """As do plain PEFT with the files, and our own training that goes on with them."""
+    if tied and kind in ("on the head", "on the embedding"):
+        pytest.skip("refused: see below")
+    base = save_tiny_model(tmp_path / "base", tiny_config(tie_word_embeddings=tied))
     model = AutoModelForCausalLM.from_pretrained(base)
-    config = lora.lora_config(model_config("model.lora_rank=4", f"model.use_rslora={rslora}"), str(base))
+    config = lora.lora_config(model_config("model.lora_rank=4", *KINDS[kind]), str(base))
     lora.inject(model, config, torch.float32)
+    torch.testing.assert_close(logits(model), logits(AutoModelForCausalLM.from_pretrained(base)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.normal_(0, 0.2)
+                parameter.add_(torch.randn(parameter.shape) * 0.2)
     live = logits(model)
-    save_adapter(lora.adapter_tensors(model), config, tmp_path, model, is_writer=True)
+    save_adapter(lora.adapter_tensors(model), lora.saved_config(config, model), tmp_path, model, is_writer=True)
     lora.merge(model)
     assert not [name for name, _ in model.named_modules() if "lora" in name]
     torch.testing.assert_close(logits(model), live, rtol=1e-5, atol=1e-5)
@@ -84,6 +101,50 @@ def test_merged_says_what_base_and_adapter_say(tmp_path: Path, rslora: str) -> N
     torch.testing.assert_close(logits(reloaded), live, rtol=1e-5, atol=1e-5)
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(base)
+    again = AutoModelForCausalLM.from_pretrained(base)
+    path = str(tmp_path / "adapter")
+    continued = lora.lora_config(model_config(f"model.lora_adapter_path={path}"), str(base))
+    found = lora.inject(again, continued, torch.float32, path)
+    torch.testing.assert_close(logits(again), live, rtol=1e-5, atol=1e-5)
+    assert bool(found.whole) == ("whole" in kind)
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_a_tied_weight_is_not_adapted(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.target_modules names a weight that two modules share"):
+        adapted(f"model.target_modules=[q_proj,{name}]", tie_word_embeddings=True)
+
+
+def test_what_cannot_be_adapted_so_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.use_dora adapts linear modules"):
+        adapted("model.target_modules=[lm_head]", "model.use_dora=true")
+    with pytest.raises(ConfigError, match=r"model\.modules_to_save: the model has no module nothing"):
+        adapted("model.modules_to_save=[nothing]")
+    with pytest.raises(ConfigError, match=r"model\.modules_to_save and model\.target_modules name the same module"):
+        adapted("model.modules_to_save=[mlp]")
+    with pytest.raises(ConfigError, match=r"model\.fsdp_config\.wrap_policy\.min_num_params=0"):
+        adapted("model.use_dora=true", "model.fsdp_config.wrap_policy.min_num_params=10")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_an_adapter_on_the_head_is_in_the_loss(dropout: float) -> None:
+    """At targets only, in chunks: the loss and gradients are those of PEFT's own forward on full logits."""
+    model, _ = adapted("model.target_modules=[lm_head]", f"model.lora_dropout={dropout}")
+    model.double()
+    torch.nn.init.normal_(model.lm_head.lora_B["default"].weight)
+    attach_loss(model.lm_head, HeadSpec())
+    hidden = torch.randn(7, 32, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 97, (7,))
+    inputs = [hidden, model.lm_head.lora_A["default"].weight, model.lm_head.lora_B["default"].weight]
+
+    def values(loss: torch.Tensor) -> list[torch.Tensor]:
+        return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+    torch.manual_seed(0)
+    ours = values(model.lm_head.loss(hidden, labels))
+    torch.manual_seed(0)
+    theirs = values(torch.nn.functional.cross_entropy(model.lm_head(hidden), labels, reduction="sum"))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_an_adapter_is_continued_with_its_own_rank_and_weights(tmp_path: Path) -> None:
