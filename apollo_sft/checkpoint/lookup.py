@@ -11,7 +11,7 @@ import yaml
 from apollo_sft.checkpoint import publish, resume
 from apollo_sft.checkpoint.layout import read_run
 from apollo_sft.config.compose import compose, validate
-from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.schema import DataConfig, SftConfig
 from apollo_sft.errors import ConfigError
 
 
@@ -23,18 +23,28 @@ def find_run(folder: Path) -> Path | None:
 
 
 def read_config(run: Path) -> SftConfig:
-    """The configuration of a run, as it was resolved then.
+    """The whole configuration of a run. Raises: ConfigError as `read_training`."""
+    return config_of(_read(run))
+
+
+def read_training(run: Path) -> tuple[DataConfig, str]:
+    """The data section of a run's configuration, and its base model as the user named it. The rest may be older.
 
     Raises: ConfigError when config.yaml is missing, or of a version with other keys.
     """
+    raw = _read(run)
+    return config_of({"data": raw["data"]}).data, str(raw["model"]["partial_pretrain"])
+
+
+def _read(run: Path) -> dict[str, Any]:
     path = run / "config.yaml"
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read", found=error) from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} is no configuration of a run", found=type(raw).__name__)
-    return config_of(raw)
+        raw: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(raw["data"], dict) or "partial_pretrain" not in raw["model"]:
+            raise ValueError("no configuration of a training")
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read", found=f"{type(error).__name__}: {error}") from error
+    return raw
 
 
 def config_of(saved: Mapping[str, Any]) -> SftConfig:

@@ -78,7 +78,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _subject(options: argparse.Namespace, overrides: list[str]) -> Subject:
-    from apollo_sft.checkpoint.lookup import find_run, read_config
+    from apollo_sft.checkpoint.lookup import find_run, read_training
     from apollo_sft.data.parquet import expand_paths
     from apollo_sft.train.exam import data_keys
     from apollo_sft.train.handoff_files import Subject
@@ -94,7 +94,7 @@ def _subject(options: argparse.Namespace, overrides: list[str]) -> Subject:
         folder=options.folder,
         data=data,
         run=run,
-        base=None if run is None else read_config(run).model.partial_pretrain,
+        base=None if run is None else read_training(run)[1],
         files=files,
         trust_remote_code=options.trust_remote_code,
         generate=not options.no_generate,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from apollo_sft.checkpoint.lookup import find_run, read_config
+from apollo_sft.checkpoint.lookup import find_run, read_training
 from apollo_sft.config.compose import Composed
 from apollo_sft.config.schema import DataConfig
 from apollo_sft.data.conversation import needed_columns, parse_prompt, parse_row
@@ -113,7 +113,7 @@ def data_keys(folder: Path, composed: Composed) -> DataConfig:
     run = find_run(folder)
     if run is None:
         return composed.config.data
-    tree = read_config(run).data.model_dump()
+    tree = read_training(run)[0].model_dump()
     given = composed.config.data.model_dump()
     for key in composed.overridden:
         section, _, name = key.partition(".")

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from apollo_sft.cli.main import main
 from apollo_sft.config.compose import compose, to_yaml
+from apollo_sft.errors import ConfigError
 from apollo_sft.train.exam import data_keys
 from tests.support.chain import write_chain_model
 from tests.support.data import write_parquet
@@ -62,6 +64,20 @@ def test_columns_are_those_of_the_run_unless_the_command_line_says_so(tmp_path: 
         assert (data.prompt_key, data.prompt_dict_keys) == ("extra_info", ("other",))
         assert data.template_date == "2024-02-03"
     assert data_keys(tmp_path, composed).prompt_key == "question"
+
+
+def test_the_config_of_an_older_version_lacks_keys_and_has_other_values(tmp_path: Path):
+    _run_folder(tmp_path, "data.prompt_key=extra_info")
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del saved["data"]["history"], saved["data"]["multiturn"]["tools_key"], saved["trainer"]["timeout_seconds"]
+    saved["model"]["lora_alpha"] = "sixteen"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    composed = compose(["data.train_files=t.parquet", "data.val_files=null"])
+    data = data_keys(tmp_path, composed)
+    assert data == composed.config.data.model_copy(update={"prompt_key": "extra_info"})
+    (tmp_path / "config.yaml").write_text("[")
+    with pytest.raises(ConfigError, match=r"config\.yaml cannot be read"):
+        data_keys(tmp_path, composed)
 
 
 @pytest.mark.parametrize(
