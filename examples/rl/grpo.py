@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from apollo_sft.cli.demo import Demo
@@ -132,18 +133,28 @@ def run_grpo(
         warmup_steps=settings.num_warmup_steps,
         adam_beta2=0.99,
         bf16=False,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         use_cpu=not torch.cuda.is_available(),
-        logging_steps=10,
+        logging_steps=min(10, settings.num_steps),
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
     )
     trainer = GRPOTrainer(str(model), reward, config, Dataset.from_list(rows))
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Progress())
     seen = SeenPrompts(trainer.model, frozenset(allowed))
     trainer.train()
     trainer.save_model(str(out))
     return len(seen.prompts)
+
+
+class Progress(TrainerCallback):
+    """One line every ten steps, in the place of TRL's twenty figures."""
+
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
+        if "reward" in logs:
+            print(f"step {state.global_step}/{state.max_steps}: mean reward {float(logs['reward']):.3f}", flush=True)
 
 
 class SeenPrompts:
