@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from apollo_sft.data.render import Renderer, missing_parts, shifted_labels, truncate
+from apollo_sft.data.render import Renderer, shifted_labels, truncate
 from apollo_sft.data.template import ChatTemplate, resolve_template
 from apollo_sft.errors import DataError
 from apollo_sft.types import IGNORE_INDEX, Conversation, RowRef, Sample
@@ -20,10 +20,6 @@ MOVING = CHATML.replace(
     "{{ 'T' if message == messages|selectattr('role', 'eq', 'user')|list|last }}{{ message['content'] }}",
 )
 """Like Mistral's: the tools stand in the user's last message."""
-
-
-def call(name: str, **arguments: Any) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def renderer(template: str, tokenizer: Any = None, **changes: Any) -> Renderer:
@@ -387,32 +383,6 @@ def test_tool_calls_are_handed_over_as_the_template_writes_them(body: str, call:
     [[sample], [again]] = one.render([Conversation(CALLING, None, {}, REF)] * 2)
     assert target_texts(sample) == target_texts(again) == [f"{call}<|im_end|>", "two<|im_end|>"]
     assert one.counts.found["unwritten_turns"] == (0 if call else 2)
-
-
-@pytest.mark.parametrize(
-    ("message", "said", "missing"),
-    [
-        ({"content": " a  b"}, "a b<|im_end|>", ()),
-        ({"content": 'say "x"\n'}, '{"text": "say \\"x\\"\\n"}', ()),
-        ({"content": "ab"}, "a", ("content",)),
-        ({"content": "", "thinking": "hm"}, "", ("reasoning",)),
-        ({"content": "b", "tool_calls": [call("f")]}, "", ("content", "tool calls")),
-        ({"content": "", "tool_calls": [call("f"), call("f")]}, "f", ("tool calls",)),
-        ({"content": "", "tool_calls": [call("f", city="Rome")]}, "f{}", ("tool calls",)),
-        ({"content": "", "tool_calls": [call("f", city="Rome", n=1, text="a 'b'")]}, "f(city=Rome)", ()),
-    ],
-)
-def test_what_of_a_reply_is_missing(message: dict[str, Any], said: str, missing: tuple[str, ...]) -> None:
-    assert missing_parts(message, said) == missing
-
-
-def test_a_role_header_that_the_model_has_to_write_is_said() -> None:
-    """The template ignores add_generation_prompt; where contents follow one another there is no header."""
-    headless = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
-    for template, headers in ((CHATML.partition("{% if")[0], 2), (CHATML, 0), (headless, 0)):
-        one = renderer(template)
-        one.render([Conversation(chat("a", "b", "c", "d"), None, {}, REF)])
-        assert one.counts.found["trained_headers"] == headers
 
 
 def test_what_the_template_leaves_out_of_a_reply_is_counted() -> None:
