@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -53,23 +53,33 @@ class ExportResult:
     dropped: tuple[str, ...] = ()
 
 
-def save_model(model: Any, base: BaseModel, folder: Path, options: ExportOptions, is_writer: bool) -> ExportResult:
+def save_model(
+    model: Any,
+    base: BaseModel,
+    folder: Path,
+    options: ExportOptions,
+    is_writer: bool,
+    check: Callable[[Path], None] | None = None,
+) -> ExportResult:
     """Export, re-open, compare and make visible in `folder`, in place of an earlier model of ours. Collective.
 
+    `check`: what the writer asks of the written folder besides, before it is visible.
     Raises: CheckpointError on every rank when the model could not be written or is not what was to be written.
     """
+
+    def verify(written: Path) -> None:
+        verify_model_folder(written, result.tensors, result.digests, options.trust_remote_code)
+        if check is not None:
+            check(written)
+
     staging = folder / f"{publish.STAGING_PREFIX}model"
     failure = attempt(lambda: publish.staging_folder(folder, "model")) if is_writer else None
     agree(failure, model)
     result = export_model(model, base, staging, options, is_writer)
     if is_writer:
-        failure = attempt(lambda: publish.publish_model(staging, folder, lambda path: _verify(path, result, options)))
+        failure = attempt(lambda: publish.publish_model(staging, folder, verify))
     agree(failure, model)
     return result
-
-
-def _verify(folder: Path, result: ExportResult, options: ExportOptions) -> None:
-    verify_model_folder(folder, result.tensors, result.digests, options.trust_remote_code)
 
 
 @torch.no_grad()

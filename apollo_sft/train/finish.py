@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from apollo_sft.checkpoint.export import (
@@ -20,7 +22,8 @@ from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World
 from apollo_sft.report.console import clock
 from apollo_sft.report.log import say, warn
-from apollo_sft.train.assemble import strategy_of
+from apollo_sft.train.assemble import resolve_precision, strategy_of
+from apollo_sft.train.merged import check_merged, live_loss, probe_of
 from apollo_sft.train.preflight import Prepared
 from apollo_sft.train.reporter import Reporter
 
@@ -35,20 +38,30 @@ def export(config: SftConfig, prepared: Prepared, model: SftModel, folder: RunFo
     """
     root = folder.root if folder is not None else prepared.base.folder
     say("writing the model")
-    model = strategy_of(model).by_rows(model)
     adapter = lora_config(config.model, prepared.base.source)
+    check = None if adapter is None else _merged_check(config, prepared, model, world)
+    model = strategy_of(model).by_rows(model)
     if adapter is not None:
         written = saved_config(adapter, model.causal_lm)
         save_adapter(adapter_tensors(model.causal_lm), written, root, model, world.is_main)
         if config.trainer.export == "adapter":
             return
         merge(model.causal_lm)
-    result = save_model(model.causal_lm, prepared.base, root, export_options(config, prepared), world.is_main)
+    options = export_options(config, prepared)
+    result = save_model(model.causal_lm, prepared.base, root, options, world.is_main, check)
     if result.dropped:
         warn(
             "tensors of the base model's files are not written: the architecture does not use them, or they are second "
             f"copies of tied weights: {', '.join(result.dropped[:5])}"
         )
+
+
+def _merged_check(config: SftConfig, prepared: Prepared, model: SftModel, world: World) -> Callable[[Path], None]:
+    """What is asked of the merged model before it is visible. Collective: all ranks compute what it must say."""
+    probe = probe_of(prepared.train)
+    live = live_loss(model, probe, world)
+    computed = resolve_precision(config.model, world.device.type == "cuda").compute
+    return lambda written: check_merged(written, probe, live, computed, config.model.trust_remote_code)
 
 
 def export_options(config: SftConfig, prepared: Prepared) -> ExportOptions:

@@ -1,0 +1,68 @@
+"""The end of a LoRA run: the merged model is opened again and must say what base and adapter said."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from apollo_sft.data.store_files import SampleStore
+from apollo_sft.errors import CheckpointError
+from apollo_sft.train.merged import check_merged, probe_of
+from tests.support.forked import train_on_ranks
+from tests.support.runs import write_inputs
+
+FEW = ("trainer.total_training_steps=3", "data.val_files=null", "model.lora_rank=3", "model.lora_dropout=0.2", "optim.lr=0.1")
+OPENED = "opened again, the merged model gives the loss of base and adapter"
+HEAD = "model.target_modules=[q_proj,lm_head,embed_tokens]"
+WHOLE = "model.modules_to_save=[lm_head,norm]"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "keys"),
+    [
+        (1, ["model.fsdp_config.dtype=bf16"]),
+        (1, [HEAD]),
+        (2, ["ulysses_sequence_parallel_size=2", HEAD]),
+        (2, ["model.use_dora=true", WHOLE]),
+        (2, ["model.strategy=fsdp", "model.use_dora=true"]),
+    ],
+    ids=["bf16", "head", "sp 2, head", "DoRA", "fsdp, DoRA"],
+)
+def test_a_merged_model_is_opened_again(tmp_path: Path, ranks: int, keys: list[str]) -> None:
+    inputs = write_inputs(tmp_path)
+    out = tmp_path / "out"
+    codes = train_on_ranks(inputs, out, ranks, *FEW, *keys, "trainer.logger=[console]")
+    said = (tmp_path / "ranks.log").read_text()
+    assert codes == [0] * ranks, said[-3000:]
+    assert OPENED in said
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert "peft" not in type(model).__module__
+    base = load_file(inputs / "model" / "model.safetensors")
+    merged = load_file(out / "model.safetensors")
+    assert base.keys() == merged.keys()
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    wanted = {"lm_head.weight", "model.embed_tokens.weight"} if HEAD in keys else {"model.layers.0.mlp.up_proj.weight"}
+    assert wanted <= changed
+    if "model.fsdp_config.dtype=bf16" not in keys:  # there the base is kept in bf16, and that is what was trained
+        assert ("model.norm.weight" in changed) == (WHOLE in keys)
+
+
+def test_a_wrong_merge_is_not_handed_over(tmp_path: Path) -> None:
+    """One matrix that was forgotten shows in the loss of one sample."""
+    inputs = write_inputs(tmp_path)
+    out = tmp_path / "out"
+    assert train_on_ranks(inputs, out, 1, *FEW, "trainer.logger=[console]") == [0]
+    store = SampleStore(next(path.parent for path in (inputs / "store").rglob("lengths*")))
+    probe = probe_of(store)
+    ids, labels = (torch.from_numpy(part.astype("int64")) for part in (probe.input_ids, probe.labels))
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(out)(ids[None]).logits[0]
+    live = float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+    check_merged(out, probe, live, torch.float32, False)
+    file = out / "model.safetensors"
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file(load_file(file) | {name: load_file(inputs / "model" / file.name)[name]}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="does not say what the model with its adapter said"):
+        check_merged(out, probe, live, torch.float32, False)
