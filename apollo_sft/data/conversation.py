@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NoReturn
 
 from apollo_sft.config.schema import DataConfig
@@ -326,10 +327,9 @@ def _check_value(value: Any, at: _Place) -> None:
         if not value.isascii():
             _check_text(value, at)
     elif isinstance(value, dict):
-        for pair in value.items():
-            for item in pair:
-                if type(item) is not str or not item.isascii():
-                    _check_value(item, at)
+        for item in chain.from_iterable(value.items()):
+            if type(item) is not str or not item.isascii():
+                _check_value(item, at)
     elif isinstance(value, list):
         for item in value:
             _check_value(item, at)

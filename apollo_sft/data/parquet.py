@@ -6,6 +6,7 @@ import difflib
 import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ BATCH_ROWS = 512
 READ_BUFFER_BYTES = 1 << 20
 MAX_CELL_BYTES = 1 << 26
 """Mean size of the cells of a column in a row group, unpacked. A few kilobytes of file can claim gigabytes."""
+MAX_BATCH_BYTES = 1 << 29
+FEWEST_ROWS = 4
 
 Row = dict[str, Any]
 
@@ -81,16 +84,8 @@ def read_rows(files: Sequence[str], columns: Columns, max_rows: int = -1) -> Ite
 
 def try_rows(files: Sequence[str], columns: Columns, max_rows: int = -1) -> Iterator[tuple[RowRef, Row | DataError]]:
     """As `read_rows`, with the error of a row in its place. Raises: DataError for a file."""
-    left = max_rows if max_rows >= 0 else None
-    for file in files:
-        if left == 0:
-            return
-        for index, row in enumerate(_read_file(file, columns)):
-            yield RowRef(file, index), row
-            if left is not None:
-                left -= 1
-                if left == 0:
-                    return
+    rows = ((RowRef(file, index), row) for file in files for index, row in enumerate(_read_file(file, columns)))
+    return islice(rows, max_rows if max_rows >= 0 else None)
 
 
 def num_rows(files: Sequence[str]) -> int:
@@ -110,7 +105,7 @@ def _read_file(file: str, columns: Columns) -> Iterator[Row | DataError]:
     _refuse_huge_cells(file, parquet.metadata, names)
     done = 0
     try:
-        for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=names):
+        for batch in parquet.iter_batches(batch_size=_batch_rows(parquet.metadata, names), columns=names):
             yield from _to_python(file, batch, done)
             done += batch.num_rows
     except (pa.ArrowException, OSError) as error:
@@ -119,6 +114,16 @@ def _read_file(file: str, columns: Columns) -> Iterator[Row | DataError]:
             found=str(error).splitlines()[0],
             fix="write the file again (with smaller row groups if cells are very large)",
         ) from error
+
+
+def _batch_rows(metadata: Any, names: list[str]) -> int:
+    """How many are read at a time. With a dictionary every row of a batch may be the largest text of its column."""
+    chunks = [
+        metadata.row_group(g).column(c) for g in range(metadata.num_row_groups) for c in range(metadata.num_columns)
+    ]
+    wanted = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in names and chunk.has_dictionary_page]
+    largest = max((chunk.total_uncompressed_size for chunk in wanted), default=1)
+    return int(max(FEWEST_ROWS, min(BATCH_ROWS, MAX_BATCH_BYTES // largest)))
 
 
 def _refuse_huge_cells(file: str, metadata: Any, names: list[str]) -> None:

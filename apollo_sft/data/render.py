@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from itertools import groupby
@@ -14,8 +13,8 @@ import numpy as np
 
 from apollo_sft.config.schema import DataConfig
 from apollo_sft.data.conversation import Forgeries
+from apollo_sft.data.replies import missing_parts
 from apollo_sft.data.sandbox import (
-    REASONING,
     WAYS,
     RenderError,
     RunawayError,
@@ -270,47 +269,6 @@ def _writes_calls(conversation: Conversation, texts: Sequence[Text]) -> bool:
         for span, text in spans
         for name in call_names(conversation.messages[span.turn])
     )
-
-
-def missing_parts(message: Message, said: str) -> tuple[str, ...]:
-    """Which of content, reasoning and tool calls of a message are not in what the template wrote of it.
-
-    White space may differ, and text may stand there as in JSON. Of a call the name is looked for, and those texts
-    among its arguments that are spelled alike in every notation.
-    """
-    missing = []
-    if not _is_in(message["content"], said):
-        missing.append("content")
-    reasoning = next((message[name] for name in REASONING if name in message), "")
-    if not _is_in(reasoning, said):
-        missing.append("reasoning")
-    if "tool_calls" in message and not _has_calls(message, said):
-        missing.append("tool calls")
-    return tuple(missing)
-
-
-def _is_in(part: str, said: str) -> bool:
-    if part in said or part.strip() in said:
-        return True
-    together = "".join(said.split())
-    return "".join(part.split()) in together or "".join(json.dumps(part, ensure_ascii=False)[1:-1].split()) in together
-
-
-def _has_calls(message: Message, said: str) -> bool:
-    calls = [call.get("function", call) for call in message["tool_calls"]]
-    names = Counter(call["name"] for call in calls)
-    return all(said.count(name) >= count for name, count in names.items()) and all(
-        text in said for call in calls for text in _plain_texts(call.get("arguments"))
-    )
-
-
-def _plain_texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        if value.isalnum() and value.isascii():
-            yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _plain_texts(item)
 
 
 def shifted_labels(ids: np.ndarray, ranges: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -98,3 +98,15 @@ def test_cells_that_unpack_to_gigabytes_are_refused_unread(tmp_path: Path) -> No
     with pytest.raises(DataError, match="rows 1 to 1, column a: the cells are too large"):
         list(read_rows([str(path)], Columns(("a",), (), {"a": "data.prompt_key"})))
     assert len(list(read_rows([str(path)], Columns(("b",), (), {"b": "data.prompt_key"})))) == 2
+
+
+def test_one_large_text_for_many_rows_is_unpacked_a_few_rows_at_a_time(tmp_path: Path) -> None:
+    """A dictionary holds it once: a file of some kilobytes would unpack to terabytes."""
+    text, number = "x" * 2**24, 2000
+    array = pa.DictionaryArray.from_arrays(pa.array([0] * number, pa.int32()), pa.array([text]))
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"q": array, "a": array}), file)
+    assert file.stat().st_size < 2_000_000
+    read = read_rows([str(file)], QA)
+    assert next(read)[1] == {"q": text, "a": text}
+    assert pa.total_allocated_bytes() < 2 * 2**30
