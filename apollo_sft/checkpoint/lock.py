@@ -45,8 +45,8 @@ class FolderLock:
         self._released = threading.Event()
         self._descriptor = os.open(root / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            self._lock_here()
-            self._wait_for_earlier(say)
+            locked = self._lock_here()
+            self._wait_for_earlier(locked, say)
             self._write()
         except BaseException:
             if (_read(self._root) or {}).get("token") == self._token:
@@ -67,7 +67,8 @@ class FolderLock:
                 (self._root / OWNER).unlink(missing_ok=True)
         os.close(self._descriptor)
 
-    def _lock_here(self) -> None:
+    def _lock_here(self) -> bool:
+        """Whether the file system knows locks. Raises: ConfigError when another run of this host holds it."""
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -75,14 +76,18 @@ class FolderLock:
                 raise _in_use(self._root, _read(self._root)) from error
             if error.errno not in WITHOUT_LOCKS:
                 raise
+            return False
+        return True
 
-    def _wait_for_earlier(self, say: Callable[[str], object]) -> None:
+    def _wait_for_earlier(self, locked: bool, say: Callable[[str], object]) -> None:
         """An owner that did not release: dead if its process is gone, or if its sign of life no longer changes."""
         found = _read(self._root)
         if found is None:
             return
         if found.get("machine") == _machine():
             if _started(found.get("pid")) == found.get("process_started"):
+                if locked and found.get("pid") == os.getpid():
+                    return  # this process let go of it, on a disk that was read-only by then
                 raise _in_use(self._root, found)
             self.notes.append(f"took the folder over from {_who(found)}, which is gone")
             return

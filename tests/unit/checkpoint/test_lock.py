@@ -97,6 +97,16 @@ def test_a_number_that_was_given_to_another_process_is_no_owner(tmp_path: Path) 
     lock.release()
 
 
+def test_a_process_that_could_not_remove_its_name_may_go_on_itself(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path)
+    text = (tmp_path / OWNER).read_text()
+    with pytest.raises(ConfigError, match="in use"):
+        FolderLock(tmp_path)
+    lock.release()
+    (tmp_path / OWNER).write_text(text)  # what a disk that became read-only keeps
+    FolderLock(tmp_path).release()
+
+
 def test_a_live_run_of_another_host_is_refused(tmp_path: Path) -> None:
     process = hold(tmp_path, every_seconds=0.2)
     without_system_lock(tmp_path)
