@@ -16,6 +16,7 @@ COMMANDS = {
     "verify": "show that every layout of a training gives the same gradient",
     "export": "write the model of a checkpoint as a folder that RL, vLLM and transformers open",
     "handoff": "check what RL would read of a model folder",
+    "report": "write what became of one run or several as one HTML page",
     "eval": "let a model folder answer questions, and count the right answers",
     "workflow": "run a workflow file of AlphaApollo: its preparations, then its training",
     "prepare": "make training files from GSM8K, math sets, tool conversations or data of your own",

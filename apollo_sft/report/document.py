@@ -11,17 +11,20 @@ Level = Literal["good", "look", "bad"]
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """The few numbers that matter, in the order in which one follows from the other: (number, what it counts)."""
+    """The few numbers that matter: (number, what it counts). `chain`: one follows from the other in this order."""
 
     items: Sequence[tuple[str, str]]
+    chain: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """(name, value) line by line."""
+    """(name, value) line by line. `more`: lines that are folded up on a page, under `more_title`."""
 
     title: str
     rows: Sequence[tuple[str, str]]
+    more_title: str = ""
+    more: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +89,57 @@ class Passages:
     passages: Sequence[Passage]
 
 
-Block = Figures | Facts | Table | Bars | Notes | Passages
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """(step, value), steps ascending. `colour`: a number, that of its run. `sparse`: every point has a dot."""
+
+    name: str
+    points: Sequence[tuple[int, float]]
+    colour: int
+    sparse: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """Curves over the steps. `from_zero`: the axis begins at 0. `may_be_log`: it is logarithmic where values span it.
+
+    `noisy`: a moving mean is drawn too.
+    """
+
+    title: str
+    curves: Sequence[Curve]
+    unit: str = ""
+    from_zero: bool = False
+    may_be_log: bool = False
+    noisy: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Plots:
+    """The first one is wide. `note`: how to read them."""
+
+    title: str
+    plots: Sequence[Plot]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a model said to one prompt: (when, text), the last one first. `expected`: what the data say."""
+
+    prompt: str
+    expected: str
+    said: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Replies:
+    title: str
+    replies: Sequence[Reply]
+    note: str = ""
+
+
+Block = Figures | Facts | Table | Bars | Notes | Passages | Plots | Replies
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from html import escape
 from itertools import groupby, pairwise
 
 from apollo_sft.errors import redact
+from apollo_sft.report import curves
 from apollo_sft.report.document import (
     Bars,
     Block,
@@ -17,6 +18,9 @@ from apollo_sft.report.document import (
     Notes,
     Passage,
     Passages,
+    Plots,
+    Replies,
+    Reply,
     Table,
     Token,
 )
@@ -53,8 +57,12 @@ def _block(block: Block) -> str:
     if isinstance(block, Passages):
         return _passages(block) if block.passages else ""
     if isinstance(block, Facts):
-        rows = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in block.rows)
-        return _section(block.title, f"<dl>{rows}</dl>")
+        return _section(block.title, _facts(block))
+    if isinstance(block, Plots):
+        return _section(block.title, f'<div class="plots">{"".join(map(curves.svg, block.plots))}</div>', block.note)
+    if isinstance(block, Replies):
+        replies = "".join(map(_reply, block.replies))
+        return _section(block.title, replies, block.note) if block.replies else ""
     if isinstance(block, Bars):
         return _section(block.title, _chart(block), block.note)
     if isinstance(block, Notes):
@@ -70,7 +78,27 @@ def _section(title: str, body: str, note: str = "") -> str:
 
 def _figures(block: Figures) -> str:
     tiles = (f"<div><strong>{_text(number)}</strong><span>{_text(name)}</span></div>" for number, name in block.items)
-    return f'<div class="figures">{"<i>→</i>".join(tiles)}</div>\n'
+    if block.chain:
+        return f'<div class="figures">{"<i>→</i>".join(tiles)}</div>\n'
+    return f'<div class="figures apart">{"".join(tiles)}</div>\n'
+
+
+def _facts(block: Facts) -> str:
+    more = f"<summary>{_text(block.more_title)}</summary>{_pairs(block.more)}" if block.more else ""
+    return _pairs(block.rows) + (f'<details class="more">{more}</details>' if more else "")
+
+
+def _pairs(rows: Sequence[tuple[str, str]]) -> str:
+    return f"<dl>{''.join(f'<dt>{_text(name)}</dt><dd>{_text(value)}</dd>' for name, value in rows)}</dl>"
+
+
+def _reply(reply: Reply) -> str:
+    """The latest text, and folded up what was said before."""
+    (when, text), *earlier = reply.said
+    said = _pairs([("prompt", reply.prompt), ("in the data", reply.expected), (when, text)])
+    if earlier:
+        said += f'<details class="more"><summary>{len(earlier)} earlier</summary>{_pairs(earlier)}</details>'
+    return f'<article class="reply">{said}</article>'
 
 
 def _note(note: Note) -> str:

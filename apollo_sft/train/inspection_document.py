@@ -52,7 +52,7 @@ def document(found: Inspection, picks: Sequence[tuple[Split, Pick]], whole: bool
     def clean(text: str) -> str:
         return visible(text.replace(folder, "") if folder else text)
 
-    passages = [_passage(*pick, prepared.tokenizer, clean, whole) for pick in picks]
+    passages = [sample_passage(split.store, pick, prepared.tokenizer, clean, whole) for split, pick in picks]
     blocks: list[Block] = [_figures(found.splits[0]), Notes("What was found", list(_notes(found, clean)))]
     if first:
         blocks.append(Passages("One of the samples", passages[:1]))
@@ -223,15 +223,18 @@ def _why(loss: Loss) -> str:
     return f"{loss.reason}: {examples}" + (f" ({loss.found})" if loss.found else "")
 
 
-def _passage(split: Split, pick: Pick, tokenizer: Any, clean: Clean, whole: bool) -> Passage:
+def sample_passage(
+    store: SampleStore, pick: Pick, tokenizer: Any, clean: Clean = visible, whole: bool = False
+) -> Passage:
+    """One sample with its targets marked, or why a row has none. `whole`: in a terminal nothing of it is shortened."""
     if pick.index is None:
         return Passage(clean(pick.title), clean(pick.why), ())
-    sample = split.store[pick.index]
+    sample = store[pick.index]
     length, targets = len(sample.input_ids), sample.num_targets
     turns = f", {'turn' if len(sample.turns) == 1 else 'turns'} {', '.join(map(str, sample.turns))}"
     note = f"{length:,} tokens, {targets:,} of them targets ({targets / length:.0%}); {pick.why}"
     return Passage(
-        clean(f"{sample.ref}{turns}"), visible(note), list(_tokens(split.store, pick.index, tokenizer)), whole
+        clean(f"{sample.ref}{turns}"), visible(note), list(_tokens(store, pick.index, tokenizer)), whole
     )
 
 

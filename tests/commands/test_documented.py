@@ -131,6 +131,8 @@ ELSEWHERE = {
     "make dev": FRESH,
     "apollo-sft inspect key=value …": "tests/commands/test_inspect.py",
     "apollo-sft verify key=value …": "tests/commands/test_verify.py",
+    "apollo-sft report DIR …": "tests/commands/test_report.py",
+    "apollo-sft report runs/lr-2e-5 runs/lr-1e-5 -o compared.html": "tests/commands/test_report.py",
     "apollo-sft demo": "tests/commands/test_demo_command.py",
     "pip install -c requirements/constraints.txt -e '.[rl]'": "part of what make test installs",
     "python -m examples.rl.grpo --seed 0 --out apollo-rl": "tests/commands/test_rl_example.py",
