@@ -233,9 +233,7 @@ def sample_passage(
     length, targets = len(sample.input_ids), sample.num_targets
     turns = f", {'turn' if len(sample.turns) == 1 else 'turns'} {', '.join(map(str, sample.turns))}"
     note = f"{length:,} tokens, {targets:,} of them targets ({targets / length:.0%}); {pick.why}"
-    return Passage(
-        clean(f"{sample.ref}{turns}"), visible(note), list(_tokens(store, pick.index, tokenizer)), whole
-    )
+    return Passage(clean(f"{sample.ref}{turns}"), visible(note), list(_tokens(store, pick.index, tokenizer)), whole)
 
 
 def _tokens(store: SampleStore, index: int, tokenizer: Any) -> Iterator[Token]:
