@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 CONSTRAINTS := requirements/constraints.txt
 STAMP := $(VENV)/.stamp
 
-.PHONY: env dev demo test test-long reliability check docs clean
+.PHONY: env dev demo test test-long reliability check docs docs-reference clean
 
 env: $(STAMP)-run
 dev: $(STAMP)-dev
@@ -48,6 +48,10 @@ check: dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+
+# The part of docs/configuration.md that is made from the schema, the yaml and the aliases.
+docs-reference: dev
+	$(BIN)/python -m apollo_sft.config.reference docs/configuration.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -9,6 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+SAVE_FREQUENCIES = "-1, a number of steps such as 200, epoch, or minutes such as 30min"
+ALL_OR_SOME = "-1, or 1 and more"
+
 
 def _as_tuple(value: Any) -> Any:
     """A list, one text for a list of one, or nothing."""
@@ -30,13 +33,13 @@ def _save_frequency(value: Any) -> Any:
     else:
         readable = isinstance(value, str) and re.fullmatch(r"epoch|[1-9][0-9]*min", value) is not None
     if not readable:
-        raise ValueError("-1, a number of steps such as 200, epoch, or minutes such as 30min")
+        raise ValueError(SAVE_FREQUENCIES)
     return value
 
 
 def _all_or_some(value: int) -> int:
     if value != -1 and value < 1:
-        raise ValueError("-1, or 1 and more")
+        raise ValueError(ALL_OR_SOME)
     return value
 
 
@@ -57,11 +60,18 @@ def _short_dtype(value: Any) -> Any:
 
 
 Text = Annotated[str, Field(min_length=1)]
-Strings = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple)]
-PathText = Annotated[Text, BeforeValidator(_expand)]
-Paths = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple), BeforeValidator(_expand)]
+Strings = Annotated[
+    tuple[Text, ...], BeforeValidator(_as_tuple), Field(description="a text, or a list of them; or null")
+]
+PathText = Annotated[Text, BeforeValidator(_expand), Field(description="a path")]
+Paths = Annotated[
+    tuple[Text, ...],
+    BeforeValidator(_as_tuple),
+    BeforeValidator(_expand),
+    Field(description="a path, or a list of them; or null"),
+]
 Count = Annotated[int, Field(ge=1)]
-CountOrAll = Annotated[int, AfterValidator(_all_or_some)]
+CountOrAll = Annotated[int, AfterValidator(_all_or_some), Field(description=ALL_OR_SOME)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -101,7 +111,7 @@ class DataConfig(Section):
     drop_last: bool
     chat_template: Text | None
     apply_chat_template_kwargs: dict[str, Any]
-    template_date: Annotated[str, AfterValidator(_day)]
+    template_date: Annotated[str, AfterValidator(_day), Field(description="a day, as 2025-01-31")]
     history: Literal["expand", "last_turn", "as_rendered"]
     train_on: Literal["assistant", "all", "last"]
     train_key: str
@@ -128,7 +138,7 @@ class FsdpConfig(Section):
 
 
 class ModelConfig(Section):
-    partial_pretrain: PathText
+    partial_pretrain: Annotated[PathText, Field(description="a folder, or a hub id")]
     strategy: Literal["fsdp2", "fsdp"]
     fsdp_config: FsdpConfig
     external_lib: Text | None
@@ -139,7 +149,7 @@ class ModelConfig(Section):
     attn_implementation: Literal["auto", "sdpa", "varlen", "flash"]
     lora_rank: Annotated[int, Field(ge=0)]
     lora_alpha: Count
-    target_modules: Text | Strings
+    target_modules: Annotated[Text | Strings, Field(description="a text, or a list of them")]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     use_rslora: bool
     use_dora: bool
@@ -183,7 +193,7 @@ class TrainerConfig(Section):
     logger: Strings
     log_freq: Count
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    save_freq: Annotated[int | str, BeforeValidator(_save_frequency)]
+    save_freq: Annotated[int | str, BeforeValidator(_save_frequency), Field(description=SAVE_FREQUENCIES)]
     test_freq: CountOrAll
     val_before_train: bool
     resume_mode: Literal["auto", "disable", "resume_path"]
