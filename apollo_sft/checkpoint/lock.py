@@ -49,8 +49,9 @@ class FolderLock:
             self._wait_for_earlier(locked, say)
             self._write()
         except BaseException:
-            if (_read(self._root) or {}).get("token") == self._token:
-                (self._root / OWNER).unlink(missing_ok=True)
+            with suppress(OSError):  # of a disk that became read-only: what the caller is told is why that matters
+                if (_read(self._root) or {}).get("token") == self._token:
+                    (self._root / OWNER).unlink(missing_ok=True)
             os.close(self._descriptor)
             raise
         self._thread = threading.Thread(target=self._live, name="folder-lock", daemon=True)

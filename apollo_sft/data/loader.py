@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ PAD_TOKEN_ID = 0
 class StepBatch:
     """One step of one data rank, with the counts of the whole step over all data ranks.
 
-    `rows[i]` are the rows of `micro_batches[i]`.
+    `rows[i]` are the rows of `micro_batches[i]`. `lengths`: tokens of each sample of the whole step.
     """
 
     step: int
@@ -29,16 +29,23 @@ class StepBatch:
     num_samples: int
     num_targets: int
     num_tokens: int
+    lengths: Sequence[int] | np.ndarray = ()
 
 
 class Loader:
-    """Makes the batches of `dp_rank` from the store as the plan says. `multiple`: see `pack`."""
+    """Makes the batches of `dp_rank` from the store as the plan says. `multiple`: see `pack`.
 
-    def __init__(self, store: SampleStore, spec: PlanSpec, dp_rank: int, multiple: int = 1) -> None:
+    `pinned`: in memory from which a GPU copies while the host goes on.
+    """
+
+    def __init__(
+        self, store: SampleStore, spec: PlanSpec, dp_rank: int, multiple: int = 1, pinned: bool = False
+    ) -> None:
         self.store = store
         self.spec = spec
         self.dp_rank = dp_rank
         self.multiple = multiple
+        self.pinned = pinned
 
     def batch(self, step: int) -> StepBatch:
         planned = plan(self.store.lengths, self.spec, step)
@@ -46,12 +53,17 @@ class Loader:
         return StepBatch(
             step=step,
             epoch=planned.epoch,
-            micro_batches=[pack([self.store[int(i)] for i in ids], self.multiple) for ids in mine],
+            micro_batches=[self._micro_batch(ids) for ids in mine],
             rows=[[self.store.ref(int(i)) for i in ids] for ids in mine],
             num_samples=len(planned.samples),
             num_targets=int(self.store.num_targets[planned.samples].sum(dtype=np.int64)),
             num_tokens=int(self.store.lengths[planned.samples].sum(dtype=np.int64)),
+            lengths=self.store.lengths[planned.samples],
         )
+
+    def _micro_batch(self, ids: Iterable[int]) -> MicroBatch:
+        packed = pack([self.store[int(i)] for i in ids], self.multiple)
+        return _pinned(packed) if self.pinned else packed
 
     def batches(self, steps: Iterable[int]) -> Iterator[StepBatch]:
         """The batches of `steps`, in order. While one is trained on, the next is made in a thread."""
@@ -64,6 +76,16 @@ class Loader:
                 ahead = following
             if ahead is not None:
                 yield ahead.result()
+
+
+def _pinned(batch: MicroBatch) -> MicroBatch:
+    return replace(
+        batch,
+        input_ids=batch.input_ids.pin_memory(),
+        labels=batch.labels.pin_memory(),
+        position_ids=batch.position_ids.pin_memory(),
+        document_starts=batch.document_starts.pin_memory(),
+    )
 
 
 def pack(samples: Sequence[Sample], multiple: int = 1) -> MicroBatch:

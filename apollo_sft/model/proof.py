@@ -62,11 +62,13 @@ def _documents(vocab_size: int, device: torch.device, seed: int) -> list[Tensor]
 
 
 def _packed_loss(model: SftModel, documents: list[Tensor]) -> Tensor:
-    ignored = documents[0].new_tensor([-100])
-    labels = torch.cat([torch.cat([ids[1:], ignored]) for ids in documents])
-    positions = torch.cat([torch.arange(len(ids), device=ids.device) for ids in documents])
-    starts = torch.tensor([0, 5, 14], dtype=torch.int32, device=labels.device)
-    loss: Tensor = model(torch.cat(documents)[None], labels[None], positions[None], starts, 9)
+    """Every token but the last of each document predicts the next one."""
+    device = documents[0].device
+    positions = torch.cat([torch.arange(len(ids), device=device) for ids in documents])
+    starts = torch.tensor([0, 5, 14], dtype=torch.int32, device=device)
+    at = torch.tensor([i for i in range(14) if i not in (4, 13)], device=device)
+    packed = torch.cat(documents)
+    loss: Tensor = model(packed[None], positions[None], starts, 9, at, packed[at + 1])
     return loss
 
 

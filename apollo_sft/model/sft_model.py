@@ -52,11 +52,18 @@ class SftModel(nn.Module):
         attach_loss(self.causal_lm.get_output_embeddings(), head_spec(self.causal_lm.config))
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, document_starts: Tensor, longest_document: int
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        document_starts: Tensor,
+        longest_document: int,
+        target_positions: Tensor,
+        target_labels: Tensor,
     ) -> Tensor:
-        """`input_ids`, `labels`, `position_ids`: (1, tokens / sp), this rank's slice of the row.
+        """`input_ids`, `position_ids`: (1, tokens / sp), this rank's slice of the row.
 
         `document_starts`: int32, (documents + 1,), and `longest_document` are those of the whole row.
+        `target_positions`, `target_labels`: (targets of the slice,), where in the slice a label is, and which.
         Returns the loss sum, a float64 scalar.
         """
         check_longest(self.causal_lm.config, longest_document)
@@ -67,17 +74,21 @@ class SftModel(nn.Module):
             document_starts=document_starts,
             longest_document=longest_document,
         ).last_hidden_state
-        is_target = labels[0] != IGNORE_INDEX
         head = self.causal_lm.get_output_embeddings()
-        return cast(Tensor, head.loss(hidden[0][is_target], labels[0][is_target]))
+        return cast(Tensor, head.loss(hidden[0].index_select(0, target_positions), target_labels))
 
     def loss_sum(self, micro_batch: MicroBatch, device: torch.device) -> Tensor:
-        """The loss sum over this rank's slice of a micro-batch that lies on any device."""
+        """The loss sum over this rank's slice of a micro-batch that lies on the CPU.
+
+        Targets are found before anything travels: a GPU need not be waited for.
+        """
         longest = int(torch.diff(micro_batch.document_starts).max())
-        whole = (micro_batch.input_ids, micro_batch.labels, micro_batch.position_ids)
-        mine = (tensor.chunk(self.sp_size, dim=1)[self.sp_rank] for tensor in whole)
-        moved = (tensor.to(device, non_blocking=True) for tensor in (*mine, micro_batch.document_starts))
-        return cast(Tensor, self(*moved, longest))
+        whole = (micro_batch.input_ids, micro_batch.position_ids, micro_batch.labels)
+        ids, positions, labels = (tensor.chunk(self.sp_size, dim=1)[self.sp_rank] for tensor in whole)
+        at = (labels[0] != IGNORE_INDEX).nonzero()[:, 0]
+        parts = (ids, positions, micro_batch.document_starts, at, labels[0][at])
+        ids, positions, starts, at, targets = (part.to(device, non_blocking=True) for part in parts)
+        return cast(Tensor, self(ids, positions, starts, longest, at, targets))
 
 
 def enable_checkpointing(causal_lm: Any, selective: bool) -> None:
