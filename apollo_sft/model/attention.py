@@ -63,7 +63,11 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Documents, AttentionOptions], Tensor]
 
 def sdpa_kernel(query: Tensor, key: Tensor, value: Tensor, documents: Documents, options: AttentionOptions) -> Tensor:
     """One document at a time: exact on any device and in any dtype, and the reference of every other kernel."""
-    lengths = torch.diff(documents.starts).tolist()
+    return one_by_one(query, key, value, torch.diff(documents.starts).tolist(), options)
+
+
+def one_by_one(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], options: AttentionOptions) -> Tensor:
+    """The same, where the lengths of the documents are known already."""
     parts = (torch.split(part.transpose(0, 1)[None], lengths, dim=2) for part in (query, key, value))
     attend = _sdpa if options.plain else _scores
     outputs = [attend(q, k, v, options) for q, k, v in zip(*parts, strict=True)]

@@ -100,14 +100,13 @@ def assemble(config: SftConfig, folder: Path, hf_config: Any, world: World, mesh
     """
     check_strategy(config, world)
     precision = resolve_precision(config.model, world.device.type == "cuda")
-    name = _strategy_name(config, world)
-    strategy = STRATEGIES[name]
+    strategy = STRATEGIES[_strategy_name(config, world)]
     kernel, why = attention.choose_kernel(config.model.attn_implementation, world.device)
     say(why)
     attention.register(attention.sdpa_kernel)  # the proof runs on the CPU
     trust = config.model.trust_remote_code
     adapter = lora.lora_config(config.model, config.model.partial_pretrain)
-    stored = precision.compute if adapter is not None and strategy.MIXES_DTYPES else precision.master
+    stored = stored_dtype(config, world, adapter is not None)
     source = None
     if world.is_main:
         source = SftModel(load.load_with_weights(folder, hf_config, stored, trust))
@@ -115,24 +114,42 @@ def assemble(config: SftConfig, folder: Path, hf_config: Any, world: World, mesh
         if adapter is not None:
             say(str(lora.inject(source.causal_lm, adapter, precision.master, config.model.lora_adapter_path)))
             source.attach_head()
-    attention.register(kernel, _exchange(mesh))
+    attention.register(kernel, exchange(mesh))
     if mesh.shard is None:
         assert source is not None, "one process reads its own weights"
-        model = source.to(world.device)
-        _enable_checkpointing(model, config.model)
+        model = laid_out(config, source.to(world.device), world, mesh)
     else:
         causal_lm = load.build_on_meta(hf_config, stored, trust)
         if adapter is not None:
             lora.inject(causal_lm, adapter, precision.master)
-        model = SftModel(causal_lm, mesh.sp_rank, mesh.sp_size)
-        _enable_checkpointing(model, config.model)
-        spec = _shard_spec(model, config.model, precision)
-        model = strategy.shard(model, mesh.shard, spec, _own_head(model))
+        model = laid_out(config, SftModel(causal_lm, mesh.sp_rank, mesh.sp_size), world, mesh)
+        strategy.fill(model, source, world.device, offloads(config.model))
+    return model, optimizer_of(model, config)
+
+
+def stored_dtype(config: SftConfig, world: World, adapted: bool) -> torch.dtype:
+    """Of the weights that are read: frozen ones are kept as the forward needs them, where the strategy can."""
+    precision = resolve_precision(config.model, world.device.type == "cuda")
+    return precision.compute if adapted and STRATEGIES[_strategy_name(config, world)].MIXES_DTYPES else precision.master
+
+
+def laid_out(config: SftConfig, model: SftModel, world: World, mesh: Mesh) -> SftModel:
+    """With checkpointing, and sharded over `mesh.shard` when there is one: on meta then, and not filled yet.
+
+    Raises: ConfigError when the modules to shard are not there.
+    """
+    _enable_checkpointing(model, config.model)
+    if mesh.shard is not None:
+        precision = resolve_precision(config.model, world.device.type == "cuda")
+        name, spec = _strategy_name(config, world), _shard_spec(model, config.model, precision)
+        model = STRATEGIES[name].shard(model, mesh.shard, spec, _own_head(model))
         model.strategy = name
-        strategy.fill(model, source, world.device, spec.offload)
     model.reduces_once = config.model.fsdp_config.use_no_sync_for_gradient_accumulation
-    num_dims = partial(strategy_of(model).num_dims, model)
-    return model, build_optimizer(model.parameters(), config.optim, num_dims)
+    return model
+
+
+def optimizer_of(model: SftModel, config: SftConfig) -> Optimizer:
+    return build_optimizer(model.parameters(), config.optim, partial(strategy_of(model).num_dims, model))
 
 
 def offloads(config: ModelConfig) -> bool:
@@ -145,7 +162,8 @@ def needs_group(config: SftConfig, on_cuda: bool) -> bool:
     return resolve_precision(config.model, on_cuda).mixed or offloads(config.model)
 
 
-def _exchange(mesh: Mesh) -> Ulysses | None:
+def exchange(mesh: Mesh) -> Ulysses | None:
+    """What attention does between ranks that share a sequence."""
     return None if mesh.sp_group is None else Ulysses(mesh.sp_group, mesh.sp_rank, mesh.sp_size)
 
 
