@@ -44,6 +44,7 @@ FREE = [
     "trainer.nnodes",
     "trainer.n_gpus_per_node",
     "trainer.timeout_seconds",
+    "trainer.peak_tflops",
     "trainer.device",
     "data.val_files",
     "data.val_max_samples",

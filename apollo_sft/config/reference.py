@@ -121,6 +121,7 @@ EXAMPLES = {
     "trainer.nnodes": "2",
     "trainer.n_gpus_per_node": "8",
     "trainer.timeout_seconds": "3600",
+    "trainer.peak_tflops": "989",
     "trainer.device": "cpu",
     "trainer.export": "both",
     "ulysses_sequence_parallel_size": "2",

@@ -209,6 +209,7 @@ class TrainerConfig(Section):
     nnodes: Count
     n_gpus_per_node: Count | None
     timeout_seconds: Count
+    peak_tflops: Annotated[float, Field(gt=0)] | None
     device: Literal["auto", "cuda", "cpu"]
 
 

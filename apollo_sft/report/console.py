@@ -62,6 +62,7 @@ class Console:
                 f"grad norm {self._aligned(record, 'train/grad_norm', '.2f')}",
                 f"targets {self._aligned(record, 'train/targets', ',')}",
                 f"{self._aligned(record, 'train/tokens_per_second', ',.0f')} tok/s",
+                *([f"mfu {record['perf/mfu']:.1%}"] if "perf/mfu" in record else []),
             )
         )
         self._done, self._place, self._numbers = step, f"{place}  {eta}", numbers

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ class StepFacts:
     """What is known of one step. Counts are over all ranks; `loss` is the token mean of the global batch.
 
     `grad_norm` is taken before clipping, `lr` is the rate this step used, `epoch` is 2.0 after two whole epochs.
+    `mfu`: the model's operations over what the processors could have done in that time; None where that is not known.
     """
 
     step: int
@@ -31,11 +33,13 @@ class StepFacts:
     step_seconds: float
     epoch: float
     peak_bytes: int
+    data_wait_seconds: float = 0.0
+    mfu: float | None = None
 
 
 def train_record(facts: StepFacts) -> Record:
     """The line of one training step, under the names that every logger uses."""
-    return {
+    record: Record = {
         "step": facts.step,
         "train/loss": facts.loss,
         "train/grad_norm": facts.grad_norm,
@@ -46,7 +50,9 @@ def train_record(facts: StepFacts) -> Record:
         "train/step_seconds": facts.step_seconds,
         "train/epoch": facts.epoch,
         "memory/peak_bytes": facts.peak_bytes,
+        "perf/data_wait_seconds": facts.data_wait_seconds,
     }
+    return record if facts.mfu is None else record | {"perf/mfu": facts.mfu}
 
 
 def val_record(loss: float, targets: int) -> Record:
@@ -63,8 +69,8 @@ def peak_bytes(device: Any) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class MetricsWriter:
-    """Appends to metrics.jsonl, line by line, each in the file before `write` returns.
+class LineWriter:
+    """Appends JSON objects with a `step` to a file, line by line, each in the file before `write` returns.
 
     A last line that an earlier crash left without its end is cut off when the file is opened, and so are the steps
     after `first_step`, the number of steps done: they will be done again.
@@ -75,10 +81,9 @@ class MetricsWriter:
         _cut_after(path, first_step)
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, record: Record) -> None:
-        assert all(math.isfinite(value) for value in record.values()), f"not finite: {record}"
+    def write(self, record: Mapping[str, Any]) -> None:
         try:
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.write(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n")
             self._file.flush()
         except OSError as error:
             raise TrainingError(f"{self._file.name} cannot be written", found=error.strerror) from error
@@ -87,6 +92,14 @@ class MetricsWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+
+
+class MetricsWriter(LineWriter):
+    """metrics.jsonl."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        assert all(math.isfinite(value) for value in record.values()), f"not finite: {record}"
+        super().write(record)
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -107,7 +120,7 @@ def _cut_after(path: Path, first_step: int) -> None:
     if not path.exists():
         return
     kept = [record for record in read_metrics(path) if int(record["step"]) <= first_step]
-    text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept if first_step)
+    text = "".join(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n" for record in kept if first_step)
     if text.encode() != path.read_bytes():
         shorter = path.with_name(f".apollo-{path.name}.tmp")
         shorter.write_text(text, encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 from torch.optim import Optimizer
@@ -14,9 +13,10 @@ from apollo_sft.errors import Preempted
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World, any_rank
 from apollo_sft.parallel.pulse import Pulse
-from apollo_sft.report.metrics import Record, StepFacts, train_record, val_record
+from apollo_sft.report.metrics import Record, val_record
 from apollo_sft.train.checkpoints import Checkpoints
 from apollo_sft.train.evaluate import evaluate
+from apollo_sft.train.meter import Meter
 from apollo_sft.train.optim import Schedule
 from apollo_sft.train.reporter import Reporter
 from apollo_sft.train.signals import StopFlag
@@ -37,6 +37,7 @@ class Run:
     checkpoints: Checkpoints
     reporter: Reporter
     pulse: Pulse
+    meter: Meter
 
     @property
     def steps_per_epoch(self) -> int:
@@ -66,30 +67,16 @@ def run_loop(run: Run, stop: StopFlag, first_step: int) -> None:
             raise _preempted(run, stop, 0)
         run.reporter.record({"step": 0} | validation)
     clip = run.config.optim.clip_grad
-    began = time.perf_counter()
-    for batch in run.train.batches(range(first_step, run.schedule.total_steps)):
+    for batch in run.meter.batches(run.train.batches(range(first_step, run.schedule.total_steps))):
         run.pulse.step_ended()
         rate = run.schedule.rate(batch.step)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
         vote = run.checkpoints.vote() | (Vote.STOP if stop.name is not None else Vote.NOTHING)
         result = train_step(run.model, run.optimizer, batch, run.world, clip, vote)
-        seconds = time.perf_counter() - began
-        facts = StepFacts(
-            step=batch.step + 1,
-            loss=result.loss,
-            grad_norm=result.grad_norm,
-            lr=rate,
-            targets=batch.num_targets,
-            tokens=batch.num_tokens,
-            step_seconds=seconds,
-            epoch=(batch.step + 1) / run.steps_per_epoch,
-            peak_bytes=result.peak_bytes,
-        )
-        _after_step(run, stop, train_record(facts), result.votes)
+        _after_step(run, stop, run.meter.record(batch, result, rate), result.votes)
         if run.checkpoints.out_of_patience():
             return
-        began = time.perf_counter()
 
 
 def _after_step(run: Run, stop: StopFlag, record: Record, votes: Vote) -> None:

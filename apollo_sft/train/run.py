@@ -29,6 +29,7 @@ from apollo_sft.train.assemble import assemble, needs_group, strategy_of
 from apollo_sft.train.checkpoints import Checkpoints
 from apollo_sft.train.finish import export, hf_form, summary
 from apollo_sft.train.loop import Run, run_loop
+from apollo_sft.train.meter import meter_of
 from apollo_sft.train.opening import (
     announce,
     check_alike,
@@ -154,7 +155,7 @@ def _run(config: SftConfig, world: World, folder: RunFolder | None, stop: StopFl
     prepared = launch.once_per_host(world, "prepare", lambda: prepare(config))
     check_alike("contents", contents_of(prepared), world)
     mesh = build_mesh(world, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
-    train_loader, val_loader = _loaders(config, prepared, mesh)
+    train_loader, val_loader = _loaders(config, prepared, mesh, pinned=world.device.type == "cuda")
     in_epoch = steps_per_epoch(len(prepared.train), train_loader.spec)
     schedule = schedule_of(config, in_epoch)
     if folder is not None:
@@ -162,12 +163,14 @@ def _run(config: SftConfig, world: World, folder: RunFolder | None, stop: StopFl
     seed_everything(config.trainer.seed, world.rank)
     model, optimizer = assemble(config, prepared.base.folder, prepared.hf_config, world, mesh)
     facts = {"processes": world.size, "data": prepared.train.key, "config": recorded(config)}
-    form = hf_form(config, prepared, strategy_of(model).outline(model).causal_lm)
+    outline = strategy_of(model).outline(model).causal_lm
+    form = hf_form(config, prepared, outline)
     checkpoints = Checkpoints(config.trainer, in_epoch, schedule.total_steps, facts, world.is_main, form)
     newest = launch.from_main(folder.resume_from if folder is not None else None, world)
     first_step = checkpoints.begin(newest, model, optimizer)
     reporter = _reporter(config, folder, schedule, first_step)
-    run = Run(world, model, optimizer, schedule, train_loader, val_loader, config, checkpoints, reporter, pulse)
+    meter = meter_of(config, outline, world, in_epoch)
+    run = Run(world, model, optimizer, schedule, train_loader, val_loader, config, checkpoints, reporter, pulse, meter)
     stop.between_steps()
     try:
         run_loop(run, stop, first_step)
@@ -196,13 +199,13 @@ def plan_spec(config: SftConfig, mesh: Mesh, hf_config: Any) -> PlanSpec:
     )
 
 
-def _loaders(config: SftConfig, prepared: Prepared, mesh: Mesh) -> tuple[Loader, Loader | None]:
+def _loaders(config: SftConfig, prepared: Prepared, mesh: Mesh, pinned: bool) -> tuple[Loader, Loader | None]:
     spec = plan_spec(config, mesh, prepared.hf_config)
-    train = Loader(prepared.train, spec, mesh.dp_rank, mesh.sp_size)
+    train = Loader(prepared.train, spec, mesh.dp_rank, mesh.sp_size, pinned)
     if prepared.val is None:
         return train, None
     every_row_once = replace(spec, batch_size=spec.micro_batch_size * mesh.dp_size, shuffle=False, drop_last=False)
-    return train, Loader(prepared.val, every_row_once, mesh.dp_rank, mesh.sp_size)
+    return train, Loader(prepared.val, every_row_once, mesh.dp_rank, mesh.sp_size, pinned)
 
 
 def _reporter(config: SftConfig, folder: RunFolder | None, schedule: Schedule, first_step: int) -> Reporter:

@@ -16,7 +16,13 @@ from tests.support.data import tiny_tokenizer, write_parquet
 from tests.support.models import save_tiny_model, tiny_config
 
 TIMEOUT_SECONDS = 240
-OF_THE_CLOCK = {"train/tokens_per_second", "train/step_seconds", "memory/peak_bytes"}
+OF_THE_CLOCK = {
+    "train/tokens_per_second",
+    "train/step_seconds",
+    "memory/peak_bytes",
+    "perf/data_wait_seconds",
+    "perf/mfu",
+}
 """Metrics that no two runs share."""
 
 NUMBERS = ["one", "two", "three", "four", "five", "six"]

@@ -3,6 +3,7 @@ import math
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,11 @@ def test_records_hold_the_documented_names_and_units() -> None:
         "train/step_seconds": 0.5,
         "train/epoch": 0.3,
         "memory/peak_bytes": 2**30,
+        "perf/data_wait_seconds": 0.0,
+    }
+    assert train_record(replace(FACTS, mfu=0.4, data_wait_seconds=0.1)) == train_record(FACTS) | {
+        "perf/mfu": 0.4,
+        "perf/data_wait_seconds": 0.1,
     }
     assert val_record(loss=1.5, targets=70) == {"val/loss": 1.5, "val/targets": 70}
 

@@ -1,0 +1,82 @@
+"""What a step is said to have taken: its wait for data, and the model's operations over the peak."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from apollo_sft.config.compose import compose
+from apollo_sft.data.loader import Loader, StepBatch
+from apollo_sft.data.plan import PlanSpec
+from apollo_sft.data.store import SampleStore
+from apollo_sft.model.load import build_on_meta, read_config
+from apollo_sft.train.assemble import DTYPES
+from apollo_sft.train.flops import cost_of
+from apollo_sft.train.meter import Meter, known_peak
+from apollo_sft.train.step import StepResult, Vote
+from tests.support.runs import arguments, train_here, write_inputs
+from tests.support.samples import random_samples, write_store
+
+WAIT, WORK = 0.05, 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_only_a_known_gpu_has_a_peak(name: str, peak: float | None) -> None:
+    assert known_peak(name) == peak
+
+
+def test_the_wait_is_what_the_loader_took_and_belongs_to_the_step(tmp_path: Path) -> None:
+    loader = Loader(write_store(tmp_path, random_samples(8)), PlanSpec(4, 1, 1, seed=1), 0)
+
+    def slow() -> Iterator[StepBatch]:
+        for step in range(2):
+            time.sleep(WAIT)
+            yield loader.batch(step)
+
+    meter = Meter(steps_per_epoch=2)
+    records = []
+    for batch in meter.batches(slow()):
+        time.sleep(WORK)
+        records.append(meter.record(batch, StepResult(1.0, 1.0, 2**20, Vote.NOTHING), 1e-3))
+        time.sleep(2 * WORK)  # a validation
+    assert [record["train/epoch"] for record in records] == [0.5, 1.0]
+    for record in records:
+        assert record["perf/data_wait_seconds"] >= WAIT
+        took = record["train/step_seconds"]
+        assert took == pytest.approx(record["perf/data_wait_seconds"] + WORK, abs=0.8 * WORK)
+        assert record["train/tokens_per_second"] == record["train/tokens"] / took
+        assert "perf/mfu" not in record
+
+
+def test_a_run_with_a_stated_peak_gives_the_share_of_it(tmp_path: Path) -> None:
+    inputs, out = write_inputs(tmp_path / "inputs"), tmp_path / "out"
+    more = ("trainer.peak_tflops=0.5", "trainer.total_training_steps=3", "data.val_files=null")
+    metrics = train_here(inputs, out, *more)
+    config = compose(arguments(inputs, out, *more)).config
+    [folder] = [path for path in (inputs / "store").iterdir() if path.is_dir()]
+    loader = Loader(SampleStore(folder), PlanSpec(8, 4, 1, seed=config.trainer.seed), 0)
+    cost = cost_of(build_on_meta(read_config(inputs / "model", False), DTYPES["fp32"], False))
+    assert [record["step"] for record in metrics] == [1, 2, 3]
+    for record in metrics:
+        batch = loader.batch(int(record["step"]) - 1)
+        assert int(np.sum(batch.lengths)) == record["train/tokens"]
+        operations = cost.of(batch.lengths, batch.num_targets)
+        assert record["perf/mfu"] == pytest.approx(operations / (record["train/step_seconds"] * 0.5e12), rel=1e-9)
