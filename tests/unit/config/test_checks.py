@@ -39,7 +39,6 @@ def refused(*arguments: str) -> str:
         (["trainer.device=cpu", "model.attn_implementation=flash"], ["attn_implementation=flash needs CUDA"]),
         (["model.lora_rank=8", "model.target_modules=[]"], ["model.target_modules is empty"]),
         (["trainer.export=adapter"], ["trainer.export=adapter needs LoRA"]),
-        (["trainer.logger=[console,mlflow]"], ["mlflow is not built yet"]),
         (["trainer.logger=[consoles]"], ["did you mean console?"]),
         (["trainer.logger=[console,console]"], ["names one twice"]),
         (["data.micro_batch_size=512", "trainer.logger=[consoles]"], ["larger than", "did you mean console?"]),
@@ -76,11 +75,15 @@ def test_what_is_accepted_but_should_be_known_is_noted(argument: str, part: str)
     assert compose([]).notes == []
 
 
+def test_generations_without_validation_are_noted() -> None:
+    (note,) = compose(["trainer.generate_samples=2", NO_VALIDATION]).notes
+    assert note == "trainer.generate_samples has no effect without validation data"
+
+
 @pytest.mark.parametrize("key", [key for key, _, _ in PENDING])
 def test_pending_keys_say_so(key: str) -> None:
     used = {
         "model.use_liger": "true",
-        "trainer.generate_samples": "2",
         "trainer.default_hdfs_dir": "hdfs://x/y",
     }
     name = re.split("[ =]", key)[0]
