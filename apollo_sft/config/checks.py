@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.errors import ConfigError
 
-LOGGERS = ("console", "tensorboard", "wandb", "file")
-LATER_LOGGERS = ("mlflow", "swanlab", "trackio")
+LOGGERS = ("console", "tensorboard", "wandb", "mlflow", "swanlab", "trackio", "file")
 LORA_KEYS = tuple(
     f"model.{name}"
     for name in ("lora_alpha", "target_modules", "lora_dropout", "use_rslora", "use_dora", "modules_to_save")
@@ -168,9 +167,7 @@ def _loggers(config: SftConfig) -> Iterator[ConfigError]:
     if len(set(config.trainer.logger)) < len(config.trainer.logger):
         yield ConfigError("trainer.logger names one twice", found=", ".join(config.trainer.logger))
     for name in config.trainer.logger:
-        if name in LATER_LOGGERS:
-            yield ConfigError(f"trainer.logger: {name} is not built yet", fix=f"one of {', '.join(LOGGERS)}")
-        elif name not in LOGGERS:
+        if name not in LOGGERS:
             close = difflib.get_close_matches(name, LOGGERS, n=1)
             fix = f"did you mean {close[0]}?" if close else None
             yield ConfigError("trainer.logger is unknown", found=name, expected=", ".join(LOGGERS), fix=fix)
