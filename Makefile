@@ -49,6 +49,11 @@ check: dev
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
+# The site in build/site; a link that leads nowhere is an error.
+docs: dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
 # The part of docs/configuration.md that is made from the schema, the yaml and the aliases.
 docs-reference: dev
 	$(BIN)/python -m apollo_sft.config.reference docs/configuration.md
