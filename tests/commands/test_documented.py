@@ -127,6 +127,8 @@ ELSEWHERE = {
     "make test": MAKE,
     "make test-long": MAKE,
     "make check": MAKE,
+    "make docs": "tests/commands/test_site.py",
+    "make docs-reference": "tests/unit/config/test_reference.py",
     "make env": FRESH,
     "make dev": FRESH,
     "apollo-sft inspect key=value …": "tests/commands/test_inspect.py",
