@@ -16,6 +16,7 @@ from torch import Tensor
 from apollo_sft.checkpoint import publish, sidecars
 from apollo_sft.checkpoint.agree import agree, attempt
 from apollo_sft.checkpoint.conversion import ExportPlan, Group, plan_export
+from apollo_sft.checkpoint.rounding import cast
 from apollo_sft.checkpoint.state import StateFiles
 from apollo_sft.checkpoint.tensor_files import DTYPES, ShardWriter, num_bytes
 from apollo_sft.checkpoint.verify import verify_model_folder
@@ -96,7 +97,7 @@ def export_model(model: Any, base: BaseModel, staging: Path, options: ExportOpti
     failure: Exception | None = None
     for group in plan.groups:
         # every rank takes part in every gathering, even after the writer has failed: the others would wait for ever
-        sources = [_whole(state[name], _common_dtype(group, plan)) for name in group.sources]
+        sources = [_whole(state[name], name, _common_dtype(group, plan)) for name in group.sources]
         if writer is not None and failure is None:
             failure = attempt(partial(_add, writer, group, sources))
         del sources  # before the next is gathered, not after
@@ -125,12 +126,12 @@ def _common_dtype(group: Group, plan: ExportPlan) -> torch.dtype | None:
     return dtypes.pop() if len(dtypes) == 1 and torch.float16 not in dtypes else None
 
 
-def _whole(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The full tensor, gathered when it is sharded."""
+def _whole(tensor: Tensor, name: str, dtype: torch.dtype | None) -> Tensor:
+    """The full tensor, gathered when it is sharded. `name`: in memory."""
     from torch.distributed.tensor import DTensor
 
-    cast = tensor.detach() if dtype is None else tensor.detach().to(dtype)
-    return cast.full_tensor() if isinstance(cast, DTensor) else cast
+    found = tensor.detach() if dtype is None else cast(tensor.detach(), dtype, name)
+    return found.full_tensor() if isinstance(found, DTensor) else found
 
 
 def finish(writer: ShardWriter, architecture: str, base: BaseModel, plan: ExportPlan, options: ExportOptions) -> None:
@@ -152,7 +153,7 @@ def save_adapter(tensors: Mapping[str, Tensor], config: Any, root: Path, model: 
     """
     whole = {}
     for name, tensor in tensors.items():
-        full = _whole(tensor, None)
+        full = _whole(tensor, name, None)
         if is_writer:
             whole[name] = full.to("cpu", copy=True).contiguous()  # a tied weight comes twice
     agree(attempt(lambda: _write_adapter(whole, config, root)) if is_writer else None, model)
@@ -204,9 +205,9 @@ class ModelForm:
         """Write the model of a state into an empty folder. Raises: CheckpointError as `write`."""
         writer = ShardWriter(folder, self.plan.tensors, self.options.max_shard_bytes)
         for group in self.plan.groups:
-            sources = [
-                state.read(self.names[name]) if name in self.names else self.buffers[name] for name in group.sources
-            ]
+            held = {name: self.names.get(name) for name in group.sources}
+            found = {name: state.read(saved) if saved else self.buffers[name] for name, saved in held.items()}
+            sources = [_whole(tensor, name, _common_dtype(group, self.plan)) for name, tensor in found.items()]
             for name, tensor in group.split(sources).items():
                 writer.add(name, tensor)
         finish(writer, self.architecture, self.base, self.plan, self.options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -290,10 +290,11 @@ def adapter_tensors(causal_lm: Any) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def merge(causal_lm: Any) -> None:
+def merge(causal_lm: Any, cast: Callable[[Tensor, torch.dtype, str], Tensor]) -> None:
     """Add every adapter to its weight and take it out: the model is then a plain one again. In place, collective.
 
-    The product is formed in the adapter's dtype on shards and cast once, to the dtype that the weight has.
+    The sum is formed in the adapter's dtype on shards. `cast` makes of it, and of the weight's name, one of the dtype
+    that the weight has.
     Source: DoRA, arXiv:2402.09353, equation 5.
     """
     for name, layer in _adapted(causal_lm):
@@ -303,7 +304,7 @@ def merge(causal_lm: Any) -> None:
         if ADAPTER in layer.lora_magnitude_vector:
             magnitude = layer.lora_magnitude_vector[ADAPTER].weight
             merged = merged * (magnitude / torch.linalg.vector_norm(merged, dim=1)).unsqueeze(1)
-        base.weight = nn.Parameter(merged.to(weight.dtype), requires_grad=False)
+        base.weight = nn.Parameter(cast(merged, weight.dtype, f"{name}.weight"), requires_grad=False)
         parent, _, attribute = name.rpartition(".")
         setattr(causal_lm.get_submodule(parent), attribute, base)
 

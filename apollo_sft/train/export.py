@@ -14,6 +14,7 @@ from apollo_sft.checkpoint import publish, resume
 from apollo_sft.checkpoint.export import ExportOptions, model_form, save_model
 from apollo_sft.checkpoint.layout import read_run
 from apollo_sft.checkpoint.lookup import config_of, find_run, trained_stops
+from apollo_sft.checkpoint.rounding import cast
 from apollo_sft.checkpoint.state import StateFiles
 from apollo_sft.checkpoint.verify import verify_model_folder
 from apollo_sft.config.schema import DataConfig, SftConfig
@@ -118,5 +119,5 @@ def _merged(config: SftConfig, base: BaseModel, hf_config: Any, checkpoint: Path
     for name, parameter in causal_lm.named_parameters():
         if parameter.requires_grad:
             parameter.copy_(state.read(f"{IN_CHECKPOINT}{name}"))
-    merge(causal_lm)
+    merge(causal_lm, cast)
     return causal_lm

@@ -15,6 +15,7 @@ from apollo_sft.checkpoint.export import (
     save_model,
 )
 from apollo_sft.checkpoint.layout import RunFolder
+from apollo_sft.checkpoint.rounding import cast
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.template import ChatTemplate
 from apollo_sft.model.lora import adapter_tensors, lora_config, merge, saved_config, trained
@@ -46,7 +47,7 @@ def export(config: SftConfig, prepared: Prepared, model: SftModel, folder: RunFo
         save_adapter(adapter_tensors(model.causal_lm), written, root, model, world.is_main)
         if config.trainer.export == "adapter":
             return
-        merge(model.causal_lm)
+        merge(model.causal_lm, cast)
     options = export_options(config, prepared)
     result = save_model(model.causal_lm, prepared.base, root, options, world.is_main, check)
     if result.dropped:

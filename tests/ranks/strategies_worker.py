@@ -18,6 +18,7 @@ from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 from apollo_sft.checkpoint.export import save_model
 from apollo_sft.checkpoint.resume import folder_of
+from apollo_sft.checkpoint.rounding import cast
 from apollo_sft.checkpoint.state import snapshot
 from apollo_sft.config.compose import compose
 from apollo_sft.data.loader import Loader
@@ -96,7 +97,7 @@ class Training:
         """Merged where there is an adapter; name and hash of every file."""
         rows = strategy_of(self.model).by_rows(self.model)
         if self.base.name == "lora":
-            merge(rows.causal_lm)
+            merge(rows.causal_lm, cast)
         save_model(rows.causal_lm, open_base(self.base), out, options(), self.world.is_main)
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.glob("*.*"))}
 

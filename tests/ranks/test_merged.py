@@ -13,7 +13,13 @@ from apollo_sft.train.merged import check_merged, probe_of
 from tests.support.forked import train_on_ranks
 from tests.support.runs import write_inputs
 
-FEW = ("trainer.total_training_steps=3", "data.val_files=null", "model.lora_rank=3", "model.lora_dropout=0.2", "optim.lr=0.1")
+FEW = (
+    "trainer.total_training_steps=3",
+    "data.val_files=null",
+    "model.lora_rank=3",
+    "model.lora_dropout=0.2",
+    "optim.lr=0.1",
+)
 OPENED = "opened again, the merged model gives the loss of base and adapter"
 HEAD = "model.target_modules=[q_proj,lm_head,embed_tokens]"
 WHOLE = "model.modules_to_save=[lm_head,norm]"

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from apollo_sft.checkpoint import publish
 from apollo_sft.checkpoint.conversion import plan_export
 from apollo_sft.checkpoint.export import export_model, save_model
+from apollo_sft.checkpoint.rounding import cast
 from apollo_sft.checkpoint.tensor_files import read_base_tensors, read_tensors
 from apollo_sft.checkpoint.verify import verify_model_folder
 from apollo_sft.errors import CheckpointError
@@ -133,8 +134,8 @@ def test_the_dtype_of_the_files(tmp_path: Path, wanted: str, stored: torch.dtype
     assert {spec.dtype for spec in read_base_tensors(tmp_path / "out").values()} == {expected}
     opened = open_exported(tmp_path / "out")
     assert str(opened.dtype).removeprefix("torch.") == json.loads((tmp_path / "out/config.json").read_text())["dtype"]
-    live = model.to(opened.dtype)
-    assert all(torch.equal(tensor, live.state_dict()[name]) for name, tensor in opened.state_dict().items())
+    live = {name: cast(tensor, opened.dtype, name) for name, tensor in model.state_dict().items()}
+    assert all(torch.equal(tensor, live[name]) for name, tensor in opened.state_dict().items())
 
 
 def test_each_tensor_keeps_the_dtype_that_the_base_gave_it(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from apollo_sft.checkpoint.export import save_adapter
+from apollo_sft.checkpoint.rounding import cast
 from apollo_sft.config.compose import compose
 from apollo_sft.config.schema import ModelConfig
 from apollo_sft.errors import ConfigError, ModelError
@@ -93,7 +94,7 @@ def test_merged_says_what_base_and_adapter_say(tmp_path: Path, kind: str, tied: 
                 parameter.add_(torch.randn(parameter.shape) * 0.2)
     live = logits(model)
     save_adapter(lora.adapter_tensors(model), lora.saved_config(config, model), tmp_path, model, is_writer=True)
-    lora.merge(model)
+    lora.merge(model, cast)
     assert not [name for name, _ in model.named_modules() if "lora" in name]
     torch.testing.assert_close(logits(model), live, rtol=1e-5, atol=1e-5)
     assert (logits(model) - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 0.1
