@@ -70,14 +70,21 @@ def write_generation_config(folder: Path, base: BaseModel, stop_token_ids: Itera
     config = {key: value for key, value in config.items() if key not in TOKEN_IDS or value not in (None, -1)}
     if config.get("do_sample") is not True:
         config = {key: value for key, value in config.items() if key not in SAMPLING_FLAGS}
-    own = config.get("eos_token_id")
-    own = base.config.get("eos_token_id") if own is None else own
-    ids = list(dict.fromkeys([*stop_token_ids, *(own if isinstance(own, list) else [own] if own is not None else [])]))
+    ids = end_tokens(base, stop_token_ids)
     if ids:
         config["eos_token_id"] = ids if len(ids) > 1 else ids[0]
     if not _can_be_saved(config):
         config = {key: config[key] for key in TOKEN_IDS if key in config}
     _write_json(folder / "generation_config.json", config)
+
+
+def end_tokens(base: BaseModel, stop_token_ids: Iterable[int]) -> list[int]:
+    """What ends a reply of the exported model: what was trained as a stop token, then the base's own."""
+    path = base.folder / "generation_config.json"
+    own = read_json(path).get("eos_token_id") if path.is_file() else None
+    own = base.config.get("eos_token_id") if own in (None, -1) else own
+    mine = own if isinstance(own, list) else [own]
+    return list(dict.fromkeys([*stop_token_ids, *(token for token in mine if token not in (None, -1))]))
 
 
 def _can_be_saved(config: dict[str, Any]) -> bool:

@@ -19,6 +19,7 @@ LORA_KEYS = tuple(
 )
 UNUSED: tuple[tuple[str, Callable[[SftConfig], bool], str], ...] = (
     ("optim.stable_ratio", lambda c: c.optim.lr_scheduler != "wsd", "without optim.lr_scheduler=wsd"),
+    ("trainer.generate_samples", lambda c: not c.data.val_files, "without validation data"),
     (
         "trainer.checkpoint.hf_model_at",
         lambda c: "hf_model" not in c.trainer.checkpoint.save_contents,

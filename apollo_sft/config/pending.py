@@ -9,7 +9,6 @@ from apollo_sft.errors import ConfigError
 
 PENDING: list[tuple[str, Callable[[SftConfig], bool], str]] = [
     ("model.use_liger", lambda c: c.model.use_liger, "leave it false"),
-    ("trainer.generate_samples", lambda c: c.trainer.generate_samples > 0, "leave it 0"),
     ("trainer.default_hdfs_dir", lambda c: c.trainer.default_hdfs_dir is not None, "copy the finished folder yourself"),
 ]
 """(key, whether the config uses it, what to do instead)."""

@@ -30,20 +30,35 @@ def head_spec(config: Any) -> HeadSpec:
 
 
 def attach_loss(head: nn.Module, spec: HeadSpec) -> None:
-    """Give the head module a method `loss(hidden, labels)`, so that it can be sharded on its own and still be used.
+    """Give the head module two methods, so that it can be sharded on its own and still be used.
 
     `head`: a linear module, or PEFT's LoRA around one. `hidden`: (targets, hidden size); `labels`: (targets,).
-    The method returns the sum of the cross-entropy, a float64 scalar.
+    `loss(hidden, labels)` returns the sum of the cross-entropy, a float64 scalar; `best(hidden)` the most likely token
+    after each row, int64 of shape (targets,).
     """
 
     def loss(self: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-        plain = cast(nn.Module, getattr(self, "base_layer", self))
-        factors = [(hidden, cast(Tensor, plain.weight))]
-        if plain is not self:
-            factors.append(low_rank(self, hidden))
-        return target_loss(factors, getattr(plain, "bias", None), labels, spec)
+        return target_loss(*_factors(self, hidden), labels, spec)
+
+    def best(self: nn.Module, hidden: Tensor) -> Tensor:
+        factors, bias = _factors(self, hidden)
+        (x, weight), *more = factors
+        raw = nn.functional.linear(x, weight, bias)
+        for y, w in more:
+            raw = raw + nn.functional.linear(y, w)
+        return _logits(raw, spec).argmax(dim=-1)
 
     head.loss = MethodType(loss, head)  # type: ignore[assignment]
+    head.best = MethodType(best, head)  # type: ignore[assignment]
+
+
+def _factors(head: nn.Module, hidden: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+    """What the logits are the sum of, as products, and the bias."""
+    plain = cast(nn.Module, getattr(head, "base_layer", head))
+    factors = [(hidden, cast(Tensor, plain.weight))]
+    if plain is not head:
+        factors.append(low_rank(head, hidden))
+    return factors, getattr(plain, "bias", None)
 
 
 def low_rank(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,11 +132,7 @@ def _empty_gradient(factor: Tensor, adds_up: bool) -> Tensor:
 
 def _chunk(raw: Tensor, labels: Tensor, spec: HeadSpec, grad: bool) -> tuple[Tensor, Tensor | None]:
     """Loss of one chunk and its gradient with respect to `raw`, in float32 or wider. `raw`: (rows, vocabulary)."""
-    logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
-    if spec.scale != 1.0:
-        logits = logits * spec.scale
-    if spec.softcap is not None:
-        logits = spec.softcap * torch.tanh(logits / spec.softcap)
+    logits = _logits(raw, spec)
     log_normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
     index = labels[:, None]
     loss = (log_normaliser - logits.gather(1, index)).sum(dtype=torch.float64)
@@ -134,6 +145,16 @@ def _chunk(raw: Tensor, labels: Tensor, spec: HeadSpec, grad: bool) -> tuple[Ten
     if spec.scale != 1.0:
         grad_logits *= spec.scale
     return loss, grad_logits
+
+
+def _logits(raw: Tensor, spec: HeadSpec) -> Tensor:
+    """In float32 or wider."""
+    logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
+    if spec.scale != 1.0:
+        logits = logits * spec.scale
+    if spec.softcap is not None:
+        logits = spec.softcap * torch.tanh(logits / spec.softcap)
+    return logits
 
 
 def _add_product(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:

@@ -58,13 +58,13 @@ class SftModel(nn.Module):
         document_starts: Tensor,
         longest_document: int,
         target_positions: Tensor,
-        target_labels: Tensor,
+        target_labels: Tensor | None,
     ) -> Tensor:
         """`input_ids`, `position_ids`: (1, tokens / sp), this rank's slice of the row.
 
         `document_starts`: int32, (documents + 1,), and `longest_document` are those of the whole row.
         `target_positions`, `target_labels`: (targets of the slice,), where in the slice a label is, and which.
-        Returns the loss sum, a float64 scalar.
+        Returns the loss sum, a float64 scalar; without labels the most likely token after each of these positions.
         """
         check_longest(self.causal_lm.config, longest_document)
         hidden = self.causal_lm.base_model(
@@ -75,10 +75,23 @@ class SftModel(nn.Module):
             longest_document=longest_document,
         ).last_hidden_state
         head = self.causal_lm.get_output_embeddings()
-        return cast(Tensor, head.loss(hidden[0].index_select(0, target_positions), target_labels))
+        rows = hidden[0].index_select(0, target_positions)
+        return cast(Tensor, head.best(rows) if target_labels is None else head.loss(rows, target_labels))
 
     def loss_sum(self, micro_batch: MicroBatch, device: torch.device) -> Tensor:
-        """The loss sum over this rank's slice of a micro-batch that lies on the CPU.
+        """The loss sum over this rank's slice of a micro-batch that lies on the CPU."""
+        return cast(Tensor, self(*self.inputs(micro_batch, device)))
+
+    def next_tokens(self, micro_batch: MicroBatch, device: torch.device) -> Tensor:
+        """The most likely token after each position of this rank's slice that has a label, in their order.
+
+        int64 of shape (labels of the slice,). What the labels are is not looked at.
+        """
+        *inputs, _ = self.inputs(micro_batch, device)
+        return cast(Tensor, self(*inputs, None))
+
+    def inputs(self, micro_batch: MicroBatch, device: torch.device) -> tuple[Any, ...]:
+        """What `forward` takes of this rank's slice.
 
         Targets are found before anything travels: a GPU need not be waited for.
         """
@@ -88,7 +101,7 @@ class SftModel(nn.Module):
         at = (labels[0] != IGNORE_INDEX).nonzero()[:, 0]
         parts = (ids, positions, micro_batch.document_starts, at, labels[0][at])
         ids, positions, starts, at, targets = (part.to(device, non_blocking=True) for part in parts)
-        return cast(Tensor, self(ids, positions, starts, longest, at, targets))
+        return ids, positions, starts, longest, at, targets
 
 
 def enable_checkpointing(causal_lm: Any, selective: bool) -> None:

@@ -106,8 +106,9 @@ def shard(model: M, mesh: DeviceMesh, spec: ShardSpec, head: nn.Module | None) -
         )
     root.mesh, root.waiting = mesh, {}
     root.cuts = _cuts(root, shapes, mesh)
-    # The model's own method calls the model: through this wrapper, which gathers the root.
-    vars(root)["loss_sum"] = MethodType(cast(Any, type(model)).loss_sum, root)
+    # The model's own methods call the model: through this wrapper, which gathers the root.
+    for name in ("loss_sum", "next_tokens"):
+        vars(root)[name] = MethodType(getattr(type(model), name), root)
     return cast(M, root)
 
 

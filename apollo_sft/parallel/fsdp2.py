@@ -69,6 +69,7 @@ def shard(model: M, mesh: DeviceMesh, spec: ShardSpec, head: nn.Module | None) -
         # Kept after the forward: its gradient is formed there, so a second gathering would serve nothing.
         group(head, reshard_after_forward=False)
         register_fsdp_forward_method(head, "loss")
+        register_fsdp_forward_method(head, "best")
     for block in blocks(model, spec, head):
         group(block, reshard_after_forward=spec.reshard_after_forward)
     group(model, reshard_after_forward=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,8 +13,31 @@ from apollo_sft.data.plan import steps_per_epoch
 from apollo_sft.errors import TrainingError
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.fsdp2 import sum_over_ranks
-from apollo_sft.parallel.launch import World
+from apollo_sft.parallel.launch import World, any_rank
+from apollo_sft.report.metrics import Record, val_record
 from apollo_sft.train.assemble import strategy_of
+from apollo_sft.train.signals import StopFlag
+
+if TYPE_CHECKING:
+    from apollo_sft.train.loop import Run
+
+
+def validation_record(run: Run, stop: StopFlag, step: int) -> Record | None:
+    """`val/…` metrics over the whole validation store; empty without one; None when a signal stopped it.
+
+    What the model says to the first prompts, after `step` steps, is reported on the way.
+    """
+    if run.val is None:
+        return {}
+
+    def stopped() -> bool:
+        return any_rank(stop.name is not None, run.world)
+
+    found = evaluate(run.model, run.val, run.world, stopped)
+    if found is None:
+        return None
+    run.reporter.replies(step, run.generations.replies(run.model, stopped))
+    return val_record(loss=found[0], targets=found[1])
 
 
 @torch.no_grad()

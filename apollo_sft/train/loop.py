@@ -13,9 +13,10 @@ from apollo_sft.errors import Preempted
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World, any_rank
 from apollo_sft.parallel.pulse import Pulse
-from apollo_sft.report.metrics import Record, val_record
+from apollo_sft.report.metrics import Record
 from apollo_sft.train.checkpoints import Checkpoints
-from apollo_sft.train.evaluate import evaluate
+from apollo_sft.train.evaluate import validation_record
+from apollo_sft.train.generations import Generations
 from apollo_sft.train.meter import Meter
 from apollo_sft.train.optim import Schedule
 from apollo_sft.train.reporter import Reporter
@@ -38,6 +39,7 @@ class Run:
     reporter: Reporter
     pulse: Pulse
     meter: Meter
+    generations: Generations
 
     @property
     def steps_per_epoch(self) -> int:
@@ -62,7 +64,7 @@ def run_loop(run: Run, stop: StopFlag, first_step: int) -> None:
     if run.checkpoints.out_of_patience():  # the run had come to its end and was stopped before it was whole
         return
     if run.config.trainer.val_before_train and run.val is not None and first_step == 0:
-        validation = validation_record(run, stop)
+        validation = validation_record(run, stop, 0)
         if validation is None:
             raise _preempted(run, stop, 0)
         run.reporter.record({"step": 0} | validation)
@@ -85,7 +87,7 @@ def _after_step(run: Run, stop: StopFlag, record: Record, votes: Vote) -> None:
     A stop during the validation saves the state without it; the run that goes on makes up for it. Raises: Preempted.
     """
     step = int(record["step"])
-    validation = validation_record(run, stop) if run.validates_after(step - 1) else {}
+    validation = validation_record(run, stop, step) if run.validates_after(step - 1) else {}
     if validation is not None:
         record |= validation
         run.reporter.record(record)
@@ -100,19 +102,11 @@ def _after_step(run: Run, stop: StopFlag, record: Record, votes: Vote) -> None:
 def _make_up_validation(run: Run, stop: StopFlag, record: Record) -> None:
     """Run the validation that a stop cut short, and write down its step. Raises: Preempted."""
     step = int(record["step"])
-    validation = validation_record(run, stop) if run.validates_after(step - 1) else {}
+    validation = validation_record(run, stop, step) if run.validates_after(step - 1) else {}
     if validation is None:
         raise _preempted(run, stop, step)
     run.reporter.record(record | validation)
     run.checkpoints.make_up(record | validation)
-
-
-def validation_record(run: Run, stop: StopFlag) -> Record | None:
-    """`val/…` metrics over the whole validation store; empty without one; None when a signal stopped it."""
-    if run.val is None:
-        return {}
-    found = evaluate(run.model, run.val, run.world, lambda: any_rank(stop.name is not None, run.world))
-    return None if found is None else val_record(loss=found[0], targets=found[1])
 
 
 def _preempted(run: Run, stop: StopFlag, step: int) -> Preempted:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from apollo_sft.config.schema import TrainerConfig
 from apollo_sft.report.console import Console
-from apollo_sft.report.metrics import MetricsWriter, Record
+from apollo_sft.report.metrics import LineWriter, MetricsWriter, Record
 from apollo_sft.report.sinks import RunInfo, Sinks
 
 
@@ -23,6 +26,9 @@ class Reporter:
         self._log_freq = trainer.log_freq
         self._last_step = last_step
         self._writer = None if info is None else MetricsWriter(info.folder / "metrics.jsonl", info.first_step)
+        self._replies = None
+        if info is not None and trainer.generate_samples:
+            self._replies = LineWriter(info.folder / "samples.jsonl", info.first_step)
         self._sinks = None if info is None else Sinks(names, info)
         self._console = Console(last_step, trainer.log_freq, enabled="console" in names)
 
@@ -41,9 +47,19 @@ class Reporter:
             self._sinks.log(record)
         self._console.step(record)
 
+    def replies(self, step: int, replies: Sequence[Mapping[str, Any]]) -> None:
+        """What the model said at the validation after `step` steps: to samples.jsonl and to loggers that take text."""
+        if self._replies is None or self._sinks is None or not replies:
+            return
+        for reply in replies:
+            self._replies.write({"step": step} | dict(reply))
+        self._sinks.replies(step, replies)
+
     def close(self) -> None:
         if self._writer is None or self._sinks is None:
             return
+        if self._replies is not None:
+            self._replies.close()
         self._console.close()
         self._sinks.close()
         self._writer.close()

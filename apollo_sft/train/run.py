@@ -28,6 +28,7 @@ from apollo_sft.report.sinks import RunInfo, check_backends
 from apollo_sft.train.assemble import assemble, needs_group, strategy_of
 from apollo_sft.train.checkpoints import Checkpoints
 from apollo_sft.train.finish import export, hf_form, summary
+from apollo_sft.train.generations import generations_of
 from apollo_sft.train.loop import Run, run_loop
 from apollo_sft.train.meter import meter_of
 from apollo_sft.train.opening import (
@@ -169,8 +170,20 @@ def _run(config: SftConfig, world: World, folder: RunFolder | None, stop: StopFl
     newest = launch.from_main(folder.resume_from if folder is not None else None, world)
     first_step = checkpoints.begin(newest, model, optimizer)
     reporter = _reporter(config, folder, schedule, first_step)
-    meter = meter_of(config, outline, world, in_epoch)
-    run = Run(world, model, optimizer, schedule, train_loader, val_loader, config, checkpoints, reporter, pulse, meter)
+    run = Run(
+        world=world,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        train=train_loader,
+        val=val_loader,
+        config=config,
+        checkpoints=checkpoints,
+        reporter=reporter,
+        pulse=pulse,
+        meter=meter_of(config, outline, world, in_epoch),
+        generations=generations_of(config, prepared, world),
+    )
     stop.between_steps()
     try:
         run_loop(run, stop, first_step)

@@ -1,0 +1,113 @@
+"""What the model says during training is what plain transformers says with the weights of that step."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+
+from apollo_sft.checkpoint.lookup import find_run
+from apollo_sft.train.generations import MAX_NEW_TOKENS
+from tests.ranks.generations_worker import LAYOUTS
+from tests.support.models import save_tiny_adapter, save_tiny_model, tiny_config
+from tests.support.ranks import run_ranks
+from tests.support.runs import finish, read_metrics, start, status, train_here, write_inputs
+
+WORKER = Path(__file__).with_name("generations_worker.py")
+PROMPTS = [[5, 9, 14], [40], list(range(20, 60, 3)), [7, 7, 7, 7, 7]]
+LIMIT = 40
+KEYS = ("trainer.generate_samples=3", "trainer.test_freq=2", "trainer.save_freq=2", "trainer.total_training_steps=4")
+
+
+@torch.no_grad()
+def greedy(model: Any, prompt: list[int], most: int, stops: list[int]) -> list[int]:
+    """transformers' own generation, with its cache."""
+    config = transformers.GenerationConfig(
+        max_new_tokens=most, do_sample=False, eos_token_id=stops or None, pad_token_id=0
+    )
+    inputs = torch.tensor([prompt])
+    output = model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
+    found: list[int] = output[0, len(prompt) :].tolist()
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, and of each a token that ends its second and perhaps other replies."""
+    folder = tmp_path_factory.mktemp("generations")
+    save_tiny_model(folder / "untied", tiny_config("Qwen2"))
+    save_tiny_model(folder / "tied", tiny_config("Gemma2", tie_word_embeddings=True, head_dim=8))
+    save_tiny_model(folder / "lora", tiny_config("Llama"))
+    save_tiny_adapter(folder / "lora", target_modules=["q_proj", "down_proj", "lm_head"])
+    stops = {name: [greedy(opened(folder, name), PROMPTS[1], 9, [])[-1]] for name in ("untied", "tied", "lora")}
+    (folder / "asked.json").write_text(json.dumps({"prompts": PROMPTS, "stops": stops, "limit": LIMIT}))
+    return folder
+
+
+def opened(folder: Path, name: str) -> Any:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / name, attn_implementation="eager")
+    adapter = folder / name / "adapter"
+    return (PeftModel.from_pretrained(model, adapter) if adapter.is_dir() else model).eval()
+
+
+def test_every_layout_says_what_transformers_says(folder: Path) -> None:
+    found = run_ranks(WORKER, 2, folder, str(folder))
+    stops = json.loads((folder / "asked.json").read_text())["stops"]
+    expected = {
+        name: [greedy(opened(folder, name), prompt, LIMIT - len(prompt), stops[name]) for prompt in PROMPTS]
+        for name in stops
+    }
+    assert len(expected["untied"][1]) < LIMIT - 1 and max(map(len, expected["untied"])) > 20
+    assert found == {layout: expected[name] for layout, (name, _) in LAYOUTS.items()}
+
+
+def check_run(inputs: Path, out: Path) -> None:
+    """samples.jsonl against the model of each checkpoint, from the text of the prompt on."""
+    lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    val = f"{inputs}/val.parquet"
+    assert [(line["step"], line["row"]) for line in lines] == [(s, f"{val} row {r}") for s in (2, 4) for r in range(3)]
+    for line in lines:
+        at = out / "checkpoints" / f"step_{line['step']:06}" / "hf"
+        model = transformers.AutoModelForCausalLM.from_pretrained(at).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(at)
+        prompt = tokenizer(line["prompt"], add_special_tokens=False)["input_ids"]
+        stops = model.generation_config.eos_token_id
+        new = greedy(model, prompt, MAX_NEW_TOKENS, stops if isinstance(stops, list) else [stops])
+        assert line["tokens"] == len(new)
+        assert line["text"] == tokenizer.decode(new, skip_special_tokens=True)
+        assert line["stopped"] == (len(new) < MAX_NEW_TOKENS)
+        assert line["prompt"].endswith("<|im_start|>assistant\n") and line["expected"].endswith("<|im_end|>")
+
+
+def test_a_run_writes_what_the_model_of_each_validation_says(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path / "inputs")
+    silent = train_here(inputs, tmp_path / "silent", *KEYS[1:])
+    spoken = train_here(inputs, tmp_path / "out", *KEYS, "trainer.logger=[tensorboard]")
+    names = ("train/loss", "train/grad_norm", "val/loss")
+    assert [[record.get(n) for n in names] for record in spoken] == [[r.get(n) for n in names] for r in silent]
+    assert not (tmp_path / "silent" / "samples.jsonl").exists()
+    check_run(inputs, tmp_path / "out")
+    check_tensorboard(tmp_path / "out")
+    assert find_run(tmp_path / "out") is not None
+
+
+def check_tensorboard(out: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard"), size_guidance={TENSORS: 0}).Reload()
+    shown = events.Tensors("val/reply_0/text_summary")
+    assert [event.step for event in shown] == [2, 4]
+    assert "<|im_start|>assistant" in shown[0].tensor_proto.string_val[0].decode()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("more", [[], ["ulysses_sequence_parallel_size=2"], ["model.strategy=fsdp"]], ids=str)
+def test_a_run_of_two_ranks_does_so_too(more: list[str], tmp_path: Path) -> None:
+    inputs, out = write_inputs(tmp_path / "inputs"), tmp_path / "out"
+    said = finish(start(inputs, out, *KEYS, *more, processes=2))
+    assert status(out) == "finished", said
+    assert len(read_metrics(out)) == 4
+    check_run(inputs, out)
