@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from apollo_sft.config.schema import ModelConfig
 from apollo_sft.errors import ConfigError, ModelError
@@ -300,6 +301,8 @@ def merge(causal_lm: Any, cast: Callable[[Tensor, torch.dtype, str], Tensor]) ->
     for name, layer in _adapted(causal_lm):
         base = layer.base_layer
         weight = base.weight
+        if ADAPTER in layer.lora_A:
+            _replicate(layer.lora_A[ADAPTER])
         merged = weight.to(torch.promote_types(weight.dtype, torch.float32)) + layer.get_delta_weight(ADAPTER)
         if ADAPTER in layer.lora_magnitude_vector:
             magnitude = layer.lora_magnitude_vector[ADAPTER].weight
@@ -307,6 +310,14 @@ def merge(causal_lm: Any, cast: Callable[[Tensor, torch.dtype, str], Tensor]) ->
         base.weight = nn.Parameter(cast(merged, weight.dtype, f"{name}.weight"), requires_grad=False)
         parent, _, attribute = name.rpartition(".")
         setattr(causal_lm.get_submodule(parent), attribute, base)
+
+
+def _replicate(linear: nn.Module) -> None:
+    """Gather its small weight: the product with a sharded one is then formed on each shard."""
+    weight = linear.weight
+    if isinstance(weight, DTensor):
+        whole = weight.redistribute(placements=[Replicate()] * weight.device_mesh.ndim).detach()
+        linear.weight = nn.Parameter(whole, requires_grad=False)
 
 
 def _adapted(causal_lm: Any) -> list[tuple[str, Any]]:
