@@ -6,8 +6,11 @@ swanlab's protobuf is older than the pinned one, so it is not among the test too
 
 import http.server
 import importlib.util
+import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,6 +23,8 @@ from apollo_sft.errors import Preempted
 from apollo_sft.report.log import setup_logging
 from apollo_sft.report.metrics import MetricsWriter, Record, read_metrics
 from apollo_sft.report.sinks import RunInfo, Sinks, check_backends
+from tests.support.interrupted import unfinished
+from tests.support.runs import arguments, write_inputs
 
 pytestmark = pytest.mark.long
 RECORDS: list[Record] = [
@@ -28,6 +33,7 @@ RECORDS: list[Record] = [
     {"step": 20, "train/loss": 1.25, "train/lr": 5e-6, "val/loss": 1.75},
 ]
 SECRET = "hf_0123456789abcdefghij"
+LOGGERS = ("mlflow", "swanlab", "trackio")
 NAMES = [
     pytest.param(
         name,
@@ -35,7 +41,7 @@ NAMES = [
             importlib.util.find_spec(name) is None, reason=f"needs the extra: pip install 'apollo-sft[{name}]'"
         ),
     )
-    for name in ("mlflow", "swanlab", "trackio")
+    for name in LOGGERS
 ]
 Found = dict[tuple[str, int], float]
 
@@ -262,6 +268,26 @@ def test_a_folder_that_goes_away_does_not_end_the_run(
     assert len(warnings(said.err)) <= 1
     assert said.out == "", "stdout is for results"
     assert [event.step for event in tensorboard_events(info)] == [0, 20]
+
+
+def test_a_training_that_goes_on_from_its_checkpoint_is_one_run(info: RunInfo, tmp_path: Path) -> None:
+    """Through the command line, all loggers at once: the run folder with their files is accepted again."""
+    names = [name for name in LOGGERS if importlib.util.find_spec(name)]
+    inputs, first, again = write_inputs(tmp_path / "inputs"), tmp_path / "first", tmp_path / "again"
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    keys = (f"trainer.logger=[{','.join(names)}]", "trainer.total_training_steps=4", "trainer.save_freq=2")
+    for out in (first, again):
+        if out == again:
+            unfinished(first, again, steps=2)
+        command = [sys.executable, "-m", "apollo_sft", *arguments(inputs, out, *keys)]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        assert warnings(ended.stderr) == []
+        assert ended.stdout == ""
+    assert [record["step"] for record in read_metrics(again / "metrics.jsonl")] == [1, 2, 3, 4]
+    for name in names:
+        [run] = read_back(name, replace(info, folder=again, project="gsm8k-sft"))
+        assert {step for _, step in run} == {1, 2, 3, 4}, name
 
 
 def tensorboard_events(info: RunInfo) -> list[Any]:
