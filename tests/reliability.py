@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
@@ -25,9 +26,9 @@ class Row:
     failures: int = 0
     worst_seconds: float | None = None
 
-    def add(self, line: dict[str, object]) -> None:
-        self.trials += int(str(line["trials"]))
-        self.failures += int(str(line["failures"]))
+    def add(self, line: dict[str, Any]) -> None:
+        self.trials += int(line["trials"])
+        self.failures += int(line["failures"])
         if line["worst_seconds"] is not None:
             self.worst_seconds = max(self.worst_seconds or 0.0, float(str(line["worst_seconds"])))
 

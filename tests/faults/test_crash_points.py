@@ -38,7 +38,7 @@ CASES = {
     "asynchronous": (),
     "synchronous": ("trainer.checkpoint.async_save=false",),
     "LoRA": KINDS["LoRA"],
-    "the base of hf/ for the last only": ("trainer.checkpoint.hf_model_at=best_and_last", "trainer.save_best_on=null"),
+    "hf/ for the last only": ("trainer.checkpoint.hf_model_at=best_and_last", "trainer.save_best_on=null"),
 }
 COVERING = 7
 """`make test` takes every so many-th crash point."""

@@ -65,7 +65,12 @@ def test_a_hostile_template_ends_in_seconds_and_names_the_row(text: str, said: s
     with pytest.raises(DataError, match=said) as caught:
         Renderer(tokenizer, resolve_template(tokenizer, data), data).render(conversations)
     seconds = time.monotonic() - begun
-    record("hostile templates", trials=1, failures=seconds > SLOWEST_SECONDS, worst_seconds=seconds)
+    record(
+        "a template that does not end, or takes too much memory or output, refused",
+        trials=1,
+        failures=seconds > SLOWEST_SECONDS,
+        worst_seconds=seconds,
+    )
     assert "does not compile" in str(caught.value) or "rows.parquet row 7" in str(caught.value)
     assert seconds < SLOWEST_SECONDS
     assert limits() == before

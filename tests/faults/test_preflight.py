@@ -131,6 +131,7 @@ def no_room(inputs: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(os, "statvfs", nearly_full)
 
 
+NAME = "a run that would fail late, refused before the model is loaded"
 LONG = ["one two three four five six"] * 8
 LATE = [
     Late("a misspelt key", ("unknown key data.max_lenght", "data.max_length"), ("data.max_lenght=64",)),
@@ -218,7 +219,7 @@ def test_refused_before_the_model_is_loaded(
     entry = Entry(capfd, monkeypatch)
     more = [text.replace("INPUTS", str(tmp_path)) for text in late.more]
     ended = entry(arguments(tmp_path, tmp_path / "out", *more))
-    record("preflight", trials=1, failures=ended.code != 2 or "Traceback" in ended.said, worst_seconds=ended.seconds)
+    record(NAME, trials=1, failures=ended.code != 2 or "Traceback" in ended.said, worst_seconds=ended.seconds)
     assert_refused(ended, *late.said)
 
 

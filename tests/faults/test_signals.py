@@ -127,7 +127,8 @@ def test_a_signal_in_any_phase(inputs: Path, tmp_path: Path, name: str, phase: s
     said = said_at_the_end(process)
     seconds = time.monotonic() - began
     wrong = what_is_wrong(process.returncode, said, out, name)
-    record(f"{name} while {phase}, {processes} process(es)", trials=1, failures=int(bool(wrong)), worst_seconds=seconds)
+    where = "1 process" if processes == 1 else f"{processes} processes"
+    record(f"{name} while {phase}, {where}", trials=1, failures=int(bool(wrong)), worst_seconds=seconds)
     assert not wrong, f"{wrong}\n{said[-4000:]}"
     if phase in ("it trains", "it saves", "it saves in the background"):
         newest = max(path.name for path in (out / "checkpoints").glob("step_*"))

@@ -19,6 +19,6 @@ def record(name: str, *, trials: int, failures: int, worst_seconds: float | None
         return
     worst = None if worst_seconds is None else round(worst_seconds, 2)
     where = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0]
-    line = {"test": name, "where": where, "trials": trials, "failures": failures, "worst_seconds": worst}
+    line = {"test": name, "where": where, "trials": trials, "failures": int(failures), "worst_seconds": worst}
     with Path(path).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
