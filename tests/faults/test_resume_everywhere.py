@@ -56,7 +56,8 @@ def resume_from_each(inputs: Path, tmp_path: Path, ranks: int, keys: tuple[str, 
         wrong += [f"from step {step}: {problem}" for problem in differences(out, reference)]
         shutil.rmtree(out)
     kind = "LoRA" if len(keys) > len(KEYS) else "all weights"
-    name = f"a resume from the checkpoint after each step of {EPOCHS} epochs, {'1 rank' if ranks == 1 else f'{ranks} ranks'}, {kind}, dropout"
+    where = "1 rank" if ranks == 1 else f"{ranks} ranks"
+    name = f"a resume from the checkpoint after each step of {EPOCHS} epochs, {where}, {kind}, dropout"
     record(name, trials=len(starts), failures=len(wrong), worst_seconds=worst)
     assert not wrong, "\n".join(wrong)
 
