@@ -21,8 +21,13 @@ CODE = re.compile(r"(^```.*?^```|`[^`\n]*`(?!\]))", re.S | re.M)
 
 
 def on_files(files: Files, config: Any) -> Files:
+    """The files with the texts of the root; a page that the navigation does not name is under More."""
     for file, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / file).read_text(encoding="utf-8")))
+    named = set(re.findall(r"[\w.]+\.md", str(config.nav)))
+    others = [file.src_uri for file in files.documentation_pages() if file.src_uri not in named]
+    if others:
+        config.nav.append({"More": sorted(others)})
     return files
 
 
