@@ -117,7 +117,7 @@ def _report(error: ApolloError | Stopped) -> bool:
 def _report_unexpected(error: Exception) -> bool:
     """The traceback and, last, who failed of what; in one write, so that ranks that speak at once do not mix.
 
-    False, and one line, from a rank that only lost another one.
+    False, and one line, from a rank that only lost another one, or that failed after another one has said why.
     """
     who = f"{_who()}: " if _variable("WORLD_SIZE", "SLURM_NTASKS", "1") != "1" else ""
     text = str(error).strip()
@@ -126,14 +126,15 @@ def _report_unexpected(error: Exception) -> bool:
         sys.stderr.write(f"apollo-sft: {who}lost another rank, which failed first ({reason})\n")
         return False
     if isinstance(error, RuntimeError) and TIMED_OUT in text:
-        missed = (
-            "waited trainer.timeout_seconds for another rank that did not come; a warning above says where all stood"
-        )
+        missed = "waited trainer.timeout_seconds for a rank that did not come; a warning above says where all stood"
         sys.stderr.write(f"apollo-sft: {who}{missed}\n")
         return True
     cause = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    sys.stderr.write(redact("".join(traceback.format_exception(error)) + f"apollo-sft: {who}{cause}\n"))
-    return True
+    launch = sys.modules.get("apollo_sft.parallel.launch")  # it brings torch, which may not have been needed yet
+    is_first = launch is None or launch.first_to_fail()
+    trace = "".join(traceback.format_exception(error)) if is_first else ""
+    sys.stderr.write(redact(f"{trace}apollo-sft: {who}{cause}\n"))
+    return is_first
 
 
 def _who() -> str:

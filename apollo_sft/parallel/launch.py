@@ -229,6 +229,16 @@ def _wait_for(key: str, store: Any = None) -> str:
     return str(store.get(key).decode())
 
 
+def first_to_fail() -> bool:
+    """Whether no other rank has asked this before; True, too, where there is nobody to ask any more."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return True
+    try:
+        return bool(rendezvous_store().add("failed", 1) == 1)
+    except (RuntimeError, OSError):
+        return True
+
+
 def rendezvous_store() -> Any:
     """The rendezvous store of this run, where ranks leave words for each other without a collective."""
     return dist.distributed_c10d._get_default_store()

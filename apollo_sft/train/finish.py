@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def hf_form(config: SftConfig, prepared: Prepared, causal_lm: Any) -> ModelForm 
 
 
 def summary(reporter: Reporter, config: SftConfig) -> str:
-    """What was reached, where the model lies, how to open it."""
+    """What was reached, where the model lies, how to open it, and where all of it can be seen."""
     folder = config.trainer.default_local_dir
     lines = [f"Done: {reporter.steps:,} steps, {reporter.tokens:,} tokens in {clock(reporter.seconds)}."]
     if reporter.validations:
@@ -104,11 +105,16 @@ def summary(reporter: Reporter, config: SftConfig) -> str:
     if config.trainer.save_best_on is not None and reporter.validations:
         lines.append(f"The best checkpoint is {folder}/checkpoints/best.")
     if config.trainer.export == "adapter":
-        return "\n".join([*lines, f"The adapter lies in {folder}/adapter."])
-    lines += [
-        f"The model lies in {folder}:",
-        "  from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f'  model = AutoModelForCausalLM.from_pretrained("{folder}")',
-        f'  tokenizer = AutoTokenizer.from_pretrained("{folder}")',
-    ]
-    return "\n".join(lines)
+        lines += [
+            f"The adapter lies in {folder}/adapter:",
+            "  from peft import AutoPeftModelForCausalLM",
+            f'  model = AutoPeftModelForCausalLM.from_pretrained("{folder}/adapter")',
+        ]
+    else:
+        lines += [
+            f"The model lies in {folder}:",
+            "  from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f'  model = AutoModelForCausalLM.from_pretrained("{folder}")',
+            f'  tokenizer = AutoTokenizer.from_pretrained("{folder}")',
+        ]
+    return "\n".join([*lines, "The run as a page:", f"  apollo-sft report {shlex.quote(folder)}"])

@@ -7,12 +7,12 @@ from typing import Any
 
 from apollo_sft.config.schema import TrainerConfig
 from apollo_sft.report.console import Console
-from apollo_sft.report.metrics import LineWriter, MetricsWriter, Record
+from apollo_sft.report.metrics import LineWriter, MetricsWriter, Record, read_metrics
 from apollo_sft.report.sinks import RunInfo, Sinks
 
 
 class Reporter:
-    """Off rank 0 it is made with `info=None` and does nothing.
+    """Off rank 0 it is made with `info=None` and does nothing. What it counts is of the whole run, earlier starts too.
 
     `last_step`: the number of steps of the run.
 
@@ -26,6 +26,8 @@ class Reporter:
         self._log_freq = trainer.log_freq
         self._last_step = last_step
         self._writer = None if info is None else MetricsWriter(info.folder / "metrics.jsonl", info.first_step)
+        for record in read_metrics(info.folder / "metrics.jsonl") if info is not None else ():
+            self._count(record)  # of earlier processes of this run
         self._replies = None
         if info is not None and trainer.generate_samples:
             self._replies = LineWriter(info.folder / "samples.jsonl", info.first_step)
@@ -36,16 +38,19 @@ class Reporter:
         if self._writer is None or self._sinks is None:
             return
         self._writer.write(record)
+        self._count(record)
+        step = int(record["step"])
+        if step % self._log_freq == 0 or step in (1, self._last_step) or "val/loss" in record:
+            self._sinks.log(record)
+        self._console.step(record)
+
+    def _count(self, record: Record) -> None:
         if "val/loss" in record:
             self.validations.append(record)
-        step = int(record["step"])
         if "train/loss" in record:
             self.steps += 1
             self.tokens += int(record["train/tokens"])
             self.seconds += float(record["train/step_seconds"])
-        if step % self._log_freq == 0 or step in (1, self._last_step) or "val/loss" in record:
-            self._sinks.log(record)
-        self._console.step(record)
 
     def replies(self, step: int, replies: Sequence[Mapping[str, Any]]) -> None:
         """What the model said at the validation after `step` steps: to samples.jsonl and to loggers that take text."""
