@@ -13,6 +13,7 @@ INTERRUPTED = 130
 COMMANDS = {
     "train": "fine-tune a model on parquet files",
     "inspect": "show what a training would train on, token by token, without a GPU or weights",
+    "plan": "what memory, steps and time a training takes, without a GPU, weights or data",
     "verify": "show that every layout of a training gives the same gradient",
     "export": "write the model of a checkpoint as a folder that RL, vLLM and transformers open",
     "handoff": "check what RL would read of a model folder",

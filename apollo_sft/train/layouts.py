@@ -116,14 +116,15 @@ def layouts(config: SftConfig, ranks: int, cap_tokens: int) -> list[Layout]:
 
 def own_values(config: SftConfig) -> dict[str, Any]:
     """The user's own layout, in the same keys."""
-    raw: Any = config.model_dump()
-    values = {}
-    for key in NEUTRAL:
-        value = raw
-        for part in key.split("."):
-            value = value[part]
-        values[key] = value
-    return values
+    return {key: value_of(config, key) for key in NEUTRAL}
+
+
+def value_of(config: SftConfig, key: str) -> Any:
+    """Of a dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def fits(config: SftConfig, processes: int) -> bool:

@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,9 @@ from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.loader import StepBatch
 from apollo_sft.model import attention, load, lora
 from apollo_sft.model.attention import AttentionOptions, Documents
+from apollo_sft.model.head import CHUNK_ELEMENTS
 from apollo_sft.model.sft_model import SftModel
+from apollo_sft.parallel.fsdp2 import fill_buffers
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
 from apollo_sft.train.allocations import HEAD, LAYERS, OPTIMIZER, SHARDING, Allocations, recorded
@@ -52,11 +54,11 @@ KEPT, WORKING, GATHERED, UPDATE = "activations", "working memory", "gathered wei
 PARTS = (PARAMETERS, GRADIENTS, STATE, KEPT, HEAD, GATHERED, WORKING, UPDATE)
 NAMES = {LAYERS: WORKING, SHARDING: GATHERED, OPTIMIZER: UPDATE}
 OFFLOADED = frozenset({PARAMETERS, GRADIENTS, STATE, UPDATE})
-FORWARD, LATE, EARLY, LAST = "forward", "backward of the last layers", "backward of the first layers", "update"
+FORWARD, LATE, EARLY, LAST = "forward", "backward of the last layer", "backward of the other layers", "update"
 HOST = "host"
 CPU = torch.device("cpu")
 REPEATS = 3
-"""Layers of each kind that run; one more is run to see what one more takes."""
+"""Layers of each kind, and chunks of the head, that run; one more is run to see what each of the others takes."""
 MICRO_BATCHES = 2
 """Of a step: in the second one, gradients are there already."""
 
@@ -112,25 +114,37 @@ class _Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def step_memory(config: SftConfig, hf_config: Any, ranks: Ranks, pack: Pack, micro_batches: int) -> StepMemory:
-    """Of a step over `micro_batches` of `pack`, in a run that has an optimizer state.
+def step_memory(
+    config: SftConfig, hf_config: Any, ranks: Ranks, pack: Pack, micro_batches: int, repeats: int = REPEATS
+) -> StepMemory:
+    """Of a step over `micro_batches` of `pack`, in a run that has an optimizer state. `repeats`: see `REPEATS`.
 
     Raises: ConfigError, ModelError, TopologyError as a training.
     """
-    step = _Step(_with_dtype(config, ranks), hf_config, ranks, pack, min(MICRO_BATCHES, micro_batches))
-    kinds = step.kinds()
-    few = {kind: min(number, REPEATS) for kind, number in kinds.items()}
+    config = _with_dtype(config, ranks)
+    kinds = _kinds(meta_model(config, hf_config, ranks))
+    few = {kind: min(number, repeats) for kind, number in kinds.items()}
+    chunk = max(1, CHUNK_ELEMENTS // hf_config.get_text_config().vocab_size)
+    short = replace(pack, targets=min(pack.targets, repeats * chunk))
+    step = _Step(config, hf_config, ranks, short, min(MICRO_BATCHES, micro_batches))
     first = step.peaks(few)
     whole = {when: dict(parts) for when, parts in first.items()}
     for kind, number in kinds.items():
         if number > few[kind]:
-            more = step.peaks(few | {kind: few[kind] + 1})
-            for when, parts in whole.items():
-                for part in parts:
-                    parts[part] += (number - few[kind]) * (more[when][part] - first[when][part])
+            _grow(whole, first, step.peaks(few | {kind: few[kind] + 1}), number - few[kind])
+    if pack.targets > short.targets:
+        longer = replace(step, pack=replace(short, targets=short.targets + chunk))
+        _grow(whole, first, longer.peaks(few), (pack.targets - short.targets) / chunk)
     host = whole.pop(HOST)
     when = max(whole, key=lambda name: sum(whole[name].values()))
     return StepMemory(when, whole[when], host)
+
+
+def _grow(whole: dict[str, dict[str, float]], first: dict[str, Parts], more: dict[str, Parts], times: float) -> None:
+    """Add to `whole`, in place, what `more` has over `first`, so many times."""
+    for when, parts in whole.items():
+        for part in parts:
+            parts[part] += times * (more[when][part] - first[when][part])
 
 
 def _with_dtype(config: SftConfig, ranks: Ranks) -> SftConfig:
@@ -166,36 +180,37 @@ class _Step:
     def world(self) -> World:
         return World(0, self.ranks.size, 0, CPU)
 
-    def kinds(self) -> Counter[Kind]:
-        """How many layers of each kind the model has."""
-        return Counter(
-            _kind(layer)
-            for layers in _layer_lists(meta_model(self.config, self.hf_config, self.ranks))
-            for layer in layers
-        )
-
     def peaks(self, few: Mapping[Kind, int]) -> dict[str, Parts]:
         """Parts at the worst moment of each phase, with so many layers of each kind; and, as HOST, those offloaded."""
-        with _group(self.config, self.ranks), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            mesh = build_mesh(
-                self.world, self.config.ulysses_sequence_parallel_size, self.config.model.fsdp_config.fsdp_size
-            )
-            causal_lm = meta_model(self.config, self.hf_config, self.ranks)
-            _keep(causal_lm, few)
-            layers = [layer for some in _layer_lists(causal_lm) for layer in some]
-            attention.register(self._kernel(), exchange(mesh))
-            model = SftModel(causal_lm, mesh.sp_rank, mesh.sp_size)
-            late = self.config.model.strategy == "fsdp" and self.ranks.size > 1  # it gives memory while it cuts
-            if not late:
+        try:
+            with _group(self.config, self.ranks), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return self._peaks(few)
+        finally:
+            attention.register(attention.sdpa_kernel)
+
+    def _peaks(self, few: Mapping[Kind, int]) -> dict[str, Parts]:
+        sp_size, fsdp_size = self.config.ulysses_sequence_parallel_size, self.config.model.fsdp_config.fsdp_size
+        mesh = build_mesh(self.world, sp_size, fsdp_size)
+        causal_lm = meta_model(self.config, self.hf_config, self.ranks)
+        _keep(causal_lm, few)
+        layers = [layer for some in _layer_lists(causal_lm) for layer in some]
+        attention.register(self._kernel(), exchange(mesh))
+        model = SftModel(causal_lm, mesh.sp_rank, mesh.sp_size)
+        late = self.config.model.strategy == "fsdp" and self.ranks.size > 1  # it gives memory while it cuts
+        if not late:
+            model = laid_out(self.config, model, self.world, mesh)
+        with FakeTensorMode(allow_non_fake_inputs=True), _Answers(self.pack.targets):
+            if late:
                 model = laid_out(self.config, model, self.world, mesh)
-            with FakeTensorMode(allow_non_fake_inputs=True), _Answers(self.pack.targets):
-                model = laid_out(self.config, model, self.world, mesh) if late else model.to_empty(device="cpu")
-                if mesh.shard is None:
-                    causal_lm.tie_weights()  # where nothing is sharded, memory was given to each of two tied weights
-                optimizer = optimizer_of(model, self.config)
-                timeline, marks = self._run(model, optimizer, layers[len(layers) // 2])
-            return _worst(timeline, marks, offloads(self.config.model) and self.ranks.on_cuda)
+                fill_buffers(model, None, CPU)
+            else:
+                model.to_empty(device="cpu")
+            if mesh.shard is None:
+                causal_lm.tie_weights()  # where nothing is sharded, memory was given to each of two tied weights
+            optimizer = optimizer_of(model, self.config)
+            timeline, marks = self._run(model, optimizer, layers[max(0, len(layers) - 2)])
+        return _worst(timeline, marks, offloads(self.config.model) and self.ranks.on_cuda)
 
     def _kernel(self) -> attention.Kernel:
         lengths = list(self.pack.lengths)
@@ -209,14 +224,14 @@ class _Step:
         return kernel
 
     def _run(
-        self, model: SftModel, optimizer: Optimizer, middle: nn.Module
+        self, model: SftModel, optimizer: Optimizer, second_last: nn.Module
     ) -> tuple[Allocations, list[tuple[int, str]]]:
         """The step, recorded, and where its phases begin."""
         _fill_state(optimizer)
         with recorded() as timeline:
             timeline.add([*model.parameters(), *model.buffers()], PARAMETERS)
             timeline.add((t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)), STATE)
-            marks = _marks(timeline, model, optimizer, middle)
+            marks = _marks(timeline, model, optimizer, second_last)
             batch = StepBatch(0, 0, [self._micro_batch()] * self.micro_batches, [[]] * self.micro_batches, 1, 1, 1)
             train_step(model, optimizer, batch, self.world, self.config.optim.clip_grad)
         return timeline, marks
@@ -253,6 +268,11 @@ def _kind(layer: nn.Module) -> Kind:
     return (type(layer), window, *((n, p.shape, p.dtype, p.requires_grad) for n, p in layer.named_parameters()))
 
 
+def _kinds(causal_lm: Any) -> Counter[Kind]:
+    """How many layers of each kind the model has."""
+    return Counter(_kind(layer) for layers in _layer_lists(causal_lm) for layer in layers)
+
+
 def _keep(causal_lm: Any, few: Mapping[Kind, int]) -> None:
     """Take layers out, in place, until there are so many of each kind."""
     for layers in _layer_lists(causal_lm):
@@ -273,7 +293,9 @@ def _fill_state(optimizer: Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def _marks(timeline: Allocations, model: SftModel, optimizer: Optimizer, middle: nn.Module) -> list[tuple[int, str]]:
+def _marks(
+    timeline: Allocations, model: SftModel, optimizer: Optimizer, second_last: nn.Module
+) -> list[tuple[int, str]]:
     """A list that fills while the step runs: at which event each phase began. Gradients are named as they are there."""
     marks = [(0, FORWARD)]
 
@@ -294,7 +316,7 @@ def _marks(timeline: Allocations, model: SftModel, optimizer: Optimizer, middle:
     inner = model.module if isinstance(model, FullyShardedDataParallel) else model
     inner.register_forward_pre_hook(lambda *_: mark(FORWARD))
     inner.register_forward_hook(lambda *_: mark(LATE))
-    middle.register_forward_hook(layer_done)
+    second_last.register_forward_hook(layer_done)
     optimizer.register_step_pre_hook(before_update)
     return marks
 

@@ -133,6 +133,9 @@ ELSEWHERE = {
     "make dev": FRESH,
     "apollo-sft inspect key=value …": "tests/commands/test_inspect.py",
     "apollo-sft verify key=value …": "tests/commands/test_verify.py",
+    "apollo-sft plan key=value …": "tests/unit/cli/test_plan.py",
+    "apollo-sft plan model.partial_pretrain=Qwen/Qwen2.5-7B-Instruct --gpus 8 --gpu-memory 80GiB "
+    "data.max_length=4096": "tests/unit/cli/test_plan.py",
     "apollo-sft report DIR …": "tests/commands/test_report.py",
     "apollo-sft report runs/lr-2e-5 runs/lr-1e-5 -o compared.html": "tests/commands/test_report.py",
     "apollo-sft demo": "tests/commands/test_demo_command.py",

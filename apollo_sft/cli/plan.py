@@ -1,0 +1,230 @@
+"""`apollo-sft plan`: the memory, the work and the time of a training, before there is a GPU or a weight."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from apollo_sft.config.compose import Composed, compose, to_yaml
+from apollo_sft.config.schema import SftConfig
+from apollo_sft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from apollo_sft.train.planning import Machine, Plan
+
+HELP = """apollo-sft plan [options] key=value …
+
+Takes the keys of a training and shows what a rank will hold in memory, the largest micro-batch that fits, a layout that
+fits, the number of steps, FLOPs and the time. config.json of model.partial_pretrain is enough: no weights, GPU or data.
+
+  --gpus N             GPUs, of all nodes together [what the keys say, or 1]
+  --nodes N            on so many nodes [trainer.nnodes]
+  --gpu-memory 80GiB   of one GPU; nothing is held against a limit without it
+  --reserve 8GiB       of it, for what is not counted: CUDA, its allocator, NCCL [a tenth]
+  --peak-tflops X      of one GPU, in the dtype of the forwards [trainer.peak_tflops, or 989: H100, dense bf16]
+  --mfu X              share of the peak that the training reaches [0.4]
+  --json               the figures as one JSON object
+  --help               this text
+
+Exit codes: 0 it fits, or no memory was given; 1 it does not fit; 2 refused."""
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 1e3,
+    "MB": 1e6,
+    "GB": 1e9,
+    "TB": 1e12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+DOES_NOT_FIT = 1
+PEAK_TFLOPS = 989.0
+"""H100 SXM, dense bf16. Source: NVIDIA's data sheet, half of the figure with sparsity."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"apollo-sft plan: {message}", fix="apollo-sft plan --help")
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code. Raises: ApolloError for what a training would refuse as well."""
+    if "--help" in arguments or "-h" in arguments:
+        print(HELP)
+        return 0
+    options, overrides = _parse(arguments)
+    composed = _composed(overrides)
+    if composed is None:
+        return 0
+    from apollo_sft.train.planning import Planner  # torch, after everything that can be refused without it
+
+    machine = _machine(options, composed.config)
+    plan = Planner(composed.config, machine).plan()
+    if options.json:
+        print(json.dumps(_figures(machine, plan), indent=2))
+    else:
+        print("\n".join(text(composed.config, machine, plan)))
+    return 0 if plan.fits else DOES_NOT_FIT
+
+
+def _composed(overrides: list[str]) -> Composed | None:
+    """None when the config was only to be printed. Files of data need not be there. Raises: ConfigError."""
+    if "--cfg" in overrides:
+        at = overrides.index("--cfg")
+        print(to_yaml(compose([*overrides[:at], *overrides[at + 2 :]]).config).rstrip())
+        return None
+    return compose(overrides)
+
+
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our own options anywhere in the line, and the rest of it. Raises: ConfigError."""
+    parser = _Parser(prog="apollo-sft plan", add_help=False, allow_abbrev=False)
+    for name in ("--gpus", "--nodes"):
+        parser.add_argument(name, type=_count)
+    for name in ("--gpu-memory", "--reserve"):
+        parser.add_argument(name, type=_bytes)
+    parser.add_argument("--peak-tflops", type=_positive)
+    parser.add_argument("--mfu", type=_positive, default=0.4)
+    parser.add_argument("--json", action="store_true")
+    options, rest = parser.parse_known_args(arguments)
+    for argument in rest:
+        if argument.startswith("-") and "=" not in argument and argument != "--cfg":
+            close = difflib.get_close_matches(
+                argument, ["--gpus", "--nodes", "--gpu-memory", "--reserve", "--mfu"], n=1
+            )
+            fix = f"did you mean {close[0]}?" if close else "apollo-sft plan --help"
+            raise ConfigError(f"apollo-sft plan knows no {argument}", fix=fix)
+    if options.mfu > 1:
+        raise ConfigError("--mfu is a share", found=options.mfu, expected="above 0, at most 1")
+    return options, rest
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 on, not {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"a number above 0, not {text!r}")
+    return value
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text)
+    if found is None or found[2].upper() not in UNITS:
+        raise argparse.ArgumentTypeError(f"bytes such as 80GiB, not {text!r}")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def _machine(options: argparse.Namespace, config: SftConfig) -> Machine:
+    """Raises: ConfigError when the GPUs cannot be spread over the nodes."""
+    from apollo_sft.train.planning import Machine
+
+    trainer = config.trainer
+    nodes = options.nodes or trainer.nnodes
+    least = max(config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size, 1)
+    gpus = options.gpus or (nodes * trainer.n_gpus_per_node if trainer.n_gpus_per_node else max(nodes, least))
+    if gpus % nodes:
+        raise ConfigError("--gpus are those of all nodes together", found=f"{gpus} GPUs, {nodes} nodes")
+    on_cuda = trainer.device != "cpu"
+    reserve = options.reserve if options.reserve is not None else (options.gpu_memory or 0) // 10
+    peak = (options.peak_tflops or trainer.peak_tflops or PEAK_TFLOPS) * 1e12
+    return Machine(gpus, gpus // nodes, on_cuda, options.gpu_memory, reserve, peak, options.mfu)
+
+
+def text(config: SftConfig, machine: Machine, plan: Plan) -> list[str]:
+    """The lines that are printed."""
+    return [
+        *_head(config, machine, plan),
+        "",
+        *_memory(machine, plan),
+        "",
+        *_fits(machine, plan),
+        *_work(config, machine, plan),
+    ]
+
+
+def _head(config: SftConfig, machine: Machine, plan: Plan) -> list[str]:
+    model, sp = plan.model, config.ulysses_sequence_parallel_size
+    trained = "" if model.trained == model.parameters else f", {model.trained:,} trained"
+    used = f", {model.active:,} used by a token" if model.active < 0.8 * model.parameters else ""
+    kind = "GPU" if machine.on_cuda else "CPU process"
+    ranks = f"{machine.gpus} {kind}{'s' if machine.gpus > 1 else ''}, {machine.per_node} a node"
+    return [
+        f"model      {model.name}, {model.layers} layers, {model.parameters:,} parameters{trained}{used}",
+        f"ranks      {ranks}: dp {machine.gpus // sp} x sp {sp}, {config.model.strategy}",
+        f"forwards   {plan.size_key}={plan.size}, rows of data.max_length={config.data.max_length} tokens, all targets",
+    ]
+
+
+def _memory(machine: Machine, plan: Plan) -> list[str]:
+    lines = [f"memory of one rank when it holds most: in the {plan.memory.when}"]
+    lines += [f"  {name:<28}{gib(size)}" for name, size in plan.memory.parts.items() if size]
+    lines.append(f"  {'total':<28}{gib(plan.memory.total)}")
+    if machine.memory is not None:
+        lines.append(
+            f"  {'reserve':<28}{gib(machine.reserve)}   computed: CUDA, its allocator and NCCL are not run here"
+        )
+        verdict = "fits" if plan.fits else "DOES NOT FIT"
+        lines.append(f"  {'of':<28}{gib(machine.memory)}   {verdict}")
+    host = {
+        **plan.memory.host,
+        "copy for a checkpoint": plan.checkpoint_copy,
+        "rank 0, while weights are read": plan.reading,
+    }
+    lines.append("on the CPU")
+    lines += [f"  {name:<28}{gib(size)}" for name, size in host.items() if size]
+    return lines
+
+
+def _fits(machine: Machine, plan: Plan) -> list[str]:
+    if machine.memory is None:
+        return []
+    lines = [f"largest    {plan.size_key}={plan.largest}" if plan.largest else f"largest    no {plan.size_key} fits"]
+    advice = plan.advice
+    if advice is not None and advice.keys is not None and advice.memory is not None:
+        keys = " ".join(f"{key}={str(value).lower()}" for key, value in advice.keys.items())
+        lines.append(f"advice     {keys or 'keep these keys'}: {gib(advice.memory.total).strip()}")
+    elif advice is not None:
+        lines.append(f"advice     none of {advice.tried} layouts fits: more GPUs, a shorter data.max_length, or LoRA")
+    return lines
+
+
+def _work(config: SftConfig, machine: Machine, plan: Plan) -> list[str]:
+    work = plan.work
+    known = work.steps is not None
+    where = "from the files' footers" if work.samples is not None else "the number of rows is not known"
+    steps = f"{work.steps:,} steps of {config.data.train_batch_size} samples" if known else "one step"
+    rows = f"{work.samples:,} rows, " if work.samples is not None else ""
+    rate = f"{machine.gpus} x {machine.peak / 1e12:g} TFLOPs at MFU {machine.mfu:g}"
+    return [
+        f"work       {steps}: {rows}at most {work.tokens:,} tokens ({where})",
+        f"           {work.flops:.3g} FLOPs, {duration(work.seconds)} on {rate}",
+    ]
+
+
+def gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:10.2f} GiB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def _figures(machine: Machine, plan: Plan) -> dict[str, Any]:
+    given = asdict(machine)
+    return {"memory_limit": given.pop("memory"), **given, **asdict(plan)}
