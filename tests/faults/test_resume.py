@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from apollo_sft.prepare.demo_model import write_base_model
 from apollo_sft.prepare.word_problems import write_word_problems
 from apollo_sft.report.metrics import read_metrics
+from tests.support.processes import descendants, kill
 
 STEPS = 12
 
@@ -65,7 +66,7 @@ def stop_at(words: list[str], out: Path, step: int, number: signal.Signals) -> i
         assert process.poll() is None, "the run ended before it could be stopped"
         time.sleep(0.01)
     if number == signal.SIGKILL:
-        subprocess.run(["pkill", "-9", "-f", f"default_local_dir={out}"], check=False)
+        kill([process.pid, *descendants(process.pid)])
     else:
         os.kill(process.pid, number)
     return process.wait(timeout=120)
