@@ -30,7 +30,7 @@ RUN_JSON = "run.json"
 TIME = "%Y-%m-%dT%H:%M:%S%z"
 OWN_NAMES = frozenset(
     {RUN_JSON, "metrics.jsonl", "config.yaml", "data_audit.json", "rejected.jsonl", "samples.jsonl"}
-    | {"adapter", "checkpoints", "tensorboard", "wandb", "mlflow", "swanlab", "trackio"}
+    | {"adapter", "checkpoints", "profile", "tensorboard", "wandb", "mlflow", "swanlab", "trackio"}
 )
 PROBE = publish.PREFIX + "probe"
 """Written and removed at the start of a run; one that a kill left behind is removed at the next start."""

@@ -45,6 +45,8 @@ FREE = [
     "trainer.n_gpus_per_node",
     "trainer.timeout_seconds",
     "trainer.peak_tflops",
+    "trainer.profile_steps",
+    "trainer.deterministic",
     "trainer.device",
     "data.val_files",
     "data.val_max_samples",

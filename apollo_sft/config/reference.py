@@ -122,6 +122,8 @@ EXAMPLES = {
     "trainer.n_gpus_per_node": "8",
     "trainer.timeout_seconds": "3600",
     "trainer.peak_tflops": "989",
+    "trainer.profile_steps": "[10,12]",
+    "trainer.deterministic": "true",
     "trainer.device": "cpu",
     "trainer.export": "both",
     "ulysses_sequence_parallel_size": "2",

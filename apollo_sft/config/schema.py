@@ -43,6 +43,12 @@ def _all_or_some(value: int) -> int:
     return value
 
 
+def _first_and_last(value: tuple[int, ...]) -> tuple[int, ...]:
+    if value and (len(value) != 2 or value[0] > value[1]):
+        raise ValueError("null, or the first and the last step, such as [10,12]")
+    return value
+
+
 def _day(value: str) -> str:
     date.fromisoformat(value)
     return value
@@ -210,6 +216,8 @@ class TrainerConfig(Section):
     n_gpus_per_node: Count | None
     timeout_seconds: Count
     peak_tflops: Annotated[float, Field(gt=0)] | None
+    profile_steps: Annotated[tuple[Count, ...], AfterValidator(_first_and_last), BeforeValidator(_as_tuple)]
+    deterministic: bool
     device: Literal["auto", "cuda", "cpu"]
 
 

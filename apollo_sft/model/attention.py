@@ -148,6 +148,7 @@ def flash_kernel(query: Tensor, key: Tensor, value: Tensor, documents: Documents
         causal=True,
         window_size=(-1, -1) if options.window is None else (options.window - 1, 0),
         softcap=options.softcap or 0.0,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return output
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from apollo_sft.checkpoint.layout import RunFolder
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.loader import StepBatch
 from apollo_sft.parallel.launch import World
+from apollo_sft.report.log import say
 from apollo_sft.report.metrics import Record, StepFacts, train_record
 from apollo_sft.train.assemble import resolve_precision
 from apollo_sft.train.flops import Cost, cost_of
@@ -42,21 +47,69 @@ def known_peak(device_name: str) -> float | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Steps `first` to `last`, from 1, that torch's profiler records, with the validations and saves between them.
+
+    The trace is written to `folder` when the last one is done, or when the run ends before it.
+    """
+
+    first: int
+    last: int
+    folder: Path
+
+    def batches(self, batches: Iterable[StepBatch]) -> Iterator[StepBatch]:
+        """The same batches, recorded from when the first one is handed over until one after the last is asked for."""
+        profiler: Any = None
+        done = 0
+        try:
+            for batch in batches:
+                step = batch.step + 1
+                if profiler is None and self.first <= step <= self.last:
+                    profiler = torch.profiler.profile(record_shapes=True)
+                    profiler.start()
+                with nullcontext() if profiler is None else torch.profiler.record_function(f"step {step}"):
+                    yield batch
+                done = step
+                if profiler is not None and step == self.last:
+                    break
+            else:
+                return
+        finally:
+            if profiler is not None:
+                self._write(profiler, done)
+        yield from batches
+
+    def _write(self, profiler: Any, done: int) -> None:
+        profiler.stop()
+        self.folder.mkdir(exist_ok=True)
+        path = self.folder / f"steps_{self.first}-{done}.json.gz"
+        profiler.export_chrome_trace(str(path))
+        say(f"profile of steps {self.first} to {done}: {path}, for https://ui.perfetto.dev")
+
+
 class Meter:
     """Measures the steps of a loop, on each rank; what rank 0 measures is logged.
 
     `cost`: of a token; `peak`: operations a second of all ranks. Without one of them no utilization is given.
     """
 
-    def __init__(self, steps_per_epoch: int, cost: Cost | None = None, peak: float | None = None) -> None:
+    def __init__(
+        self,
+        steps_per_epoch: int,
+        cost: Cost | None = None,
+        peak: float | None = None,
+        profile: Profile | None = None,
+    ) -> None:
         self._steps_per_epoch = steps_per_epoch
         self._cost = cost
         self._peak = peak
+        self._profile = profile
         self._began = self._received = 0.0
 
     def batches(self, batches: Iterable[StepBatch]) -> Iterator[StepBatch]:
         """The same batches; a step begins when its batch is asked for."""
-        waiting = iter(batches)
+        waiting = iter(batches if self._profile is None else self._profile.batches(iter(batches)))
         while True:
             self._began = time.perf_counter()
             batch = next(waiting, None)
@@ -90,12 +143,19 @@ class Meter:
         return self._cost.of(batch.lengths, batch.num_targets) / (seconds * self._peak)
 
 
-def meter_of(config: SftConfig, causal_lm: Any, world: World, steps_per_epoch: int) -> Meter:
-    """`causal_lm`: live, or on meta. The peak is `trainer.peak_tflops`, else that of a known GPU, with bf16 forwards."""
+def meter_of(config: SftConfig, causal_lm: Any, world: World, steps_per_epoch: int, folder: RunFolder | None) -> Meter:
+    """`causal_lm`: live, or on meta. `folder`: None off rank 0.
+
+    The peak is `trainer.peak_tflops`, else that of a known GPU, with bf16 forwards.
+    """
     on_cuda = world.device.type == "cuda"
     peak = None if config.trainer.peak_tflops is None else config.trainer.peak_tflops * 1e12
     if peak is None and on_cuda and resolve_precision(config.model, on_cuda).compute == torch.bfloat16:
         peak = known_peak(torch.cuda.get_device_name(world.device))
+    profile = None
+    if config.trainer.profile_steps and folder is not None:
+        first, last = config.trainer.profile_steps
+        profile = Profile(first, last, folder.root / "profile")
     if peak is None or not world.is_main:
-        return Meter(steps_per_epoch)
-    return Meter(steps_per_epoch, cost_of(causal_lm), peak * world.size)
+        return Meter(steps_per_epoch, profile=profile)
+    return Meter(steps_per_epoch, cost_of(causal_lm), peak * world.size, profile)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,16 @@ def load_external_lib(name: str | None) -> None:
             found=f"{name}: {error}",
             expected="the name of a module on PYTHONPATH",
         ) from error
+
+
+def make_deterministic() -> None:
+    """Operations that would not give the same bits each time are refused by torch. Before CUDA is used.
+
+    Source: docs.pytorch.org/docs/stable/notes/randomness.html.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def seed_everything(seed: int, rank: int) -> None:

@@ -42,7 +42,14 @@ from apollo_sft.train.opening import (
     start_of,
 )
 from apollo_sft.train.optim import Schedule
-from apollo_sft.train.preflight import Prepared, check_model, load_external_lib, prepare, seed_everything
+from apollo_sft.train.preflight import (
+    Prepared,
+    check_model,
+    load_external_lib,
+    make_deterministic,
+    prepare,
+    seed_everything,
+)
 from apollo_sft.train.reporter import Reporter
 from apollo_sft.train.signals import BEFORE_TRAINING, StopFlag
 
@@ -54,9 +61,13 @@ def train(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str]
     """
     place = read_place(os.environ)
     os.environ.update(place.variables)
+    if config.trainer.deterministic:
+        make_deterministic()
     load_external_lib(config.model.external_lib)
     on_cuda = config.trainer.device != "cpu" and torch.cuda.is_available()
     setup_logging(place.rank == 0)
+    if config.trainer.deterministic:
+        say("deterministic: every operation gives the same bits each time, on the same hardware and versions")
     if place.starter != "torchrun" and place.size > 1:
         say(f"waiting at {place.variables['MASTER_ADDR']} for the {place.size} processes of {place.starter}")
     stop, seconds = stop or StopFlag(), config.trainer.timeout_seconds
@@ -181,7 +192,7 @@ def _run(config: SftConfig, world: World, folder: RunFolder | None, stop: StopFl
         checkpoints=checkpoints,
         reporter=reporter,
         pulse=pulse,
-        meter=meter_of(config, outline, world, in_epoch),
+        meter=meter_of(config, outline, world, in_epoch, folder),
         generations=generations_of(config, prepared, world),
     )
     stop.between_steps()

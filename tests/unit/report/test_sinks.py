@@ -274,3 +274,20 @@ def test_a_disk_that_fills_up_costs_tensorboard_and_not_the_run(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert capsys.readouterr().err.count("the logger tensorboard failed") == 1
+
+
+def test_replies_are_a_table_in_wandb_and_texts_in_tensorboard(info: RunInfo) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
+
+    reply = {"row": "a.parquet row 0", "prompt": "one\n", "expected": "two", "text": "<b>three", "stopped": True}
+    opened = Sinks(["wandb", "tensorboard"], info)
+    opened.replies(10, [reply, reply | {"text": "four"}])
+    opened.log({"step": 10, "val/loss": 1.0})
+    opened.close()
+    [table] = info.folder.glob("wandb/offline-run-*/files/media/table/val/replies_*.table.json")
+    shown = json.loads(table.read_text())
+    assert shown["columns"] == ["row", "prompt", "expected", "text"]
+    assert [row[3] for row in shown["data"]] == ["<b>three", "four"]
+    events = EventAccumulator(str(info.folder / "tensorboard"), size_guidance={TENSORS: 0}).Reload()
+    [text] = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("val/reply_0/text_summary")]
+    assert "    <b>three" in text and "    one" in text
