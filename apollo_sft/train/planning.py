@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ CHECKPOINTING = "model.enable_gradient_checkpointing"
 POLICY = "model.gradient_checkpointing_policy"
 SP = "ulysses_sequence_parallel_size"
 OFFLOAD = "model.fsdp_config.cpu_offload"
+LAYOUT = (SP, CHECKPOINTING, POLICY, OFFLOAD)
 MICRO = "data.micro_batch_size_per_gpu"
 CAP = "data.max_token_len_per_gpu"
 GRAIN = 256
@@ -121,6 +123,7 @@ class Planner:
         self.hf_config = read_config(folder, config.model.trust_remote_code)
         check_architecture(self.hf_config, config.model.trust_remote_code)
         self.causal_lm = meta_model(config, self.hf_config, self.ranks)
+        self._seen: dict[tuple[Any, ...], StepMemory] = {}
 
     def plan(self) -> Plan:
         data, machine = self.config.data, self.machine
@@ -153,11 +156,15 @@ class Planner:
         lengths = [length] * (total // length) + ([rest] if rest else []) + ([-total % sp] if total % sp else [])
         dp = self.machine.gpus // sp
         forwards = 2 if config.data.train_batch_size > dp * (total // length) else 1
-        return step_memory(config, self.hf_config, self.ranks, Pack(tuple(lengths), sum(lengths) // sp), forwards)
+        key = (size, *(value_of(config, name) for name in LAYOUT))
+        if key not in self._seen:
+            pack = Pack(tuple(lengths), sum(lengths) // sp)
+            self._seen[key] = step_memory(config, self.hf_config, self.ranks, pack, forwards)
+        return self._seen[key]
 
     def _largest(self, config: SftConfig, known: dict[int, StepMemory]) -> int:
         """Bytes grow with the size as a straight line, or bend upwards: where a line through two points meets the
-        limit is then a good guess, and is tried. `known`: what sizes take, is filled.
+        limit is tried first, then whether one more fits, then the middle. `known`: what sizes take, is filled.
         """
         least, step, most = _sizes(config, self.machine)
 
@@ -169,11 +176,14 @@ class Planner:
         if not fits(least):
             return 0
         low, high = least, most + step
-        while high - low > step:
-            guess = _guess(known, self.machine, low, high) // step * step
-            guess = min(max(low + step, guess), high - step)
-            low, high = (guess, high) if fits(guess) else (low, guess)
-        return low
+        for turn in itertools.count():
+            if high - low <= step:
+                return low
+            line = _guess(known, self.machine, low, high) // step * step
+            tried = (line, low + step, low + (high - low) // (2 * step) * step)[turn % 3]
+            tried = min(max(low + step, tried), high - step)
+            low, high = (tried, high) if fits(tried) else (low, tried)
+        raise AssertionError("unreachable")
 
     def _advice(self) -> Advice:
         tried = 0

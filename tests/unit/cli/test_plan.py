@@ -36,7 +36,7 @@ def figures(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def test_the_largest_micro_batch_fits_and_the_next_one_does_not(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    limit = ["--gpus", "2", "--gpu-memory", "4MiB", "--reserve", "0"]
+    limit = ["--gpus", "1", "--gpu-memory", "4MiB", "--reserve", "0"]
     run(model, "data.micro_batch_size_per_gpu=1", *limit, "--json")
     largest = figures(capsys)["largest"]
     assert 1 < largest < 16
@@ -46,7 +46,7 @@ def test_the_largest_micro_batch_fits_and_the_next_one_does_not(
 
 
 def test_advice_names_what_has_to_change(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(model, "data.micro_batch_size_per_gpu=16", "--gpus", "2", "--gpu-memory", "1.2MiB", "--reserve", "0", "--json")
+    run(model, "data.micro_batch_size_per_gpu=16", "--gpus", "1", "--gpu-memory", "1.2MiB", "--reserve", "0", "--json")
     found = figures(capsys)
     assert not found["fits"]
     assert found["advice"]["keys"]["model.enable_gradient_checkpointing"] is True
