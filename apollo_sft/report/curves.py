@@ -159,10 +159,10 @@ def _grid(across: Scale, up: Scale) -> str:
         y = HEIGHT * (1 - up.share(value))
         parts.append(f'<line x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="ends" x="-8" y="{y + 4:.1f}">{number(value)}</text>')
-    for value in ticks(across, 4, whole=True):
+    for value in ticks(across, 6, whole=True):
         share = across.share(value)
         side = "begins" if share < 0.04 else "ends" if share > 0.96 else "middle"
-        parts.append(f'<text class="{side}" x="{100 * share:.2f}%" y="{HEIGHT + 18}">{value:,.0f}</text>')
+        parts.append(f'<text class="{side}" x="{100 * share:.2f}%" y="{HEIGHT + 18}">{number(value)}</text>')
     return "".join(parts)
 
 

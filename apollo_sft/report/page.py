@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import groupby, pairwise
@@ -115,10 +116,15 @@ def _table(table: Table) -> str:
     head = "".join(f'<th class="{name}">{_text(cell)}</th>' for name, cell in zip(classes, table.header, strict=True))
     rows = []
     for index, row in enumerate(table.rows):
-        cells = "".join(f'<td class="{name}">{_text(cell)}</td>' for name, cell in zip(classes, row, strict=True))
+        cells = "".join(f'<td class="{name}">{_cell(cell)}</td>' for name, cell in zip(classes, row, strict=True))
         rows.append(f'<tr class="total">{cells}</tr>' if index in table.totals else f"<tr>{cells}</tr>")
     body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
     return f'<div class="wide"><table>{body}</table></div>'
+
+
+def _cell(text: str) -> str:
+    """Keys and paths may be broken after a dot, a line or a slash, before they are broken anywhere."""
+    return re.sub(r"(?<=[._/])(?=[^\W\d])", "<wbr>", _text(text))
 
 
 def _chart(block: Bars) -> str:

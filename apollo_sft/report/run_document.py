@@ -242,9 +242,8 @@ def _differences(runs: Sequence[RunRecord]) -> Table:
     rows = [[key, *(_value(facts.get(key, "–")) for facts in known)] for key in keys]
     rows = [row for row in rows if len(set(row[1:])) > 1]
     columns = frozenset(range(len(runs) + 1))
-    return Table(
-        "What differs", ["key", *(run.name for run in runs)], rows, words=columns, note="All else is the same."
-    )
+    note = "All else is the same. –: the version of that run did not know the key."
+    return Table("What differs", ["key", *(run.name for run in runs)], rows, words=columns, note=note)
 
 
 def _outside(run: RunRecord) -> dict[str, Any]:
@@ -253,6 +252,8 @@ def _outside(run: RunRecord) -> dict[str, Any]:
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value, value))}]"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     text = re.sub(r"(?<=\d)e-0(?=\d)", "e-", text) if isinstance(value, float) else text
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]} … ({len(text):,} characters)"

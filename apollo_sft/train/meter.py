@@ -108,8 +108,11 @@ class Meter:
         self._began = self._received = 0.0
 
     def batches(self, batches: Iterable[StepBatch]) -> Iterator[StepBatch]:
-        """The same batches; a step begins when its batch is asked for."""
-        waiting = iter(batches if self._profile is None else self._profile.batches(iter(batches)))
+        """The same batches; a step begins when its batch is asked for. Writing a profile belongs to no step."""
+        timed = self._timed(iter(batches))
+        return timed if self._profile is None else self._profile.batches(timed)
+
+    def _timed(self, waiting: Iterator[StepBatch]) -> Iterator[StepBatch]:
         while True:
             self._began = time.perf_counter()
             batch = next(waiting, None)

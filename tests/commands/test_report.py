@@ -48,6 +48,7 @@ def report(*arguments: str | Path) -> str:
 
 
 def words(page: str) -> str:
+    page = page.replace("<wbr>", "")
     return " ".join(unescape(re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL)).split())
 
 

@@ -22,7 +22,7 @@ from apollo_sft.report.page import FOLDED_CHARACTERS, html
 from apollo_sft.report.screen import SHORT_CONTEXT, show
 
 EVIL = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
-VOID = {"meta", "input", "rect", "line"}
+VOID = {"meta", "input", "rect", "line", "wbr"}
 
 
 def tokens(*pieces: str, target: bool = False) -> list[Token]:

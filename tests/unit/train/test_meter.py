@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from apollo_sft.errors import ConfigError
 from apollo_sft.model.load import build_on_meta, read_config
 from apollo_sft.train.assemble import DTYPES
 from apollo_sft.train.flops import cost_of
-from apollo_sft.train.meter import Meter, known_peak
+from apollo_sft.train.meter import Meter, Profile, known_peak
 from apollo_sft.train.step import StepResult, Vote
 from tests.support.runs import arguments, train_here, without_clock, write_inputs
 from tests.support.samples import random_samples, write_store
@@ -120,3 +121,17 @@ def test_the_wanted_steps_are_recorded_and_nothing_of_the_training_changes(tmp_p
 def test_profiled_steps_are_a_first_and_a_last(value: str) -> None:
     with pytest.raises(ConfigError, match=r"trainer\.profile_steps"):
         compose(["data.val_files=null", f"trainer.profile_steps={value}"])
+
+
+def test_writing_the_trace_is_no_wait_for_data(tmp_path: Path) -> None:
+    loader = Loader(write_store(tmp_path / "store", random_samples(8)), PlanSpec(4, 1, 1, seed=1), 0)
+
+    class Slow(Profile):
+        def _write(self, profiler: Any, done: int) -> None:
+            profiler.stop()
+            time.sleep(VALIDATION * done)
+
+    meter = Meter(steps_per_epoch=2, profile=Slow(1, 1, tmp_path))
+    result = StepResult(1.0, 1.0, 2**20, Vote.NOTHING)
+    waits = [meter.record(batch, result, 1e-3) for batch in meter.batches(loader.batch(n) for n in range(2))]
+    assert all(record["perf/data_wait_seconds"] < VALIDATION / 2 for record in waits)
