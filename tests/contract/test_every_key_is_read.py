@@ -15,7 +15,6 @@ from apollo_sft.config.schema import SftConfig
 
 PACKAGE = Path(__file__).resolve().parents[2] / "apollo_sft"
 CONFIG_ONLY = {
-    "data.use_dynamic_bsz": "decides whether max_token_len_per_gpu may be set",
     "optim.name": "there is one choice",
     "use_remove_padding": "changes nothing, and says so",
 }
