@@ -183,6 +183,12 @@ def _check_adapted(causal_lm: Any) -> None:
     uses = Counter(id(p) for _, p in causal_lm.named_parameters(remove_duplicate=False))
     head = causal_lm.get_output_embeddings()
     for name, layer in _adapted(causal_lm):
+        if not isinstance(getattr(layer.base_layer, "weight", None), Tensor):
+            raise ConfigError(
+                "model.target_modules takes in experts that are held in one tensor: adapters cannot be merged there",
+                found=f"{name}, a {type(layer.base_layer).__name__}",
+                fix="name the modules: model.target_modules=[q_proj,k_proj,v_proj,o_proj]",
+            )
         if uses[id(layer.base_layer.weight)] > 1:
             raise ConfigError(
                 "model.target_modules names a weight that two modules share: merged, the adapter would change both",

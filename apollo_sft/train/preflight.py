@@ -193,7 +193,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # foreign files in a library: it may raise anything
         raise _no_tokenizer(folder, in_short(error)) from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes some from no file at all
+    try:
+        special_ids = tokenizer.all_special_ids
+    except RecursionError as error:  # looking for the id of an unknown token gives that of unk_token
+        raise _no_tokenizer(folder, f"unk_token {tokenizer.unk_token!r}, which is none of its tokens") from error
+    if len(tokenizer) <= len(special_ids):  # transformers makes some from no file at all
         raise _no_tokenizer(folder, f"a {type(tokenizer).__name__} without a vocabulary")
     return tokenizer
 

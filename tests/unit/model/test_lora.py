@@ -127,6 +127,14 @@ def test_what_cannot_be_adapted_so_is_refused() -> None:
         adapted("model.use_dora=true", "model.fsdp_config.wrap_policy.min_num_params=10")
 
 
+def test_experts_in_one_tensor_are_refused_and_what_is_beside_them_is_not() -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    with pytest.raises(ConfigError, match=r"model\.target_modules takes in experts"):
+        adapted(family="Qwen3Moe", **experts)
+    _, found = adapted("model.target_modules=[q_proj,v_proj]", family="Qwen3Moe", **experts)
+    assert len(found.modules) == 4
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_an_adapter_on_the_head_is_in_the_loss(dropout: float) -> None:
     """At targets only, in chunks: the loss and gradients are those of PEFT's own forward on full logits."""
