@@ -5,6 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.support.data import tiny_tokenizer
+from tests.support.runs import write_inputs
+
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
@@ -42,3 +48,25 @@ def test_save() -> None:
     copies = {name: figures[2] for name, figures in rows.items()}
     assert copies["synchronous"] == copies["no checkpoint"] == 0
     assert copies["asynchronous"] == copies["asynchronous, no hf/"] > 1e6
+
+
+def test_rounding(tmp_path: Path) -> None:
+    """In a step that bfloat16 does not see: rounded to the nearest, nothing of the training is left."""
+    inputs = write_inputs(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(inputs / "model").to(torch.bfloat16).float()
+    ids = tiny_tokenizer()("one two three four", return_tensors="pt")["input_ids"]
+    for name in ("base", "trained"):
+        model.save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+        model(ids, labels=ids).loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= parameter.grad.sign() * parameter.abs() * 2.0**-10
+    rows = lines(
+        "rounding.py", str(tmp_path / "trained"), str(inputs / "train.parquet"), "--base", str(tmp_path / "base")
+    )
+    (base,), (whole,), (nearest,), (ours,) = (rows[name] for name in rows)
+    assert list(rows) == ["the base", "float32", "bfloat16, to the nearest", "bfloat16, as it is written"]
+    assert abs(whole - base) > 2e-4
+    assert abs(nearest - base) < abs(whole - base) / 5
+    assert abs(ours - whole) < abs(whole - base) / 2
