@@ -56,8 +56,12 @@ def main(arguments: list[str]) -> int:
     from apollo_sft.train.handoff import check_folder, passes
 
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    results = check_folder(_subject(options, overrides))
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what it would warn of is found and named here
+    try:
+        results = check_folder(_subject(options, overrides))
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     passed = passes(results)
     if options.json:
         checks = [asdict(result) for result in results]

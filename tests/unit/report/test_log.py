@@ -17,6 +17,7 @@ LONG = 'AutoModelForCausalLM.from_pretrained("/home/someone/' + "a-long-folder/"
 @pytest.fixture(autouse=True)
 def _restore_libraries() -> Iterator[None]:
     before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()  # as a process begins, whatever ran in this one before
     with warnings.catch_warnings():
         yield
     transformers_logging.set_verbosity(before)
