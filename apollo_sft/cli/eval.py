@@ -7,12 +7,13 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from apollo_sft.cli.arguments import Parser
 from apollo_sft.config.compose import Composed, compose
 from apollo_sft.errors import ConfigError
 
@@ -41,11 +42,6 @@ usual ones.
 Exit codes: 0 done, however many are right; 2 refused."""
 OVERRIDE = re.compile(r"\+{0,2}[a-z_]+(\.[a-z_]+)*=")
 SHOWN_CHARACTERS = 60
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}", fix=f"{self.prog} --help")
 
 
 def main(arguments: list[str]) -> int:
@@ -95,7 +91,7 @@ def one_line(text: str) -> str:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="apollo-sft eval", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="apollo-sft eval", add_help=False, allow_abbrev=False)
     parser.add_argument("folder")
     parser.add_argument("files", nargs="+")
     for flag, default in (("--limit", -1), ("--batch-size", 32), ("--max-new-tokens", 512), ("--examples", 6)):

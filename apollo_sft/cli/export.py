@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
-from apollo_sft.errors import ConfigError
+from apollo_sft.cli.arguments import Parser
 
 HELP = """apollo-sft export CHECKPOINT|RUN_FOLDER [OUT] [options]
 
@@ -20,11 +19,6 @@ of a run does the same with its last step. Needs the base model where it was, bu
   --help         this text
 
 Exit codes: 0 done, 1 failed, 2 refused. Files that an export did not write are never replaced."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}", fix=f"{self.prog} --help")
 
 
 def main(arguments: list[str]) -> int:
@@ -50,7 +44,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="apollo-sft export", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="apollo-sft export", add_help=False, allow_abbrev=False)
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--step", default="latest")

@@ -6,12 +6,13 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from apollo_sft.cli.arguments import Parser
 from apollo_sft.cli.eval import split_overrides
 from apollo_sft.config.compose import compose
 from apollo_sft.errors import ConfigError
@@ -35,11 +36,6 @@ compared with what training rendered, byte for byte. Every failure has a name; d
 
 Exit codes: 0 all checks pass, 2 something is wrong."""
 STYLES = {"pass": "green", "note": "yellow", "wrong": "bold red", "skipped": "dim", "not checked": "dim"}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}", fix=f"{self.prog} --help")
 
 
 def main(arguments: list[str]) -> int:
@@ -72,7 +68,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="apollo-sft handoff", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="apollo-sft handoff", add_help=False, allow_abbrev=False)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data", nargs="+", default=[])
     parser.add_argument("--max-new-tokens", type=int)

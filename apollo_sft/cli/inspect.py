@@ -8,9 +8,10 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from apollo_sft import __main__ as entry
+from apollo_sft.cli.arguments import Parser
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.errors import ConfigError, DataError
 
@@ -38,11 +39,6 @@ config.json and the tokenizer of model.partial_pretrain are enough. What it toke
 
 Exit codes: 0 done, 1 a check failed, 2 refused: the keys, the model or a whole file cannot be used."""
 CHECK_FAILED = 1
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"apollo-sft inspect: {message}", fix="apollo-sft inspect --help")
 
 
 def main(arguments: list[str]) -> int:
@@ -73,7 +69,7 @@ def main(arguments: list[str]) -> int:
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our own options anywhere in the line, and the rest of it. Raises: ConfigError."""
-    parser = _Parser(prog="apollo-sft inspect", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="apollo-sft inspect", add_help=False, allow_abbrev=False)
     parser.add_argument("--row", action="append", default=[])
     parser.add_argument("--count", type=_number(1), default=3)
     parser.add_argument("--seed", type=_number(0), default=1)

@@ -7,8 +7,9 @@ import difflib
 import json
 import re
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from apollo_sft.cli.arguments import Parser
 from apollo_sft.config.compose import Composed, compose, to_yaml
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.errors import ConfigError
@@ -48,11 +49,6 @@ PEAK_TFLOPS = 989.0
 """H100 SXM, dense bf16. Source: NVIDIA's data sheet, half of the figure with sparsity."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"apollo-sft plan: {message}", fix="apollo-sft plan --help")
-
-
 def main(arguments: list[str]) -> int:
     """Returns the exit code. Raises: ApolloError for what a training would refuse as well."""
     if "--help" in arguments or "-h" in arguments:
@@ -84,7 +80,7 @@ def _composed(overrides: list[str]) -> Composed | None:
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our own options anywhere in the line, and the rest of it. Raises: ConfigError."""
-    parser = _Parser(prog="apollo-sft plan", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="apollo-sft plan", add_help=False, allow_abbrev=False)
     for name in ("--gpus", "--nodes"):
         parser.add_argument(name, type=_count)
     for name in ("--gpu-memory", "--reserve"):

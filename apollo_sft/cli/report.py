@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from apollo_sft.cli.arguments import Parser
 from apollo_sft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,17 +26,12 @@ goes on, or has failed, can be looked at as well.
 Exit codes: 0 done, 1 a file cannot be read, 2 refused: a folder is not that of a run."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"apollo-sft report: {message}", fix="apollo-sft report --help")
-
-
 def main(arguments: list[str]) -> int:
     """Returns the exit code. Raises: ApolloError."""
     if "--help" in arguments or "-h" in arguments:
         print(HELP)
         return 0
-    parser = _Parser(prog="apollo-sft report", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="apollo-sft report", add_help=False, allow_abbrev=False)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
     parser.add_argument("-o", "--output", type=Path, default=Path("apollo-report.html"))
     parser.add_argument("--no-samples", action="store_true")

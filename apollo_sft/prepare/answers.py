@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import re
-
 from apollo_sft.prepare.rejection import RejectedRow
-
-MARKER = "####"
-BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[^\s{}$\\]+))")
-"""`\\boxed{…}`, `\\fbox{…}`, and TeX's form without braces: `\\boxed 7`."""
-THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+from apollo_sft.train.boxes import BOX, MARKER, THOUSANDS, braced
 
 
 def final_answer(text: str) -> str | None:
@@ -30,7 +24,9 @@ def last_boxed(text: str) -> str | None:
     if not boxes:
         return None
     box = boxes[-1]
-    inside = box["bare"] if box["bare"] is not None else _braced(text[box.end() :])
+    inside = box["bare"] if box["bare"] is not None else braced(text[box.end() :])
+    if inside is None:
+        raise RejectedRow("the last \\boxed{ is not closed")
     if not inside.strip():
         raise RejectedRow("the last \\boxed{} is empty")
     return inside.strip()
@@ -42,16 +38,3 @@ def marked(text: str) -> str | None:
         return None
     line = text.rpartition(MARKER)[2].strip().partition("\n")[0]
     return THOUSANDS.sub("", line.strip()) or None
-
-
-def _braced(text: str) -> str:
-    """`text` up to the brace that closes the one before it; `\\{` and `\\}` are characters of the answer."""
-    depth = 1
-    escaped = False
-    for position, char in enumerate(text):
-        if not escaped:
-            depth += {"{": 1, "}": -1}.get(char, 0)
-        if depth == 0:
-            return text[:position]
-        escaped = char == "\\" and not escaped
-    raise RejectedRow("the last \\boxed{ is not closed")

@@ -33,7 +33,7 @@ from apollo_sft.train.step import Vote
 WAIT = timedelta(days=7)
 """Of the group in which a save is agreed upon: how long the writing of another rank takes depends on the disk."""
 MEMORY_RATIO = 0.8
-"""Share of the free CPU memory of a host that the copies of its ranks may take."""
+"""Share of the free CPU memory of a host that copies of a model, or of parts of it, may take."""
 
 
 class Checkpoints:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from apollo_sft.errors import DataError, ModelError
+from apollo_sft.train.boxes import BOX, MARKER, THOUSANDS, braced
 from apollo_sft.types import Message
 
-THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[^\s{}$\\]+))")
-"""`\\boxed{…}`, `\\fbox{…}`, and TeX's form without braces: `\\boxed 7`."""
 Z95 = 1.959964
 """Standard deviations on either side of the mean that hold 95 % of a normal distribution."""
 
@@ -130,13 +127,15 @@ def final_answer(text: str) -> str | None:
 
     None when there is neither.
     """
-    marker = text.rfind("####")
+    marker = text.rfind(MARKER)
     box = next(iter(reversed(list(BOX.finditer(text)))), None)
     if marker < 0 and box is None:
         return None
     if box is not None and box.start() > marker:
-        return _normalise(_braced(text[box.end() :]) if box["bare"] is None else box["bare"])
-    rest = text[marker + len("####") :].strip()
+        rest = text[box.end() :]
+        inside = braced(rest) if box["bare"] is None else box["bare"]
+        return _normalise(rest if inside is None else inside)
+    rest = text[marker + len(MARKER) :].strip()
     return _normalise(rest.split("\n", 1)[0])
 
 
@@ -185,19 +184,6 @@ def _generate_batch(model: Any, tokenizer: Any, texts: list[str], max_new_tokens
     )
     output = model.generate(inputs, attention_mask=mask, generation_config=greedy)
     return [reply_of(tokenizer, ids, stops) for ids in output[:, width:].tolist()]
-
-
-def _braced(text: str) -> str:
-    """`text` up to the brace that closes the one before it; all of it when none does. `\\{` is no brace."""
-    depth = 1
-    escaped = False
-    for i, char in enumerate(text):
-        if not escaped:
-            depth += {"{": 1, "}": -1}.get(char, 0)
-        if depth == 0:
-            return text[:i]
-        escaped = char == "\\" and not escaped
-    return text
 
 
 def _normalise(answer: str) -> str:

@@ -17,14 +17,12 @@ from apollo_sft.parallel.fsdp2 import sum_over_ranks
 from apollo_sft.parallel.launch import World
 from apollo_sft.report.log import say
 from apollo_sft.train.assemble import strategy_of
-from apollo_sft.train.checkpoints import available_memory
+from apollo_sft.train.checkpoints import MEMORY_RATIO, available_memory
 from apollo_sft.types import IGNORE_INDEX, Sample
 
 MOST_TOKENS = 128
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest relative difference of the loss, by the dtype that was computed or written in."""
-MEMORY_RATIO = 0.8
-"""Share of the free memory that the model may take when it is opened again."""
 
 
 def probe_of(store: SampleStore) -> Sample:

@@ -16,6 +16,7 @@ from apollo_sft.errors import DataError, ModelError
 from apollo_sft.model import attention, load, lora
 from apollo_sft.model.shrink import shrink, silent, write_model
 from apollo_sft.report.log import setup_logging
+from apollo_sft.train.checkpoints import available_memory
 from apollo_sft.train.layouts import STEPS, layouts, with_values
 from apollo_sft.train.preflight import Prepared, load_external_lib, prepare
 from apollo_sft.train.verify import Job
@@ -139,7 +140,7 @@ def _adapter(config: SftConfig, base: Path, real_weights: bool, folder: Path) ->
 def _check_memory(prepared: Prepared) -> None:
     """Raises: ModelError."""
     num_parameters = sum(int(np.prod(spec.shape)) for spec in prepared.base.tensors.values())
-    needed, free = num_parameters * BYTES_PER_PARAMETER, _free_bytes()
+    needed, free = num_parameters * BYTES_PER_PARAMETER, available_memory()
     if needed > free:
         raise ModelError(
             "--real-weights runs the whole model in float64, which does not fit into this machine",
@@ -147,13 +148,6 @@ def _check_memory(prepared: Prepared) -> None:
             expected=f"about {needed / 2**30:.1f} GiB",
             fix="leave --real-weights out: the small copy has the same structure",
         )
-
-
-def _free_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo does not say MemAvailable")
 
 
 def _description(
