@@ -33,7 +33,7 @@ LOST_PEER = (
 )
 """What gloo, NCCL and the rendezvous store say when another rank is gone."""
 TIMED_OUT = "Timed out waiting"
-"""What gloo says when not all ranks came to a collective within trainer.timeout_seconds."""
+"""What gloo says when not all ranks came to a collective within trainer.collective_timeout_seconds."""
 PATIENCE_SECONDS = 3
 """How long a silent rank lives on after a failure: torchrun ends all ranks with the first that exits, and the rank that
 speaks must have spoken by then. It costs nothing: when that rank exits, torchrun ends the silent ones."""
@@ -126,7 +126,7 @@ def _report_unexpected(error: Exception) -> bool:
         sys.stderr.write(f"apollo-sft: {who}lost another rank, which failed first ({reason})\n")
         return False
     if isinstance(error, RuntimeError) and TIMED_OUT in text:
-        missed = "waited trainer.timeout_seconds for a rank that did not come; a warning above says where all stood"
+        missed = "waited trainer.collective_timeout_seconds for a rank that did not come; a warning above says where all stood"
         sys.stderr.write(f"apollo-sft: {who}{missed}\n")
         return True
     cause = f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -43,7 +43,7 @@ FREE = [
     "trainer.generate_samples",
     "trainer.nnodes",
     "trainer.n_gpus_per_node",
-    "trainer.timeout_seconds",
+    "trainer.collective_timeout_seconds",
     "trainer.peak_tflops",
     "trainer.profile_steps",
     "trainer.deterministic",

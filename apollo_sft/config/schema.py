@@ -123,6 +123,7 @@ class DataConfig(Section):
     train_key: str
     special_tokens_in_content: Literal["error", "drop", "allow"]
     bad_rows: Literal["error", "skip"]
+    max_bad_ratio: Share
     store_dir: PathText | None
     custom_cls: CustomClsConfig
 
@@ -162,10 +163,13 @@ class ModelConfig(Section):
     modules_to_save: Strings
     lora_adapter_path: PathText | None
     use_liger: bool
+    compile: bool
+    load_in_4bit: bool
+    add_special_tokens: bool
 
 
 class OptimConfig(Section):
-    name: Annotated[Literal["adamw"], BeforeValidator(_lower)]
+    name: Annotated[Literal["adamw", "muon", "adamw_8bit"], BeforeValidator(_lower)]
     lr: Annotated[float, Field(gt=0)]
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], ...],
@@ -214,7 +218,7 @@ class TrainerConfig(Section):
     generate_samples: Annotated[int, Field(ge=0)]
     nnodes: Count
     n_gpus_per_node: Count | None
-    timeout_seconds: Count
+    collective_timeout_seconds: Count
     peak_tflops: Annotated[float, Field(gt=0)] | None
     profile_steps: Annotated[tuple[Count, ...], AfterValidator(_first_and_last), BeforeValidator(_as_tuple)]
     deterministic: bool

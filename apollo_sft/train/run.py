@@ -70,7 +70,7 @@ def train(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str]
         say("deterministic: every operation gives the same bits each time, on the same hardware and versions")
     if place.starter != "torchrun" and place.size > 1:
         say(f"waiting at {place.variables['MASTER_ADDR']} for the {place.size} processes of {place.starter}")
-    stop, seconds = stop or StopFlag(), config.trainer.timeout_seconds
+    stop, seconds = stop or StopFlag(), config.trainer.collective_timeout_seconds
     world = launch.start(config.trainer.device, needs_group(config, on_cuda), seconds)
     # Half: when a rank stands still it is named before the others give up waiting for it.
     pulse = Pulse(world, seconds / 2, lambda found: stop.end_now("failed", TrainingError.exit_code, found), warn)

@@ -84,6 +84,11 @@ def test_generations_without_validation_are_noted() -> None:
 def test_pending_keys_say_so(key: str) -> None:
     used = {
         "model.use_liger": "true",
+        "model.compile": "true",
+        "model.load_in_4bit": "true",
+        "model.add_special_tokens": "true",
+        "data.max_bad_ratio": "0.2",
+        "optim.name": "muon",
         "trainer.default_hdfs_dir": "hdfs://x/y",
     }
     name = re.split("[ =]", key)[0]
