@@ -126,8 +126,8 @@ def _report_unexpected(error: Exception) -> bool:
         sys.stderr.write(f"apollo-sft: {who}lost another rank, which failed first ({reason})\n")
         return False
     if isinstance(error, RuntimeError) and TIMED_OUT in text:
-        missed = "waited trainer.collective_timeout_seconds for a rank that did not come; a warning above says where all stood"
-        sys.stderr.write(f"apollo-sft: {who}{missed}\n")
+        missed = "for a rank that did not come; a warning above says where all stood"
+        sys.stderr.write(f"apollo-sft: {who}waited trainer.collective_timeout_seconds {missed}\n")
         return True
     cause = f"{type(error).__name__}: {text}" if text else type(error).__name__
     launch = sys.modules.get("apollo_sft.parallel.launch")  # it brings torch, which may not have been needed yet

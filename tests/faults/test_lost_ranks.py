@@ -134,7 +134,8 @@ def test_a_rank_that_lives_but_never_comes_is_named(
     )
     wrong = [] if code == 1 else [f"exit code {code}"]
     wrong += [] if re.search(named, said(out)) else ["it is not named"]
-    wrong += [] if f"rank {1 - rank} on" in said(out).rpartition("waited trainer.collective_timeout_seconds")[0] else ["not said"]
+    before = said(out).rpartition("waited trainer.collective_timeout_seconds")[0]
+    wrong += [] if f"rank {1 - rank} on" in before else ["not said"]
     wrong += [] if status(out) == "failed" else [f"run.json says {status(out)}"]
     name = f"rank {rank} of 2 lives but never comes to a collective, timeout {2 * SILENCE_SECONDS} s"
     record(name, trials=1, failures=int(bool(wrong)), worst_seconds=seconds)
@@ -224,7 +225,8 @@ def test_preparing_may_take_longer_than_the_timeout(inputs: Path, tmp_path: Path
     out = tmp_path / "out"
     write_parquet(tmp_path / "many.parquet", rows(30_000))
     more = [f"data.train_files={tmp_path / 'many.parquet'}", f"data.store_dir={tmp_path / 'store'}"]
-    process = start(by("apollo-sft"), inputs, out, *more, "trainer.collective_timeout_seconds=3", "trainer.total_training_steps=2")
+    more += ["trainer.collective_timeout_seconds=3", "trainer.total_training_steps=2"]
+    process = start(by("apollo-sft"), inputs, out, *more)
     assert process.wait(timeout=TIMEOUT_SECONDS) == 0, said(out)
     seconds = float(re.findall(r"tokenised 30,000 train rows in ([\d.]+) s", said(out))[0])
     assert seconds > 3, "more rows are needed to prove anything"

@@ -69,7 +69,8 @@ def test_columns_are_those_of_the_run_unless_the_command_line_says_so(tmp_path: 
 def test_the_config_of_an_older_version_lacks_keys_and_has_other_values(tmp_path: Path):
     _run_folder(tmp_path, "data.prompt_key=extra_info")
     saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    del saved["data"]["history"], saved["data"]["multiturn"]["tools_key"], saved["trainer"]["collective_timeout_seconds"]
+    del saved["data"]["history"], saved["data"]["multiturn"]["tools_key"]
+    del saved["trainer"]["collective_timeout_seconds"]
     saved["model"]["lora_alpha"] = "sixteen"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
     composed = compose(["data.train_files=t.parquet", "data.val_files=null"])
