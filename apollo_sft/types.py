@@ -65,6 +65,7 @@ class MicroBatch:
 
     `input_ids`, `labels`, `position_ids`: int64 of shape (1, tokens); positions restart at 0 in every document.
     `document_starts`: int32 of shape (documents + 1,), the first position of each document and the total.
+    `sources`: the source of the data that each sample is of, int64 of shape (samples,); None where there is only one.
     """
 
     input_ids: torch.Tensor
@@ -72,6 +73,7 @@ class MicroBatch:
     position_ids: torch.Tensor
     document_starts: torch.Tensor
     num_targets: int
+    sources: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +85,31 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Growth:
+    """Tokens that are added to a base model, and their ids.
+
+    `held`: rows of its embeddings, of which the first `known` stand for tokens that it had; `rows`: with the new ones.
+    An id below `held` is that of a row that stood for nothing.
+    """
+
+    tokens: tuple[str, ...]
+    ids: tuple[int, ...]
+    known: int
+    held: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class BaseModel:
     """The model a run starts from, as it lies on disk.
 
     `source` is what the user wrote (a path or a hub id); `folder` the local copy; `tensors` what its safetensors
-    files hold, by name (empty when the base has no safetensors files).
+    files hold, by name (empty when the base has no safetensors files). With `growth`, `config` is that of the grown
+    model, and `tensors` are still what the files hold.
     """
 
     source: str
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorSpec]
+    growth: Growth | None = None

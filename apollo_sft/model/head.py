@@ -14,6 +14,10 @@ CHUNK_ELEMENTS = 2**24
 """Logits that exist at one time, in elements: rows of a chunk times the vocabulary."""
 
 
+Sources = tuple[Tensor, int]
+"""Which source of the data each target is of, int64 of shape (targets,), and how many sources there are."""
+
+
 @dataclass(frozen=True, slots=True)
 class HeadSpec:
     """How an architecture turns `hidden @ weight.T` into logits: multiplied by `scale`, then soft-capped."""
@@ -33,12 +37,12 @@ def attach_loss(head: nn.Module, spec: HeadSpec) -> None:
     """Give the head module two methods, so that it can be sharded on its own and still be used.
 
     `head`: a linear module, or PEFT's LoRA around one. `hidden`: (targets, hidden size); `labels`: (targets,).
-    `loss(hidden, labels)` returns the sum of the cross-entropy, a float64 scalar; `best(hidden)` the most likely token
-    after each row, int64 of shape (targets,).
+    `loss(hidden, labels, sources)` returns what `target_loss` does; `best(hidden)` the most likely token after each
+    row, int64 of shape (targets,).
     """
 
-    def loss(self: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-        return target_loss(*_factors(self, hidden), labels, spec)
+    def loss(self: nn.Module, hidden: Tensor, labels: Tensor, sources: Sources | None = None) -> Any:
+        return target_loss(*_factors(self, hidden), labels, spec, sources)
 
     def best(self: nn.Module, hidden: Tensor) -> Tensor:
         factors, bias = _factors(self, hidden)
@@ -70,9 +74,14 @@ def low_rank(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def target_loss(
-    factors: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None, labels: Tensor, spec: HeadSpec
-) -> Tensor:
-    """Sum of cross-entropy over the targets, float64 scalar.
+    factors: Sequence[tuple[Tensor, Tensor]],
+    bias: Tensor | None,
+    labels: Tensor,
+    spec: HeadSpec,
+    sources: Sources | None = None,
+) -> Any:
+    """Sum of cross-entropy over the targets, float64 scalar. With `sources` a pair: that, and the sum of each source,
+    float64 of shape (sources,), which has no gradient.
 
     Logits are the sum of `x @ weight.T` over `factors`, x: (targets, k), weight: (vocabulary, k); hidden states and the
     head's weight are the first. `bias`: (vocabulary,); `labels`: (targets,).
@@ -81,16 +90,26 @@ def target_loss(
     """
     flat = [tensor for pair in factors for tensor in pair]
     grad = torch.is_grad_enabled()
-    return cast(Tensor, _TargetLoss.apply(labels, spec, grad, bias, *flat))  # type: ignore[no-untyped-call]
+    both = _TargetLoss.apply(labels, spec, grad, sources, bias, *flat)  # type: ignore[no-untyped-call]
+    return both[0] if sources is None else both
 
 
 class _TargetLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, labels: Tensor, spec: HeadSpec, grad: bool, bias: Tensor | None, *factors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        labels: Tensor,
+        spec: HeadSpec,
+        grad: bool,
+        sources: Sources | None,
+        bias: Tensor | None,
+        *factors: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
         hidden, weight = factors[:2]
         wide = torch.promote_types(weight.dtype, torch.float32)
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        wanted = [grad and needed for needed in ctx.needs_input_grad[3:]]
+        of_sources = None if sources is None else loss.new_zeros(sources[1])
+        wanted = [grad and needed for needed in ctx.needs_input_grad[4:]]
         grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if wanted[0] else None
         grads = [_empty_gradient(factor, i % 2 == 1) if wanted[1 + i] else None for i, factor in enumerate(factors)]
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
@@ -99,8 +118,10 @@ class _TargetLoss(torch.autograd.Function):
             raw = nn.functional.linear(hidden[chunk], weight, bias)
             for x, w in _pairs(factors[2:]):
                 raw = raw + nn.functional.linear(x[chunk], w)
-            chunk_loss, grad_raw = _chunk(raw, labels[chunk], spec, grad)
-            loss += chunk_loss
+            losses, grad_raw = _chunk(raw, labels[chunk], spec, grad)
+            loss += losses.sum(dtype=torch.float64)
+            if sources is not None and of_sources is not None:
+                of_sources.index_add_(0, sources[0][chunk], losses.double())
             if grad_raw is None:
                 continue
             grad_logits = grad_raw.to(weight.dtype)
@@ -112,11 +133,14 @@ class _TargetLoss(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += grad_raw.sum(0)
         ctx.save_for_backward(grad_bias, *grads)
-        return loss
+        if of_sources is not None:
+            ctx.mark_non_differentiable(of_sources)
+        return loss, of_sources
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, None, *(None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors))
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        # In place: a second one of the weight would be there while all activations are. torch refuses a second backward.
+        return (*[None] * 4, *(None if g is None else g.mul_(grad_loss.to(g.dtype)) for g in ctx.saved_tensors))
 
 
 def _pairs(flat: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
@@ -131,20 +155,23 @@ def _empty_gradient(factor: Tensor, adds_up: bool) -> Tensor:
 
 
 def _chunk(raw: Tensor, labels: Tensor, spec: HeadSpec, grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Loss of one chunk and its gradient with respect to `raw`, in float32 or wider. `raw`: (rows, vocabulary)."""
+    """Loss of each row of a chunk and the gradient of their sum with respect to `raw`, in float32 or wider.
+
+    `raw`: (rows, vocabulary).
+    """
     logits = _logits(raw, spec)
     log_normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
     index = labels[:, None]
-    loss = (log_normaliser - logits.gather(1, index)).sum(dtype=torch.float64)
+    losses = (log_normaliser - logits.gather(1, index))[:, 0]
     if not grad:
-        return loss, None
+        return losses, None
     grad_logits = torch.exp(logits - log_normaliser)
     grad_logits.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad_logits.dtype))
     if spec.softcap is not None:
         grad_logits *= 1 - (logits / spec.softcap) ** 2
     if spec.scale != 1.0:
         grad_logits *= spec.scale
-    return loss, grad_logits
+    return losses, grad_logits
 
 
 def _logits(raw: Tensor, spec: HeadSpec) -> Tensor:

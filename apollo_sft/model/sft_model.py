@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from apollo_sft.model.head import attach_loss, head_spec
+from apollo_sft.model.head import Sources, attach_loss, head_spec
 from apollo_sft.model.load import check_longest
 from apollo_sft.types import IGNORE_INDEX, MicroBatch
 
@@ -59,12 +59,14 @@ class SftModel(nn.Module):
         longest_document: int,
         target_positions: Tensor,
         target_labels: Tensor | None,
-    ) -> Tensor:
+        target_sources: Sources | None = None,
+    ) -> Any:
         """`input_ids`, `position_ids`: (1, tokens / sp), this rank's slice of the row.
 
         `document_starts`: int32, (documents + 1,), and `longest_document` are those of the whole row.
         `target_positions`, `target_labels`: (targets of the slice,), where in the slice a label is, and which.
-        Returns the loss sum, a float64 scalar; without labels the most likely token after each of these positions.
+        Returns the loss sum, a float64 scalar, with `target_sources` and those of the sources, as `head.target_loss`;
+        without labels the most likely token after each of these positions.
         """
         check_longest(self.causal_lm.config, longest_document)
         hidden = self.causal_lm.base_model(
@@ -76,11 +78,28 @@ class SftModel(nn.Module):
         ).last_hidden_state
         head = self.causal_lm.get_output_embeddings()
         rows = hidden[0].index_select(0, target_positions)
-        return cast(Tensor, head.best(rows) if target_labels is None else head.loss(rows, target_labels))
+        return head.best(rows) if target_labels is None else head.loss(rows, target_labels, target_sources)
 
-    def loss_sum(self, micro_batch: MicroBatch, device: torch.device) -> Tensor:
-        """The loss sum over this rank's slice of a micro-batch that lies on the CPU."""
-        return cast(Tensor, self(*self.inputs(micro_batch, device)))
+    def loss_sum(self, micro_batch: MicroBatch, device: torch.device, of_sources: Tensor | None = None) -> Tensor:
+        """The loss sum over this rank's slice of a micro-batch that lies on the CPU.
+
+        `of_sources`: float64 of shape (sources,), to which the sums of its sources are added; None or empty: unasked.
+        """
+        inputs = self.inputs(micro_batch, device)
+        if of_sources is None or not len(of_sources):
+            return cast(Tensor, self(*inputs))
+        sources = self._target_sources(micro_batch).to(device, non_blocking=True)
+        loss_sum, sums = self(*inputs, (sources, len(of_sources)))
+        of_sources += sums
+        return cast(Tensor, loss_sum)
+
+    def _target_sources(self, micro_batch: MicroBatch) -> Tensor:
+        """The source of each target of this rank's slice, int64 of shape (targets of the slice,)."""
+        assert micro_batch.sources is not None, "a loader of several sources says which"
+        labels = micro_batch.labels.chunk(self.sp_size, dim=1)[self.sp_rank][0]
+        before = self.sp_rank * len(labels)
+        at = (labels != IGNORE_INDEX).nonzero()[:, 0] + before
+        return micro_batch.sources[torch.bucketize(at, micro_batch.document_starts, right=True) - 1]
 
     def next_tokens(self, micro_batch: MicroBatch, device: torch.device) -> Tensor:
         """The most likely token after each position of this rank's slice that has a label, in their order.
