@@ -73,7 +73,7 @@ def plan_export(model: Any, base: BaseModel, export_dtype: str) -> ExportPlan:
     groups += _extra_groups(model, state, covered)
     groups.sort(key=lambda group: _natural_key(group.targets[0]))
     made = {name: tensor for group in groups for name, tensor in group.split([meta[s] for s in group.sources]).items()}
-    _check_shapes(made, base.tensors)
+    _check_shapes(made, _grown(base, model, state, reads))
     tensors = {
         name: TensorSpec(tuple(made[name].shape), _file_dtype(name, made[name].dtype, base, export_dtype))
         for group in groups
@@ -108,6 +108,21 @@ def _file_dtype(name: str, held: torch.dtype, base: BaseModel, export_dtype: str
         return dtype
     stated = base.config.get("dtype") or base.config.get("torch_dtype")
     return CONFIG_DTYPES.get(str(stated), "F32")
+
+
+def _grown(base: BaseModel, model: Any, state: Mapping[str, Tensor], reads: Iterable[_Read]) -> dict[str, TensorSpec]:
+    """What the base's files would hold with the tokens that are added to it."""
+    grown = dict(base.tensors)
+    if base.growth is None:
+        return grown
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    tables = {id(table) for module in ends for table in module.parameters(recurse=False)}
+    for read in reads:
+        if read.base_name in grown and id(state.get(read.memory_name)) in tables:
+            held, *rest = grown[read.base_name].shape
+            shape = (held + base.growth.rows - base.growth.held, *rest)
+            grown[read.base_name] = TensorSpec(shape, grown[read.base_name].dtype)
+    return grown
 
 
 def _check_shapes(made: Mapping[str, Tensor], base: Mapping[str, TensorSpec]) -> None:

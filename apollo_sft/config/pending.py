@@ -11,9 +11,6 @@ PENDING: list[tuple[str, Callable[[SftConfig], bool], str]] = [
     ("model.use_liger", lambda c: c.model.use_liger, "leave it false"),
     ("model.compile", lambda c: c.model.compile, "leave it false"),
     ("model.load_in_4bit", lambda c: c.model.load_in_4bit, "leave it false"),
-    ("model.add_special_tokens", lambda c: c.model.add_special_tokens, "leave it false"),
-    ("data.max_bad_ratio", lambda c: c.data.max_bad_ratio != 0.05, "leave it at 0.05"),
-    ("optim.name", lambda c: c.optim.name != "adamw", "optim.name=adamw"),
     ("trainer.default_hdfs_dir", lambda c: c.trainer.default_hdfs_dir is not None, "copy the finished folder yourself"),
 ]
 """(key, whether the config uses it, what to do instead)."""

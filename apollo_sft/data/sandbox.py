@@ -252,6 +252,22 @@ class Sandbox:
         return tick
 
 
+def written_literals(text: str) -> Iterator[str]:
+    """The pieces of text in a template that compiles, in their order, without those that it only compares with or hands
+    to a function."""
+    waiting: list[jinja2.nodes.Node] = [chat_template_utils._compile_jinja_template(text).environment.parse(text)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, jinja2.nodes.TemplateData):
+            yield node.data
+        elif isinstance(node, jinja2.nodes.Const) and isinstance(node.value, str):
+            yield node.value
+        if isinstance(node, jinja2.nodes.Filter):
+            waiting += [] if node.node is None else [node.node]
+        elif not isinstance(node, jinja2.nodes.Compare | jinja2.nodes.Call | jinja2.nodes.Test):
+            waiting += reversed(list(node.iter_child_nodes()))
+
+
 def _postpone_the_kill(limits: tuple[int, int]) -> None:
     end = math.ceil(time.process_time()) + KILL_SECONDS
     resource.setrlimit(resource.RLIMIT_CPU, _at_most(end, limits))

@@ -21,7 +21,6 @@ PLAIN = (
 )
 """For base models: the contents one after another, nothing between them, the end token after each answer."""
 
-CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 CHOICES = "a path to a jinja file, jinja text, `chatml` or `plain`"
 
 
@@ -40,13 +39,13 @@ class ChatTemplate:
 def resolve_template(tokenizer: Any, data: DataConfig) -> ChatTemplate:
     """The template that `data.chat_template` names; null is the tokenizer's own.
 
-    Raises: DataError when there is none, or the built-in one does not fit the tokenizer.
+    Raises: DataError when there is none, or `plain` does not fit the tokenizer.
     """
     wanted = data.chat_template
     if wanted is None:
         return _own(tokenizer)
     if wanted == "chatml":
-        return _chatml(tokenizer)
+        return ChatTemplate(CHATML, "built-in chatml")
     if wanted == "plain":
         return _plain(tokenizer)
     if "{{" in wanted or "{%" in wanted:
@@ -65,20 +64,9 @@ def _own(tokenizer: Any) -> ChatTemplate:
         "the tokenizer has no chat template (data.chat_template)",
         found=found,
         expected=CHOICES,
-        fix="data.chat_template=chatml, or data.chat_template=plain for prompt + response + end token",
+        fix="data.chat_template=chatml (where its tokens are missing, with model.add_special_tokens=true), "
+        "or data.chat_template=plain for prompt + response + end token",
     )
-
-
-def _chatml(tokenizer: Any) -> ChatTemplate:
-    missing = [token for token in CHATML_TOKENS if token not in tokenizer.get_added_vocab()]
-    if missing:
-        raise DataError(
-            "data.chat_template=chatml does not fit this tokenizer: a turn would not end in one token",
-            found=f"no token {' and '.join(missing)}",
-            expected="a tokenizer that has them",
-            fix="data.chat_template=plain, which ends answers with the tokenizer's own end token",
-        )
-    return ChatTemplate(CHATML, "built-in chatml")
 
 
 def _plain(tokenizer: Any) -> ChatTemplate:

@@ -5,20 +5,31 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
+from tokenizers import AddedToken
 
+from apollo_sft.config.schema import DataConfig
+from apollo_sft.data.sandbox import RenderError, RunawayError, Sandbox, written_literals
 from apollo_sft.data.spans import Span, Text, UnprovableError
-from apollo_sft.data.template import ChatTemplate
+from apollo_sft.data.template import ChatTemplate, resolve_template
 from apollo_sft.errors import DataError
+from apollo_sft.types import Message
 
 TAIL_CACHE = 4096
 KEPT_CHARACTERS = 4_000_000
 """Pieces of text are kept with their tokens until they are this long together."""
+CONTROL = re.compile(r"<[|\uff5c][^\s<>|\uff5c]+[|\uff5c]>|<(?:start|begin|end)_of_[a-z]+>|</?s>|<(?:bos|eos)>")
+"""How control tokens are spelled: <|im_end|>, <\uff5cUser\uff5c>, <end_of_turn>, </s>, <eos>."""
+PROBES: tuple[tuple[Message, ...], ...] = (
+    ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}),
+    ({"role": "system", "content": "c"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,3 +257,43 @@ def special_tokens(tokenizer: Any) -> re.Pattern[str]:
         found = set()
     longest_first = sorted(found - {""}, key=lambda text: (-len(text), text))
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def fit_template(tokenizer: Any, data: DataConfig, add: bool) -> ChatTemplate:
+    """The template that `data.chat_template` names, and a tokenizer that knows its control tokens.
+
+    `add`: those that it does not know as one token are added to it, in place, as special tokens. Without, a template
+    that is not the tokenizer's own must write none; its own may, as some models were trained so.
+    Raises: DataError naming them.
+    """
+    template = resolve_template(tokenizer, data)
+    if not add and template.text == tokenizer.chat_template:
+        return template
+    unknown = unknown_tokens(tokenizer, template, data)
+    if unknown and not add:
+        raise DataError(
+            f"the chat template ({template.source}) writes tokens that the tokenizer does not know as one token",
+            found=f"no token {', '.join(unknown)}",
+            expected="a tokenizer that has them",
+            fix="model.add_special_tokens=true, which adds them and trains embeddings for them; "
+            "or data.chat_template=plain, which ends answers with the tokenizer's own end token",
+        )
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in unknown], special_tokens=True)
+    return template
+
+
+def unknown_tokens(tokenizer: Any, template: ChatTemplate, data: DataConfig) -> list[str]:
+    """The control tokens that a template writes, and that are no added tokens, in the order in which it writes them.
+
+    They are found in its own text, and in renderings of short conversations: some are put together.
+    Raises: DataError for a template that does not compile.
+    """
+    sandbox = Sandbox(template, dict(tokenizer.special_tokens_map) | dict(data.apply_chat_template_kwargs))
+    texts = [literal for tools in (False, True) for literal in written_literals(template.text_for(tools))]
+    with sandbox.bounded():
+        for probe in PROBES:
+            with suppress(RenderError, RunawayError):
+                texts.append(sandbox.render(probe, None, {}, add_generation_prompt=True))
+    found = dict.fromkeys(token for text in texts for token in CONTROL.findall(text))
+    known = tokenizer.get_added_vocab()
+    return [token for token in found if token not in known]

@@ -13,6 +13,7 @@ import torch
 
 from apollo_sft.errors import ModelError
 from apollo_sft.model import attention
+from apollo_sft.types import Growth
 
 EXACT_LAYERS = {"full_attention", "sliding_attention", "attention"}
 """Layer types whose only mixing of positions is the attention function that we hand in."""
@@ -214,17 +215,27 @@ def _model_class(config: Any, trust_remote_code: bool) -> Any:
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
-def load_with_weights(folder: Path, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The whole model on the CPU with its weights in `dtype`.
+def with_rows(config: Any, rows: int) -> Any:
+    """A copy of a transformers config with so many embeddings."""
+    own = copy.deepcopy(config)
+    own.get_text_config().vocab_size = rows
+    return own
+
+
+def load_with_weights(
+    folder: Path, config: Any, dtype: torch.dtype, trust_remote_code: bool, growth: Growth | None = None
+) -> Any:
+    """The whole model on the CPU with its weights in `dtype`. `config`: with `growth`, that of the grown model.
 
     Raises: ModelError when the folder holds no safetensors, or when weights are missing or of another shape.
     """
     from transformers import AutoModelForCausalLM
 
+    held = config if growth is None else with_rows(config, growth.held)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
-            config=_own_config(config, dtype),
+            config=_own_config(held, dtype),
             dtype=dtype,
             attn_implementation=attention.NAME,
             trust_remote_code=trust_remote_code,
@@ -244,7 +255,24 @@ def load_with_weights(folder: Path, config: Any, dtype: torch.dtype, trust_remot
             found=f"{len(missing)} missing or of another shape: {', '.join(missing[:5])}",
             fix="train from the complete model",
         )
+    if growth is not None:
+        _grow(model, growth)
     return _checked(model)
+
+
+@torch.no_grad()
+def _grow(model: Any, growth: Growth) -> None:
+    """The rows of added tokens, in embeddings and head, begin as the mean of the rows of the tokens that were there.
+
+    Source: transformers' `resize_token_embeddings`, which draws them closely around that mean. What is drawn would
+    depend on the state of a generator.
+    """
+    if growth.rows > growth.held:
+        with torch.random.fork_rng(devices=[]):
+            model.resize_token_embeddings(growth.rows, mean_resizing=False)
+    tables = [*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()]
+    for table in {id(table): table for table in tables}.values():  # weights, perhaps tied, and the bias of a head
+        table[list(growth.ids)] = table[: growth.known].mean(0, dtype=torch.float64).to(table.dtype)
 
 
 def build_on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from apollo_sft.config.schema import ModelConfig, SftConfig
 from apollo_sft.errors import ConfigError
-from apollo_sft.model import attention, load, lora
+from apollo_sft.model import attention, four_bit, load, lora
 from apollo_sft.model.proof import prove
 from apollo_sft.model.sft_model import SftModel, enable_checkpointing
 from apollo_sft.parallel import fsdp1, fsdp2
@@ -24,7 +24,8 @@ from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import Mesh
 from apollo_sft.parallel.ulysses import Ulysses
 from apollo_sft.report.log import say
-from apollo_sft.train.optim import build_optimizer
+from apollo_sft.train.optim import build_optimizer, check_optimizer
+from apollo_sft.types import Growth
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -73,8 +74,9 @@ class Precision:
 def check_strategy(config: SftConfig, world: World) -> None:
     """Raises: ConfigError when the strategy cannot train exactly what is asked for."""
     fsdp, precision = config.model.fsdp_config, resolve_precision(config.model, world.device.type == "cuda")
-    reduces_once = fsdp.use_no_sync_for_gradient_accumulation
-    STRATEGIES[_strategy_name(config, world)].check(fsdp.fsdp_size, precision.compute, reduces_once)
+    reduces_once, name = fsdp.use_no_sync_for_gradient_accumulation, _strategy_name(config, world)
+    STRATEGIES[name].check(fsdp.fsdp_size, precision.compute, reduces_once)
+    check_optimizer(config.optim, name)
 
 
 def _strategy_name(config: SftConfig, world: World) -> str:
@@ -92,7 +94,9 @@ def resolve_precision(model: ModelConfig, on_cuda: bool) -> Precision:
     return Precision(master, compute, torch.float32)
 
 
-def assemble(config: SftConfig, folder: Path, hf_config: Any, world: World, mesh: Mesh) -> tuple[SftModel, Optimizer]:
+def assemble(
+    config: SftConfig, folder: Path, hf_config: Any, world: World, mesh: Mesh, growth: Growth | None = None
+) -> tuple[SftModel, Optimizer]:
     """The trainable model, sharded over `mesh` when there is one, and its optimizer. Every rank calls it.
 
     Rank 0 reads the weights and proves the architecture; the others build on meta and receive their shards.
@@ -109,7 +113,8 @@ def assemble(config: SftConfig, folder: Path, hf_config: Any, world: World, mesh
     stored = stored_dtype(config, world, adapter is not None)
     source = None
     if world.is_main:
-        source = SftModel(load.load_with_weights(folder, hf_config, stored, trust))
+        read = load.load_with_weights(folder, hf_config, stored, trust, growth)
+        source = SftModel(four_bit.quantised(config.model, read, adapter, world.device))
         prove(source, config.trainer.seed)
         if adapter is not None:
             say(str(lora.inject(source.causal_lm, adapter, precision.master, config.model.lora_adapter_path)))
@@ -119,7 +124,7 @@ def assemble(config: SftConfig, folder: Path, hf_config: Any, world: World, mesh
         assert source is not None, "one process reads its own weights"
         model = laid_out(config, source.to(world.device), world, mesh)
     else:
-        causal_lm = load.build_on_meta(hf_config, stored, trust)
+        causal_lm = four_bit.quantised(config.model, load.build_on_meta(hf_config, stored, trust), adapter)
         if adapter is not None:
             lora.inject(causal_lm, adapter, precision.master)
         model = laid_out(config, SftModel(causal_lm, mesh.sp_rank, mesh.sp_size), world, mesh)
@@ -149,11 +154,10 @@ def laid_out(config: SftConfig, model: SftModel, world: World, mesh: Mesh) -> Sf
 
 
 def optimizer_of(model: SftModel, config: SftConfig) -> Optimizer:
-    return build_optimizer(model.parameters(), config.optim, partial(strategy_of(model).num_dims, model))
+    return build_optimizer(model.causal_lm, config.optim, partial(strategy_of(model).num_dims, model))
 
 
 def offloads(config: ModelConfig) -> bool:
-    """`cpu_offload` and `offload_params` are one switch."""
     return config.fsdp_config.cpu_offload or config.fsdp_config.offload_params
 
 

@@ -19,12 +19,14 @@ from apollo_sft.checkpoint.state import StateFiles
 from apollo_sft.checkpoint.verify import verify_model_folder
 from apollo_sft.config.schema import DataConfig, SftConfig
 from apollo_sft.data.render import Renderer
-from apollo_sft.data.template import ChatTemplate, resolve_template
+from apollo_sft.data.template import ChatTemplate
+from apollo_sft.data.tokens import fit_template
 from apollo_sft.errors import ConfigError, DataError
 from apollo_sft.model import attention
+from apollo_sft.model.four_bit import quantised
 from apollo_sft.model.load import build_on_meta, load_with_weights
 from apollo_sft.model.lora import inject, lora_config, merge
-from apollo_sft.train.assemble import DTYPES
+from apollo_sft.train.assemble import DTYPES, resolve_precision
 from apollo_sft.train.finish import IN_CHECKPOINT, options_of
 from apollo_sft.train.preflight import load_external_lib, load_tokenizer, open_base
 from apollo_sft.types import BaseModel, Conversation, RowRef
@@ -85,7 +87,7 @@ def _check_out(out: Path) -> None:
 
 def _options(config: SftConfig, base: BaseModel, checkpoint: Path, export_dtype: str | None) -> ExportOptions:
     tokenizer = load_tokenizer(base.folder, config.model.trust_remote_code)
-    template = resolve_template(tokenizer, config.data)
+    template = fit_template(tokenizer, config.data, config.model.add_special_tokens)
     stops = trained_stops(find_run(checkpoint))
     stops = probed_stops(tokenizer, template, config.data) if stops is None else stops
     if export_dtype is not None:
@@ -110,11 +112,13 @@ def _write_full(
 
 @torch.no_grad()
 def _merged(config: SftConfig, base: BaseModel, hf_config: Any, checkpoint: Path) -> Any:
-    """The base with the adapter of a checkpoint added to its weights."""
+    """The base with the adapter of a checkpoint added to its weights. What was held in 4 bits is so once more."""
     attention.register(attention.sdpa_kernel)
-    master = DTYPES[config.model.fsdp_config.model_dtype]
-    causal_lm = load_with_weights(base.folder, hf_config, master, config.model.trust_remote_code)
-    inject(causal_lm, lora_config(config.model, base.source), master)
+    master, adapter = DTYPES[config.model.fsdp_config.model_dtype], lora_config(config.model, base.source)
+    stored = resolve_precision(config.model, on_cuda=True).compute if config.model.load_in_4bit else master
+    read = load_with_weights(base.folder, hf_config, stored, config.model.trust_remote_code)
+    causal_lm = quantised(config.model, read, adapter)
+    inject(causal_lm, adapter, master)
     state = StateFiles(checkpoint)
     for name, parameter in causal_lm.named_parameters():
         if parameter.requires_grad:

@@ -21,6 +21,7 @@ from apollo_sft.data.render import Renderer
 from apollo_sft.data.sandbox import handed_over
 from apollo_sft.data.spans import Span, Text
 from apollo_sft.data.template import resolve_template
+from apollo_sft.data.tokens import fit_template
 from apollo_sft.errors import CheckpointError, DataError, ModelError
 from apollo_sft.model.load import HUB_FILES, in_short
 from apollo_sft.train.export import probed_stops
@@ -176,8 +177,10 @@ def _trained_tokenizer(subject: Subject) -> tuple[Any, str]:
         folder = Path(subject.base)
         if not folder.is_dir():
             folder = Path(snapshot_download(subject.base, allow_patterns=HUB_FILES, local_files_only=True))
-        return load_tokenizer(folder, subject.trust_remote_code), "the base model's tokenizer"
-    except (ModelError, OSError, ValueError):
+        tokenizer = load_tokenizer(folder, subject.trust_remote_code)
+        fit_template(tokenizer, subject.data, add=True)  # as model.add_special_tokens did, if any were missing
+        return tokenizer, "the base model's tokenizer"
+    except (ModelError, DataError, OSError, ValueError):
         return own
 
 

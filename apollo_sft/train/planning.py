@@ -9,17 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from apollo_sft.checkpoint.state import num_bytes as state_bytes
+from apollo_sft.checkpoint.state import num_bytes as checkpoint_bytes
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.parquet import expand_paths, num_rows
 from apollo_sft.data.plan import steps_per_epoch
 from apollo_sft.errors import DataError
-from apollo_sft.model.load import check_architecture, find_model, read_config
+from apollo_sft.model.four_bit import num_bytes_read, num_weights
+from apollo_sft.model.load import check_architecture, find_model, read_config, with_rows
 from apollo_sft.parallel.mesh import Mesh, check_mesh
 from apollo_sft.train.flops import cost_of
 from apollo_sft.train.layouts import value_of, with_values
 from apollo_sft.train.memory import Pack, Ranks, StepMemory, meta_model, step_memory
-from apollo_sft.train.preflight import load_external_lib
+from apollo_sft.train.optim import build_optimizer, state_bytes
+from apollo_sft.train.preflight import growth_of, load_external_lib
 from apollo_sft.train.run import plan_spec
 
 CHECKPOINTING = "model.enable_gradient_checkpointing"
@@ -122,6 +124,9 @@ class Planner:
         self.ranks = Ranks(machine.gpus, machine.on_cuda)
         self.hf_config = read_config(folder, config.model.trust_remote_code)
         check_architecture(self.hf_config, config.model.trust_remote_code)
+        growth = growth_of(config, folder, self.hf_config)
+        if growth is not None:
+            self.hf_config = with_rows(self.hf_config, growth.rows)
         self.causal_lm = meta_model(config, self.hf_config, self.ranks)
         self._seen: dict[tuple[Any, ...], StepMemory] = {}
 
@@ -139,13 +144,14 @@ class Planner:
             largest=None if machine.memory is None else self._largest(self.config, {size: memory}),
             advice=None if machine.memory is None else self._advice(),
             checkpoint_copy=self._checkpoint_copy(),
-            reading=sum(p.numel() * p.element_size() for p in self.causal_lm.parameters()),
+            reading=num_bytes_read(self.causal_lm),
             work=self._work(),
         )
 
     def _checkpoint_copy(self) -> int:
         checkpoint, sharing = self.config.trainer.checkpoint, self.config.model.fsdp_config.fsdp_size
-        whole = state_bytes(self.causal_lm, checkpoint.save_contents) if checkpoint.async_save else 0
+        moments = state_bytes(build_optimizer(self.causal_lm, self.config.optim))
+        whole = checkpoint_bytes(self.causal_lm, moments, checkpoint.save_contents) if checkpoint.async_save else 0
         return whole // (self.machine.gpus if sharing == -1 else sharing)
 
     def memory(self, config: SftConfig, size: int) -> StepMemory:
@@ -214,7 +220,7 @@ class Planner:
         cost = cost_of(self.causal_lm)
         return Model(
             name=type(self.causal_lm).__name__,
-            parameters=sum(p.numel() for p in parameters),
+            parameters=sum(num_weights(self.causal_lm).values()),
             trained=sum(p.numel() for p in parameters if p.requires_grad),
             active=cost.active + cost.head,
             layers=self.hf_config.get_text_config().num_hidden_layers,

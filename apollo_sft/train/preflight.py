@@ -16,18 +16,28 @@ from apollo_sft.checkpoint.agree import free_bytes
 from apollo_sft.checkpoint.conversion import plan_export
 from apollo_sft.checkpoint.publish import read_json
 from apollo_sft.checkpoint.resume import whole_checkpoints
-from apollo_sft.checkpoint.state import num_bytes as state_bytes
+from apollo_sft.checkpoint.state import num_bytes as checkpoint_bytes
 from apollo_sft.checkpoint.tensor_files import FOREIGN_FORMS, num_bytes, read_base_tensors, safe_path
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.store import SampleStore, StoreRequest, prepare_store
-from apollo_sft.data.template import ChatTemplate, resolve_template
+from apollo_sft.data.template import ChatTemplate
+from apollo_sft.data.tokens import fit_template
 from apollo_sft.errors import CheckpointError, ConfigError, DataError, ModelError
 from apollo_sft.model import attention
-from apollo_sft.model.load import build_on_meta, check_architecture, check_longest, find_model, in_short, read_config
+from apollo_sft.model.load import (
+    build_on_meta,
+    check_architecture,
+    check_longest,
+    find_model,
+    in_short,
+    read_config,
+    with_rows,
+)
 from apollo_sft.model.lora import ADAPTER_FILE, check_adapter_file, inject, lora_config
 from apollo_sft.report.log import say
 from apollo_sft.train.assemble import DTYPES
-from apollo_sft.types import BaseModel
+from apollo_sft.train.optim import build_optimizer, state_bytes
+from apollo_sft.types import BaseModel, Growth
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +95,9 @@ def prepare(config: SftConfig, weights: bool = True) -> Prepared:
     _check_positions(config, hf_config)
     check_longest(hf_config, config.data.max_length)
     tokenizer = load_tokenizer(base.folder, trust)
-    template = resolve_template(tokenizer, config.data)
+    template = fit_template(tokenizer, config.data, config.model.add_special_tokens)
+    if base.growth is not None:
+        say(_growth_in_words(base.growth))
     train = _store(config, "train", tokenizer, template)
     val = _store(config, "val", tokenizer, template) if config.data.val_files else None
     for store in (train, val):
@@ -104,7 +116,48 @@ def open_base(config: SftConfig, weights: bool = True) -> tuple[BaseModel, Any]:
     tensors = read_base_tensors(folder, model.follow_links)
     hf_config = read_config(folder, model.trust_remote_code)
     check_architecture(hf_config, model.trust_remote_code)
-    return BaseModel(model.partial_pretrain, folder, read_json(folder / "config.json"), tensors), hf_config
+    raw = read_json(folder / "config.json")
+    growth = growth_of(config, folder, hf_config)
+    if growth is not None:
+        raw, hf_config = _with_rows(raw, hf_config, growth.rows), with_rows(hf_config, growth.rows)
+    return BaseModel(model.partial_pretrain, folder, raw, tensors, growth), hf_config
+
+
+def growth_of(config: SftConfig, folder: Path, hf_config: Any) -> Growth | None:
+    """What `model.add_special_tokens` adds to the model in `folder`; None when nothing is missing.
+
+    Raises: ModelError, DataError.
+    """
+    if not config.model.add_special_tokens:
+        return None
+    tokenizer, held = load_tokenizer(folder, config.model.trust_remote_code), hf_config.get_text_config().vocab_size
+    before = tokenizer.get_vocab()
+    fit_template(tokenizer, config.data, add=True)
+    # By id: a word of the vocabulary that becomes a control token keeps its id, and its row.
+    added = {number: token for token, number in tokenizer.get_vocab().items() if token not in before}
+    if not added:
+        return None
+    ids = sorted(added)
+    rows = max(held, ids[-1] + 1)
+    known = min(held, max(before.values()) + 1)
+    fresh = sorted({*ids, *range(held, rows)})
+    return Growth(tuple(added[number] for number in ids), tuple(fresh), known, held, rows)
+
+
+def _with_rows(raw: dict[str, Any], hf_config: Any, rows: int) -> dict[str, Any]:
+    """config.json with so many embeddings: where a model of text and images keeps them, the one of its text."""
+    parts = [key for key in type(hf_config).sub_configs if getattr(hf_config, key, None) is hf_config.get_text_config()]
+    changed = raw | {key: raw.get(key, {}) | {"vocab_size": rows} for key in parts}
+    return changed | {"vocab_size": rows} if not parts or "vocab_size" in raw else changed
+
+
+def _growth_in_words(growth: Growth) -> str:
+    grown = f"embeddings grow from {growth.held:,} to {growth.rows:,} rows"
+    unused = f"they take rows of the {growth.held:,} embeddings that stood for nothing"
+    return (
+        f"added to the tokenizer: {', '.join(growth.tokens)}; "
+        f"{grown if growth.rows > growth.held else unused}, the new ones begin as the mean of the others"
+    )
 
 
 def check_model(config: SftConfig) -> None:
@@ -129,6 +182,8 @@ def check_model(config: SftConfig) -> None:
     except CheckpointError as error:  # of these files, not of a checkpoint
         raise ModelError(str(error)) from error
     wanted = lora_config(config.model, base.source)
+    if wanted is not None and base.growth is not None:
+        raise _adapter_on_grown(base.growth)
     if wanted is not None:
         inject(causal_lm, wanted, master)
     if adapter is not None:
@@ -142,8 +197,9 @@ def _check_disk(config: SftConfig, causal_lm: Any, model_bytes: int, is_lora: bo
     Raises: ConfigError.
     """
     root, contents = Path(config.trainer.default_local_dir), config.trainer.checkpoint.save_contents
-    hf_bytes = state_bytes(causal_lm, ["model"]) if is_lora else model_bytes
-    one = state_bytes(causal_lm, contents) + ("hf_model" in contents) * hf_bytes
+    hf_bytes = checkpoint_bytes(causal_lm, 0, ["model"]) if is_lora else model_bytes
+    moments = state_bytes(build_optimizer(causal_lm, config.optim))
+    one = checkpoint_bytes(causal_lm, moments, contents) + ("hf_model" in contents) * hf_bytes
     has_one = any(whole_checkpoints(root / "checkpoints"))
     needed = (1 if has_one else 2) * one + (config.trainer.export != "adapter") * model_bytes
     if free_bytes(root) < needed:
@@ -154,6 +210,15 @@ def _check_disk(config: SftConfig, causal_lm: Any, model_bytes: int, is_lora: bo
             fix="make room, choose another trainer.default_local_dir, or leave hf_model out of "
             "trainer.checkpoint.save_contents",
         )
+
+
+def _adapter_on_grown(growth: Growth) -> ConfigError:
+    return ConfigError(
+        "model.add_special_tokens with LoRA: the adapter would be one of a model that is nowhere in a folder",
+        found=f"{', '.join(growth.tokens)}, which the base model does not know",
+        fix="model.lora_rank=0; or add them once, with transformers (add_tokens, resize_token_embeddings, "
+        "save_pretrained), and train that folder with the embeddings in model.modules_to_save",
+    )
 
 
 def _no_weights(folder: Path) -> ModelError:

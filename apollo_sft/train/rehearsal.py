@@ -51,17 +51,18 @@ def rehearse(config: SftConfig, ranks: int, real_weights: bool, folder: Path) ->
     samples = _slice(prepared.train, config, None if real_weights else TOKENS)
     if real_weights:
         base, hf_config, vocabulary = prepared.base.folder, silent(prepared.hf_config), None
+        growth = prepared.base.growth
         _check_memory(prepared)
     else:
         vocabulary = np.unique(np.concatenate([sample.input_ids for sample in samples]))
         samples = [_renumbered(sample, vocabulary) for sample in samples]
-        base = folder / "model"
+        base, growth = folder / "model", None
         hf_config = shrink(prepared.hf_config, len(vocabulary), _number(prepared.hf_config, vocabulary))
         write_model(hf_config, base, config.trainer.seed)
     config = with_values(config, _adapter(config, base, real_weights, folder))
     _write_store(folder / "store", samples)
     lengths = [len(sample.input_ids) for sample in samples]
-    job = Job(config, base, layouts(config, ranks, max(max(lengths), sum(lengths) // (4 * STEPS))))
+    job = Job(config, base, layouts(config, ranks, max(max(lengths), sum(lengths) // (4 * STEPS))), growth)
     job.write(folder)
     return Rehearsal(job, _description(prepared, hf_config, samples, config, vocabulary))
 
@@ -78,6 +79,7 @@ def _changes(config: SftConfig) -> dict[str, Any]:
         "model.fsdp_config.dtype": "auto",
         "model.attn_implementation": "sdpa",
         "model.lora_dropout": 0.0,
+        "model.load_in_4bit": False,
         "trainer.device": "cpu",
     }
 

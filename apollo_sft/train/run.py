@@ -173,7 +173,8 @@ def _run(config: SftConfig, world: World, folder: RunFolder | None, stop: StopFl
     if folder is not None:
         announce(config, prepared, schedule, train_loader, folder)
     seed_everything(config.trainer.seed, world.rank)
-    model, optimizer = assemble(config, prepared.base.folder, prepared.hf_config, world, mesh)
+    base = prepared.base
+    model, optimizer = assemble(config, base.folder, prepared.hf_config, world, mesh, base.growth)
     facts = {"processes": world.size, "data": prepared.train.key, "config": recorded(config)}
     outline = strategy_of(model).outline(model).causal_lm
     form = hf_form(config, prepared, outline)

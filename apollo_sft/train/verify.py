@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -43,37 +44,49 @@ from apollo_sft.train.optim import build_optimizer
 from apollo_sft.train.preflight import load_external_lib, seed_everything
 from apollo_sft.train.run import plan_spec
 from apollo_sft.train.step import StepResult, train_step
+from apollo_sft.types import Growth
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is run. `base`: the model folder; `config`: the user's, ready for float64 on the CPU."""
+    """What is run. `base`: the model folder; `config`: the user's, ready for float64 on the CPU.
+
+    `growth`: tokens that are added to the model in `base`.
+    """
 
     config: SftConfig
     base: Path
     layouts: list[Layout]
+    growth: Growth | None = None
 
     def write(self, folder: Path) -> None:
         layouts = [asdict(layout) for layout in self.layouts]
-        raw = {"config": self.config.model_dump(mode="json"), "base": str(self.base), "layouts": layouts}
+        growth = None if self.growth is None else asdict(self.growth)
+        config = self.config.model_dump(mode="json")
+        raw = {"config": config, "base": str(self.base), "layouts": layouts, "growth": growth}
         (folder / "job.json").write_text(json.dumps(raw), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Job:
         raw = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-        return cls(validate(raw["config"]), Path(raw["base"]), [Layout(**layout) for layout in raw["layouts"]])
+        growth = None if raw["growth"] is None else Growth(**raw["growth"])
+        return cls(validate(raw["config"]), Path(raw["base"]), [Layout(**layout) for layout in raw["layouts"]], growth)
+
+    def hf_config(self) -> Any:
+        found = silent(load.read_config(self.base, self.config.model.trust_remote_code))
+        return found if self.growth is None else load.with_rows(found, self.growth.rows)
 
 
 def write_oracle(job: Job, store: SampleStore, folder: Path) -> Figures:
     """Two steps in plain transformers, eager attention. Leaves losses, norms, gradients and weights in `folder`."""
-    hf_config = silent(load.read_config(job.base, job.config.model.trust_remote_code))
+    hf_config, trust = job.hf_config(), job.config.model.trust_remote_code
     attention.register(attention.sdpa_kernel)
-    model = load.load_with_weights(job.base, hf_config, torch.float64, job.config.model.trust_remote_code)
+    model = load.load_with_weights(job.base, hf_config, torch.float64, trust, job.growth)
     adapter = lora.lora_config(job.config.model, str(job.base))
     if adapter is not None:
         lora.inject(model, adapter, torch.float64, job.config.model.lora_adapter_path)
     model.set_attn_implementation("eager")
-    optimizer = build_optimizer(model.parameters(), job.config.optim)
+    optimizer = build_optimizer(model, job.config.optim)
     spec = plan_spec(job.config, Mesh(0, 1, 0, 1, None), hf_config)
     losses, norms = [], []
     for step in range(STEPS):
@@ -97,9 +110,9 @@ def measure(job: Job, index: int, store: SampleStore, folder: Path, world: World
     config = with_values(job.config, job.layouts[index].values)
     expected = json.loads((folder / ORACLE_FILE).read_text(encoding="utf-8"))
     mesh = build_mesh(world, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
-    hf_config = silent(load.read_config(job.base, config.model.trust_remote_code))
+    hf_config = job.hf_config()
     seed_everything(config.trainer.seed, world.rank)
-    model, optimizer = assemble(config, job.base, hf_config, world, mesh)
+    model, optimizer = assemble(config, job.base, hf_config, world, mesh, job.growth)
     loader = Loader(store, plan_spec(config, mesh, hf_config), mesh.dp_rank, mesh.sp_size)
     results: list[StepResult] = []
     off: list[tuple[float, float, str]] = []  # difference, its bound, what differs
