@@ -6,10 +6,12 @@ import difflib
 import glob
 import importlib.util
 import os.path
+import re
 import sys
 from collections.abc import Callable, Iterator
 
 from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.sources import paths_of, refused
 from apollo_sft.errors import ConfigError
 
 LOGGERS = ("console", "tensorboard", "wandb", "mlflow", "swanlab", "trackio", "file")
@@ -47,7 +49,9 @@ def check_combinations(config: SftConfig, given: set[str], notes: list[str]) -> 
     checks = (
         _batches(config),
         _files(config, given),
+        refused(config.data),
         _precision(config),
+        _four_bits(config),
         _loggers(config),
         _contradictions(config, given),
         _checkpoints(config),
@@ -80,8 +84,8 @@ def _missing(config: SftConfig, given: set[str]) -> Iterator[ConfigError]:
         ("data.train_files", config.data.train_files, "data.train_files=path/to/train.parquet"),
         ("data.val_files", config.data.val_files, "data.val_files=null, or data.val_files=path/to/val.parquet"),
     ):
-        for path in paths:
-            if "://" not in path and not _exists(path):
+        for path in paths_of(paths):
+            if "://" not in without_file_scheme(path) and not _exists(without_file_scheme(path)):
                 fix = f"a list is written {key}=[{path}]" if "," in path else off
                 yield ConfigError(f"{_named(key, given)}: no such file", found=path, fix=fix)
     model = config.model.partial_pretrain
@@ -96,6 +100,18 @@ def _missing(config: SftConfig, given: set[str]) -> Iterator[ConfigError]:
     external = config.model.external_lib
     if external is not None and not _is_module(external.partition(".")[0]):
         yield ConfigError("model.external_lib cannot be found", found=external, expected="a module on PYTHONPATH")
+
+
+def without_file_scheme(path: str) -> str:
+    """A local path of a `file://` URL; everything else as it is."""
+    return path.removeprefix("file://") if path.startswith("file:///") else path
+
+
+def is_hub_data_set(path: str) -> bool:
+    """Whether it reads as `owner/name` on the hub: no extension of data, and no local folder of the owner's name."""
+    named = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?", path) is not None
+    is_file = re.search(r"\.(parquet|pq|jsonl?|ndjson|arrow|feather|ipc|csv|tsv|txt|gz|zst|zip)$", path) is not None
+    return named and not is_file and not os.path.isdir(path.partition("/")[0])  # noqa: PTH112
 
 
 def _is_module(name: str) -> bool:
@@ -113,7 +129,8 @@ def _named(key: str, given: set[str]) -> str:
 
 def _exists(path: str) -> bool:
     """os.path, here and below: a name that is too long or lies in a folder that may not be read is no traceback."""
-    return os.path.exists(path) or bool(glob.has_magic(path) and glob.glob(path, recursive=True))  # noqa: PTH110, PTH207
+    is_there = os.path.exists(path) or is_hub_data_set(path)  # noqa: PTH110
+    return is_there or bool(glob.has_magic(path) and glob.glob(path, recursive=True))  # noqa: PTH207
 
 
 def _is_file(path: str) -> bool:
@@ -145,7 +162,7 @@ def _files(config: SftConfig, given: set[str]) -> Iterator[ConfigError]:
     if "data.train_files" in given and "data.val_files" not in given and config.data.val_files:
         yield ConfigError(
             "data.train_files is yours, but data.val_files is still the default",
-            found=", ".join(config.data.val_files),
+            found=", ".join(paths_of(config.data.val_files)),
             expected="validation data that belongs to the training data",
             fix="set data.val_files, or data.val_files=null to train without validation",
         )
@@ -161,6 +178,33 @@ def _precision(config: SftConfig) -> Iterator[ConfigError]:
             "model.fsdp_config.dtype does not go with model.fsdp_config.model_dtype",
             found=f"dtype={compute}, model_dtype={master}",
             expected=f"dtype={' or '.join(allowed)} with model_dtype={master}",
+        )
+
+
+def _four_bits(config: SftConfig) -> Iterator[ConfigError]:
+    model = config.model
+    if not model.load_in_4bit:
+        return
+    if model.lora_rank == 0 and model.lora_adapter_path is None:
+        yield ConfigError(
+            "model.load_in_4bit=true needs LoRA: weights in 4 bits cannot be trained themselves",
+            fix="model.lora_rank=16, or model.load_in_4bit=false",
+        )
+    if config.trainer.device == "cpu":
+        yield ConfigError(
+            "model.load_in_4bit=true needs CUDA", found="trainer.device=cpu", fix="model.load_in_4bit=false"
+        )
+    if model.strategy == "fsdp":
+        yield ConfigError(
+            "model.load_in_4bit=true needs model.strategy=fsdp2: FSDP1 casts all weights of a layer alike",
+            found="model.strategy=fsdp",
+            fix="model.strategy=fsdp2",
+        )
+    if model.fsdp_config.model_dtype == "fp64":
+        yield ConfigError(
+            "model.load_in_4bit=true knows no float64",
+            found="model.fsdp_config.model_dtype=fp64",
+            fix="model.fsdp_config.model_dtype=fp32",
         )
 
 

@@ -13,10 +13,11 @@ import tokenizers
 import transformers
 
 from apollo_sft.config.schema import DataConfig
+from apollo_sft.data.files import is_remote, remote_hash, shown
 from apollo_sft.data.template import ChatTemplate
 from apollo_sft.errors import DataError
 
-FORMAT = 3
+FORMAT = 4
 """Raised whenever the same inputs give other samples or another layout of the files."""
 
 SETTLED_SECONDS = 2.0
@@ -48,7 +49,7 @@ def store_key(
     parts: dict[str, Any] = {
         "format": FORMAT,
         "versions": [transformers.__version__, tokenizers.__version__],
-        "files": [[file, file_hash(Path(file), hashes)] for file in files],
+        "files": [[shown(file), content_hash(file, hashes)] for file in files],
         "max_rows": max_rows,
         "tokenizer": tokenizer_hash(tokenizer),
         "template": [template.text, template.tool_text],
@@ -70,6 +71,11 @@ def tokenizer_hash(tokenizer: Any) -> str:
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     digest.update(json.dumps(around, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def content_hash(file: str, hashes: Path) -> str:
+    """Of a file here or in a store on the network. Raises: DataError for a file that cannot be read."""
+    return remote_hash(file) if is_remote(file) else file_hash(Path(file), hashes)
 
 
 def file_hash(path: Path, hashes: Path) -> str:
