@@ -79,6 +79,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _subject(options: argparse.Namespace, overrides: list[str]) -> Subject:
     from apollo_sft.checkpoint.lookup import find_run, read_training
+    from apollo_sft.config.sources import paths_of
     from apollo_sft.data.parquet import expand_paths
     from apollo_sft.train.exam import data_keys
     from apollo_sft.train.handoff_files import Subject
@@ -89,7 +90,7 @@ def _subject(options: argparse.Namespace, overrides: list[str]) -> Subject:
     if options.data:
         files = tuple(expand_paths(options.data, "--data"))
     else:
-        files = tuple(file for file in data.train_files if run is not None and Path(file).is_file())
+        files = tuple(file for file in paths_of(data.train_files) if run is not None and Path(file).is_file())
     return Subject(
         folder=options.folder,
         data=data,

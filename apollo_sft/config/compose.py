@@ -23,7 +23,7 @@ from apollo_sft.config.aliases import REFUSED, REFUSED_SECTIONS, RENAMED, WITHOU
 from apollo_sft.config.checks import check_combinations
 from apollo_sft.config.overrides import Setting, leaves, parse
 from apollo_sft.config.pending import refuse_pending
-from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.schema import FileSet, SftConfig, Source
 from apollo_sft.errors import ConfigError, redact
 
 T = TypeVar("T")
@@ -39,6 +39,7 @@ EXPECTED = {
     "float_type": "a number",
     "bool_type": "true or false",
     "tuple_type": "a list: [a,b]",
+    "missing": "it is given",
 }
 """Our words for what pydantic expects, by its kind of error."""
 
@@ -208,23 +209,34 @@ def _explain(key: str, problem: Any) -> str:
     found, kind = problem["input"], problem["type"]
     found = list(found) if isinstance(found, tuple) else found
     if kind == "extra_forbidden":
-        return str(_unknown_key(key))
+        return str(_unknown_field(key) if "[" in key else _unknown_key(key))
     fix = None
     expected = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if kind in EXPECTED:
         expected = EXPECTED[kind].format(key=key)
     elif kind in ("too_short", "too_long"):
         expected = f"a list of {problem['ctx'].get('min_length', problem['ctx'].get('max_length'))}"
+        expected += " or more" if key.endswith("].path") else ""
     if kind == "string_type" and isinstance(found, int | float):
         fix = f"quote a number or a word such as true that is meant as text: \"{key}='…'\""
     return str(ConfigError(f"{key} has a value that cannot be used", found=f"{found!r}", expected=expected, fix=fix))
 
 
+def _unknown_field(key: str) -> ConfigError:
+    fields = (Source if key.startswith("data.train_files") else FileSet).model_fields
+    return ConfigError(f"unknown key {key}", expected=f"one of {', '.join(fields)}")
+
+
 def _key_of(problem: Any) -> str:
-    """The dotted key of a pydantic problem, without the positions and union branches that pydantic adds."""
+    """The dotted key of a pydantic problem, without the positions and union branches that pydantic adds, but for a
+    field of a source: data.train_files[1].weight.
+    """
     parts: list[str] = []
-    for part in problem["loc"]:
+    for place, part in enumerate(problem["loc"]):
         if isinstance(part, int) or ".".join(parts) in known_keys():
+            match problem["loc"][place:]:
+                case (int(number), "source", str(name), *_):
+                    return f"{'.'.join(parts)}[{number}].{name}"
             break
         parts.append(str(part))
     return ".".join(parts)

@@ -7,17 +7,17 @@ import re
 from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 SAVE_FREQUENCIES = "-1, a number of steps such as 200, epoch, or minutes such as 30min"
 ALL_OR_SOME = "-1, or 1 and more"
 
 
 def _as_tuple(value: Any) -> Any:
-    """A list, one text for a list of one, or nothing."""
+    """A list, one text or dict for a list of one, or nothing."""
     if value is None:
         return ()
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+    return (value,) if isinstance(value, str | dict) else tuple(value) if isinstance(value, list) else value
 
 
 def _expand(value: Any) -> Any:
@@ -54,6 +54,17 @@ def _day(value: str) -> str:
     return value
 
 
+def _name(value: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9_.-]+", value) is None:
+        raise ValueError("letters, digits and _ . -: it becomes part of the names of metrics")
+    return value
+
+
+def _branch(value: Any) -> str:
+    """Which of the two kinds an entry of a list of files is."""
+    return "source" if isinstance(value, dict | BaseModel) else "path"
+
+
 def _lower(value: Any) -> Any:
     """verl writes AdamW."""
     return value.lower() if isinstance(value, str) else value
@@ -85,6 +96,40 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class FileSet(Section):
+    """Files that are counted apart from others, under a name. `named` in config.sources says how they are called."""
+
+    path: Annotated[Paths, Field(min_length=1)]
+    name: Annotated[Text, AfterValidator(_name)] | None = None
+
+
+class Source(FileSet):
+    """A part of a mixture; data.mixture says what the two numbers mean. At most one of them is given."""
+
+    weight: Annotated[float, Field(gt=0)] | None = None
+    max_samples: Count | None = None
+
+
+TrainFiles = Annotated[
+    tuple[
+        Annotated[Annotated[Text, Tag("path")] | Annotated[Source, Tag("source")], Discriminator(_branch)],
+        ...,
+    ],
+    BeforeValidator(_as_tuple),
+    BeforeValidator(_expand),
+    Field(description="a path, or a list of paths and of {path, weight or max_samples, name}; or null"),
+]
+ValFiles = Annotated[
+    tuple[
+        Annotated[Annotated[Text, Tag("path")] | Annotated[FileSet, Tag("source")], Discriminator(_branch)],
+        ...,
+    ],
+    BeforeValidator(_as_tuple),
+    BeforeValidator(_expand),
+    Field(description="a path, or a list of paths, or of {path, name}; or null"),
+]
+
+
 class MultiturnConfig(Section):
     enable: bool
     messages_key: Text
@@ -100,8 +145,8 @@ class CustomClsConfig(Section):
 class DataConfig(Section):
     train_batch_size: Count
     micro_batch_size_per_gpu: Count
-    train_files: Paths
-    val_files: Paths
+    train_files: TrainFiles
+    val_files: ValFiles
     train_max_samples: CountOrAll
     val_max_samples: CountOrAll
     prompt_key: Text

@@ -1,8 +1,8 @@
 """The batches of one data rank, read and packed one step ahead of the training loop."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ class StepBatch:
     """One step of one data rank, with the counts of the whole step over all data ranks.
 
     `rows[i]` are the rows of `micro_batches[i]`. `lengths`: tokens of each sample of the whole step.
+    `sources`: the targets of each source, by its name; empty where there is only one.
     """
 
     step: int
@@ -30,10 +31,12 @@ class StepBatch:
     num_targets: int
     num_tokens: int
     lengths: Sequence[int] | np.ndarray = ()
+    sources: Mapping[str, int] = field(default_factory=dict)
 
 
 class Loader:
-    """Makes the batches of `dp_rank` from the store as the plan says. `multiple`: see `pack`.
+    """Makes the batches of `dp_rank` from the store as the plan says. `multiple`: see `pack`. `spec.mixture` names the
+    sources whose targets and documents are told apart, if there are several.
 
     `pinned`: in memory from which a GPU copies while the host goes on.
     """
@@ -46,23 +49,28 @@ class Loader:
         self.dp_rank = dp_rank
         self.multiple = multiple
         self.pinned = pinned
+        self.mixture = spec.mixture if spec.mixture is not None and len(spec.mixture.names) > 1 else None
 
     def batch(self, step: int) -> StepBatch:
         planned = plan(self.store.lengths, self.spec, step)
         mine = planned.micro_batches(self.dp_rank)
+        targets = self.store.num_targets[planned.samples]
         return StepBatch(
             step=step,
             epoch=planned.epoch,
             micro_batches=[self._micro_batch(ids) for ids in mine],
             rows=[[self.store.ref(int(i)) for i in ids] for ids in mine],
             num_samples=len(planned.samples),
-            num_targets=int(self.store.num_targets[planned.samples].sum(dtype=np.int64)),
+            num_targets=int(targets.sum(dtype=np.int64)),
             num_tokens=int(self.store.lengths[planned.samples].sum(dtype=np.int64)),
             lengths=self.store.lengths[planned.samples],
+            sources={} if self.mixture is None else self.mixture.by_name(targets, planned.samples),
         )
 
-    def _micro_batch(self, ids: Iterable[int]) -> MicroBatch:
+    def _micro_batch(self, ids: np.ndarray) -> MicroBatch:
         packed = pack([self.store[int(i)] for i in ids], self.multiple)
+        if self.mixture is not None:
+            packed = replace(packed, sources=torch.from_numpy(self.mixture.source_of(ids)))
         return _pinned(packed) if self.pinned else packed
 
     def batches(self, steps: Iterable[int]) -> Iterator[StepBatch]:
@@ -85,6 +93,7 @@ def _pinned(batch: MicroBatch) -> MicroBatch:
         labels=batch.labels.pin_memory(),
         position_ids=batch.position_ids.pin_memory(),
         document_starts=batch.document_starts.pin_memory(),
+        sources=None if batch.sources is None else batch.sources.pin_memory(),
     )
 
 

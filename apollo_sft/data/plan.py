@@ -5,16 +5,11 @@ whole data state of a run is the step, and resuming on another number of ranks n
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
-Ids = np.ndarray
-"""Sample ids, int64 of shape (samples,)."""
-
-LARGEST_PERMUTATION = 2**20
-"""Epochs of more samples are not shuffled as a list: the place of each sample is computed when it is asked for."""
-ROUNDS = 8
+from apollo_sft.data.mixture import Mixture
+from apollo_sft.data.permutation import Ids, shuffled
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +19,7 @@ class PlanSpec:
     `max_tokens`: fill forwards by tokens instead; a longer sample is a forward of its own.
     `balance`: give the data ranks equal cost instead of equal numbers of samples. A sample of n tokens costs
     n + `attention_cost` * n², in tokens.
+    `mixture`: the sources in the store and how much of each an epoch takes; None: an epoch is every sample once.
     """
 
     batch_size: int
@@ -35,6 +31,7 @@ class PlanSpec:
     max_tokens: int | None = None
     balance: bool = False
     attention_cost: float = 0.0
+    mixture: Mixture | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +62,23 @@ class StepPlan:
         return float(of_ranks.max() / of_ranks.mean())
 
 
+def samples_per_epoch(num_samples: int, spec: PlanSpec) -> int:
+    """Of a store of `num_samples`."""
+    return num_samples if spec.mixture is None else spec.mixture.num_samples
+
+
 def steps_per_epoch(num_samples: int, spec: PlanSpec) -> int:
-    full, rest = divmod(num_samples, spec.batch_size)
+    full, rest = divmod(samples_per_epoch(num_samples, spec), spec.batch_size)
     return full + (1 if rest and not spec.drop_last else 0)
 
 
 def plan(lengths: np.ndarray, spec: PlanSpec, step: int) -> StepPlan:
     """The plan of `step` (from 0). `lengths`: tokens of each sample, shape (samples,); may be memory-mapped."""
     epoch, index = divmod(step, steps_per_epoch(len(lengths), spec))
-    places = np.arange(index * spec.batch_size, min((index + 1) * spec.batch_size, len(lengths)))
-    samples = _shuffled(places, len(lengths), spec.seed, epoch) if spec.shuffle else places
+    in_epoch = samples_per_epoch(len(lengths), spec)
+    places = np.arange(index * spec.batch_size, min((index + 1) * spec.batch_size, in_epoch))
+    places = shuffled(places, in_epoch, spec.seed, epoch) if spec.shuffle else places
+    samples = places if spec.mixture is None else spec.mixture.samples(places, spec.seed, epoch)
     tokens = lengths[samples].astype(np.int64)
     costs = tokens + spec.attention_cost * tokens.astype(np.float64) ** 2
     rank_of = _even_costs(costs, spec.dp_size) if spec.balance else _even_counts(len(samples), spec.dp_size)
@@ -83,53 +87,6 @@ def plan(lengths: np.ndarray, spec: PlanSpec, step: int) -> StepPlan:
     else:
         forward_of = _best_fit(tokens, rank_of, spec.max_tokens)
     return StepPlan(epoch, samples, rank_of, forward_of, costs, spec.dp_size)
-
-
-def _shuffled(places: np.ndarray, num_samples: int, seed: int, epoch: int) -> Ids:
-    """The samples that stand at these places of the epoch's order."""
-    if num_samples <= LARGEST_PERMUTATION:
-        order: Ids = _epoch_order(num_samples, seed, epoch)[places]
-        return order
-    return _scattered(places, num_samples, seed, epoch)
-
-
-@lru_cache(maxsize=2)
-def _epoch_order(num_samples: int, seed: int, epoch: int) -> Ids:
-    return np.random.Generator(np.random.Philox([seed, epoch])).permutation(num_samples)
-
-
-def _scattered(places: np.ndarray, num_samples: int, seed: int, epoch: int) -> Ids:
-    """A pseudo-random permutation of range(num_samples) at these places, without the others.
-
-    Source: a Feistel network on the bits of the place, applied again while the result is no sample (cycle walking:
-    Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
-    """
-    bits = (num_samples - 1).bit_length()
-    low, high = np.uint64(bits // 2), np.uint64(bits - bits // 2)
-    keys = np.random.Generator(np.random.Philox([seed, epoch])).integers(2**32, size=ROUNDS, dtype=np.uint64)
-    values = places.astype(np.uint64)
-    outside = np.arange(len(values))
-    while len(outside):
-        walking = values[outside]
-        left, right = walking >> low, walking & _ones(low)
-        for first, second in zip(keys[::2], keys[1::2], strict=True):
-            left ^= _mixed(right ^ first) & _ones(high)
-            right ^= _mixed(left ^ second) & _ones(low)
-        values[outside] = (left << low) | right
-        outside = outside[values[outside] >= num_samples]
-    return values.astype(np.int64)
-
-
-def _ones(bits: np.uint64) -> np.uint64:
-    return np.uint64((1 << int(bits)) - 1)
-
-
-def _mixed(values: np.ndarray) -> np.ndarray:
-    """Every bit of the result depends on every bit of the value. Source: the finaliser of SplitMix64."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: np.ndarray = values ^ (values >> np.uint64(31))
-    return mixed
 
 
 def attention_cost(hidden_size: int) -> float:

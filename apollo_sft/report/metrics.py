@@ -6,7 +6,7 @@ import json
 import math
 import os
 import resource
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,18 @@ def train_record(facts: StepFacts) -> Record:
 def val_record(loss: float, targets: int) -> Record:
     """What a validation adds to a line. `loss`: token mean over the whole validation data."""
     return {"val/loss": loss, "val/targets": targets}
+
+
+def source_record(split: str, sums: Iterable[float], targets: Mapping[str, int]) -> Record:
+    """What is known of each source of the data, `train/NAME/loss` and so on: the token mean over its own targets.
+
+    `sums`: the loss sums, `targets`: their numbers by name. A source without a target in a step has no loss there.
+    """
+    record: Record = {}
+    for (name, number), loss_sum in zip(targets.items(), sums, strict=True):
+        record |= {f"{split}/{name}/loss": loss_sum / number} if number else {}
+        record[f"{split}/{name}/targets"] = number
+    return record
 
 
 def peak_bytes(device: Any) -> int:

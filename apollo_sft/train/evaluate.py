@@ -14,7 +14,7 @@ from apollo_sft.errors import TrainingError
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.fsdp2 import sum_over_ranks
 from apollo_sft.parallel.launch import World, any_rank
-from apollo_sft.report.metrics import Record, val_record
+from apollo_sft.report.metrics import Record, source_record, val_record
 from apollo_sft.train.assemble import strategy_of
 from apollo_sft.train.signals import StopFlag
 
@@ -37,25 +37,30 @@ def validation_record(run: Run, stop: StopFlag, step: int) -> Record | None:
     if found is None:
         return None
     run.reporter.replies(step, run.generations.replies(run.model, stopped))
-    return val_record(loss=found[0], targets=found[1])
+    loss, targets, of_sets = found
+    return val_record(loss, targets) | of_sets
 
 
 @torch.no_grad()
 def evaluate(
     model: SftModel, loader: Loader, world: World, stopped: Callable[[], bool] = lambda: False
-) -> tuple[float, int] | None:
-    """Loss and number of targets over the loader's whole store. The loader's plan must not shuffle or drop.
+) -> tuple[float, int, Record] | None:
+    """Loss and number of targets over the loader's whole store, and `val/NAME/…` of each named set in it.
+
+    The loader's plan must not shuffle or drop.
 
     `stopped` is asked after each batch, on all ranks, and says the same on all: whether to end here, with None.
 
     Raises: TrainingError on every rank when the loss is not finite.
     """
     model.eval()
+    sets = {} if loader.mixture is None else loader.mixture.in_store(loader.store.num_targets)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
+    of_sets = total.new_zeros(len(sets))
     interrupted = False
     for batch in loader.batches(range(steps_per_epoch(len(loader.store), loader.spec))):
         for micro_batch in batch.micro_batches:
-            total += model.loss_sum(micro_batch, world.device)
+            total += model.loss_sum(micro_batch, world.device, of_sets)
         if interrupted := stopped():
             break
     model.train()
@@ -70,4 +75,5 @@ def evaluate(
             found=loss,
             fix="look at the rows of data.val_files; lower optim.lr or set optim.clip_grad",
         )
-    return loss, num_targets
+    sums = sum_over_ranks(of_sets).tolist() if sets else []
+    return loss, num_targets, source_record("val", sums, sets)

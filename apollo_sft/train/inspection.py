@@ -103,7 +103,7 @@ def inspect_data(config: SftConfig, processes: int | None) -> Inspection:
     load_external_lib(config.model.external_lib)
     prepared, refusal = _prepare(config)
     mesh = Mesh(0, processes // sp_size, 0, sp_size, None)
-    spec = plan_spec(config, mesh, prepared.hf_config)
+    spec = plan_spec(config, mesh, prepared.hf_config, prepared.train_sources)
     schedule = schedule_of(config, steps_per_epoch(len(prepared.train), spec))
     stores = [("train", prepared.train)] + ([("validation", prepared.val)] if prepared.val is not None else [])
     scans = [count.scan(store) for _, store in stores]
@@ -162,7 +162,7 @@ def _prepare(config: SftConfig) -> tuple[Prepared, str | None]:
 
 
 def _lenient(config: SftConfig) -> dict[str, Any]:
-    changes: dict[str, Any] = {"data.bad_rows": "skip"}
+    changes: dict[str, Any] = {"data.bad_rows": "skip", "data.max_bad_ratio": 1.0}
     return changes | ({"data.truncation": "drop"} if config.data.truncation == "error" else {})
 
 

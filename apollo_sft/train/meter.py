@@ -16,7 +16,7 @@ from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.loader import StepBatch
 from apollo_sft.parallel.launch import World
 from apollo_sft.report.log import say
-from apollo_sft.report.metrics import Record, StepFacts, train_record
+from apollo_sft.report.metrics import Record, StepFacts, source_record, train_record
 from apollo_sft.train.assemble import resolve_precision
 from apollo_sft.train.flops import Cost, cost_of
 from apollo_sft.train.step import StepResult
@@ -124,7 +124,7 @@ class Meter:
     def record(self, batch: StepBatch, result: StepResult, lr: float) -> Record:
         """The metrics of the step that has just been made of `batch`."""
         seconds = time.perf_counter() - self._began
-        return train_record(
+        facts = train_record(
             StepFacts(
                 step=batch.step + 1,
                 loss=result.loss,
@@ -139,6 +139,7 @@ class Meter:
                 mfu=self._utilization(batch, seconds),
             )
         )
+        return facts | source_record("train", result.source_sums, batch.sources)
 
     def _utilization(self, batch: StepBatch, seconds: float) -> float | None:
         if self._cost is None or self._peak is None:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from apollo_sft.checkpoint.state import num_bytes as checkpoint_bytes
-from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.schema import FileSet, SftConfig, Source
+from apollo_sft.config.sources import own_paths
 from apollo_sft.data.parquet import expand_paths, num_rows
 from apollo_sft.data.plan import steps_per_epoch
 from apollo_sft.errors import DataError
@@ -250,10 +251,17 @@ class Planner:
         if data.custom_cls.path is not None:
             return None
         try:
-            rows = num_rows(expand_paths(data.train_files, "data.train_files"))
+            rows = sum(_rows_of(entry) for entry in data.train_files)
         except DataError:
             return None
         return rows if data.train_max_samples == -1 else min(rows, data.train_max_samples)
+
+
+def _rows_of(entry: str | FileSet) -> int:
+    """Rows that an epoch takes of one entry of data.train_files; of those with weights it is right for all together."""
+    if isinstance(entry, Source) and entry.max_samples is not None:
+        return entry.max_samples
+    return num_rows(expand_paths(own_paths(entry), "data.train_files"))
 
 
 def _sizes(config: SftConfig, machine: Machine) -> tuple[int, int, int]:

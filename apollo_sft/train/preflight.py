@@ -18,7 +18,10 @@ from apollo_sft.checkpoint.publish import read_json
 from apollo_sft.checkpoint.resume import whole_checkpoints
 from apollo_sft.checkpoint.state import num_bytes as checkpoint_bytes
 from apollo_sft.checkpoint.tensor_files import FOREIGN_FORMS, num_bytes, read_base_tensors, safe_path
-from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.schema import SftConfig, Source
+from apollo_sft.config.sources import Entries, named, own_paths, paths_of
+from apollo_sft.data.mixture import Mixture, Part, mixture
+from apollo_sft.data.parquet import expand_paths
 from apollo_sft.data.store import SampleStore, StoreRequest, prepare_store
 from apollo_sft.data.template import ChatTemplate
 from apollo_sft.data.tokens import fit_template
@@ -42,7 +45,7 @@ from apollo_sft.types import BaseModel, Growth
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What training starts from."""
+    """What training starts from. `train_sources`, `val_sets`: what lies in the stores, where it has names."""
 
     base: BaseModel
     hf_config: Any
@@ -50,6 +53,15 @@ class Prepared:
     template: ChatTemplate
     train: SampleStore
     val: SampleStore | None
+    train_sources: Mixture | None = None
+    val_sets: Mixture | None = None
+
+    @property
+    def data_key(self) -> str:
+        """Of the training data and how they are mixed: two runs with the same one train on the same epochs."""
+        sources = self.train_sources
+        mixed = "" if sources is None or sources.is_plain else f" taking {sources.takes} of {sources.sizes} samples"
+        return f"{self.train.key}{mixed}"
 
 
 def load_external_lib(name: str | None) -> None:
@@ -103,7 +115,9 @@ def prepare(config: SftConfig, weights: bool = True) -> Prepared:
     for store in (train, val):
         if store is not None:
             _check_token_ids(store, hf_config)
-    return Prepared(base, hf_config, tokenizer, template, train, val)
+    sources = _mixture(train, config.data.train_files, "data.train_files")
+    val_sets = None if val is None else _mixture(val, config.data.val_files, "data.val_files")
+    return Prepared(base, hf_config, tokenizer, template, train, val, sources, val_sets)
 
 
 def open_base(config: SftConfig, weights: bool = True) -> tuple[BaseModel, Any]:
@@ -246,9 +260,42 @@ def _check_layer_names(config: SftConfig, causal_lm: Any) -> None:
 
 def _store(config: SftConfig, split: Literal["train", "val"], tokenizer: Any, template: ChatTemplate) -> SampleStore:
     data = config.data
-    paths = data.train_files if split == "train" else data.val_files
+    entries, key = (data.train_files, "data.train_files") if split == "train" else (data.val_files, "data.val_files")
+    _source_of_files(entries, key)  # before anything is read
+    paths = paths_of(entries)
     max_rows = data.train_max_samples if split == "train" else data.val_max_samples
     return prepare_store(StoreRequest(split, paths, max_rows, tokenizer, template, data), say)
+
+
+def _source_of_files(entries: Entries, key: str) -> dict[str, int]:
+    """Which of the named entries each file belongs to. Raises: DataError when one belongs to two."""
+    found: dict[str, int] = {}
+    names = list(named(entries))
+    for number, entry in enumerate(named(entries).values()):
+        for file in expand_paths(own_paths(entry), key):
+            if found.setdefault(file, number) != number:
+                raise DataError(
+                    f"{key}: {names[found[file]]} and {names[number]} are two sources with the same file",
+                    found=file,
+                    fix="leave it out of one of them; a weight repeats samples",
+                )
+    return found
+
+
+def _mixture(store: SampleStore, entries: Entries, key: str) -> Mixture | None:
+    """What the entries ask of the samples in the store, where they have names. Raises: DataError as `mixture`."""
+    parts = [
+        Part(name, entry.weight, entry.max_samples) if isinstance(entry, Source) else Part(name)
+        for name, entry in named(entries).items()
+    ]
+    if not parts:
+        return None
+    of_files = _source_of_files(entries, key)
+    of_file = np.bincount(store.sources, minlength=len(store.summary.files))
+    sizes = [0] * len(parts)
+    for file, count in zip(store.summary.files, of_file.tolist(), strict=True):
+        sizes[of_files[file]] += count
+    return mixture(parts, sizes, key)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.sources import paths_of
 from apollo_sft.data.store_files import SampleStore, StoreSummary, StoreWriter
 from apollo_sft.errors import DataError, ModelError
 from apollo_sft.model import attention, load, lora
@@ -72,6 +73,7 @@ def _changes(config: SftConfig) -> dict[str, Any]:
     rows = min(config.data.train_batch_size, ROWS)
     limit = config.data.train_max_samples
     return {
+        "data.train_files": paths_of(config.data.train_files),
         "data.val_files": (),
         "data.train_batch_size": rows,
         "data.train_max_samples": STEPS * rows if limit == -1 else limit,

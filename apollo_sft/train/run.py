@@ -16,6 +16,7 @@ from apollo_sft.checkpoint.layout import RunFolder, Status, status_of
 from apollo_sft.config.compose import recorded, to_yaml
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.loader import Loader
+from apollo_sft.data.mixture import Mixture
 from apollo_sft.data.plan import PlanSpec, attention_cost, steps_per_epoch
 from apollo_sft.errors import ApolloError, Stopped, TrainingError
 from apollo_sft.parallel import launch
@@ -175,7 +176,7 @@ def _run(config: SftConfig, world: World, folder: RunFolder | None, stop: StopFl
     seed_everything(config.trainer.seed, world.rank)
     base = prepared.base
     model, optimizer = assemble(config, base.folder, prepared.hf_config, world, mesh, base.growth)
-    facts = {"processes": world.size, "data": prepared.train.key, "config": recorded(config)}
+    facts = {"processes": world.size, "data": prepared.data_key, "config": recorded(config)}
     outline = strategy_of(model).outline(model).causal_lm
     form = hf_form(config, prepared, outline)
     checkpoints = Checkpoints(config.trainer, in_epoch, schedule.total_steps, facts, world.is_main, form)
@@ -209,8 +210,8 @@ def _run(config: SftConfig, world: World, folder: RunFolder | None, stop: StopFl
     say(summary(reporter, config))
 
 
-def plan_spec(config: SftConfig, mesh: Mesh, hf_config: Any) -> PlanSpec:
-    """How the steps of a training are laid out over this mesh."""
+def plan_spec(config: SftConfig, mesh: Mesh, hf_config: Any, sources: Mixture | None = None) -> PlanSpec:
+    """How the steps of a training are laid out over this mesh. `sources`: those of its data, where they have names."""
     data = config.data
     return PlanSpec(
         batch_size=data.train_batch_size,
@@ -221,15 +222,22 @@ def plan_spec(config: SftConfig, mesh: Mesh, hf_config: Any) -> PlanSpec:
         max_tokens=data.max_token_len_per_gpu and data.max_token_len_per_gpu * mesh.sp_size,
         balance=data.balance_dp_token,
         attention_cost=attention_cost(hf_config.get_text_config().hidden_size),
+        mixture=sources,
     )
 
 
 def _loaders(config: SftConfig, prepared: Prepared, mesh: Mesh, pinned: bool) -> tuple[Loader, Loader | None]:
-    spec = plan_spec(config, mesh, prepared.hf_config)
+    spec = plan_spec(config, mesh, prepared.hf_config, prepared.train_sources)
     train = Loader(prepared.train, spec, mesh.dp_rank, mesh.sp_size, pinned)
     if prepared.val is None:
         return train, None
-    every_row_once = replace(spec, batch_size=spec.micro_batch_size * mesh.dp_size, shuffle=False, drop_last=False)
+    every_row_once = replace(
+        spec,
+        batch_size=spec.micro_batch_size * mesh.dp_size,
+        shuffle=False,
+        drop_last=False,
+        mixture=prepared.val_sets,
+    )
     return train, Loader(prepared.val, every_row_once, mesh.dp_rank, mesh.sp_size, pinned)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntFlag
 from functools import reduce
 from operator import or_
@@ -38,13 +38,14 @@ class Vote(IntFlag):
 class StepResult:
     """The same on every rank. `loss`: token mean of the global batch. `grad_norm`: before clipping.
 
-    `peak_bytes`: the largest over ranks. `votes`: those of any rank.
+    `peak_bytes`: the largest over ranks. `votes`: those of any rank. `source_sums`: the loss sum of each source.
     """
 
     loss: float
     grad_norm: float
     peak_bytes: int
     votes: Vote
+    source_sums: list[float] = field(default_factory=list)
 
 
 def train_step(
@@ -58,13 +59,14 @@ def train_step(
     """
     strategy = strategy_of(model)
     optimizer.zero_grad(set_to_none=True)
-    losses = []
+    losses, of_sources = [], torch.zeros(len(batch.sources), dtype=torch.float64, device=world.device)
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         strategy.reduce_gradients(model, not model.reduces_once or number == len(batch.micro_batches))
-        loss_sum = model.loss_sum(micro_batch, world.device)
+        loss_sum = model.loss_sum(micro_batch, world.device, of_sources)
         (loss_sum * (world.size / batch.num_targets)).backward()  # type: ignore[no-untyped-call]
         losses.append(loss_sum.detach())
-    facts = _from_all_ranks([float(torch.stack(losses).sum()), peak_bytes(world.device), float(vote)], world)
+    mine = [float(torch.stack(losses).sum()), peak_bytes(world.device), float(vote), *of_sources.tolist()]
+    facts = _from_all_ranks(mine, world)
     loss = float(facts[:, 0].sum()) / batch.num_targets
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = strategy.grad_norm(model, parameters)
@@ -75,7 +77,7 @@ def train_step(
         clip_grads_with_norm_(parameters, clip, norm)
     optimizer.step()
     votes = reduce(or_, (Vote(int(value)) for value in facts[:, 2]))
-    return StepResult(loss, grad_norm, int(facts[:, 1].max()), votes)
+    return StepResult(loss, grad_norm, int(facts[:, 1].max()), votes, facts[:, 3:].sum(0).tolist())
 
 
 def _from_all_ranks(values: list[float], world: World) -> Tensor:

@@ -100,7 +100,7 @@ def evaluations(base: Path, world: World, mesh: Mesh, folder: Path) -> list[list
         for size in range(1, 5):
             spec = plan_spec(config_of(base, f"data.micro_batch_size_per_gpu={size}"), mesh, hf_config)
             spec = replace(spec, batch_size=size * mesh.dp_size, shuffle=False)
-            loss, counted = evaluate(model, Loader(store, spec, mesh.dp_rank), world)
+            loss, counted, _ = evaluate(model, Loader(store, spec, mesh.dp_rank), world)
             found.append([rows, size, loss, counted, float(total) / targets, targets])
     return found
 

@@ -4,7 +4,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from apollo_sft.data import plan as planning
+from apollo_sft.data import permutation as planning
 from apollo_sft.data.plan import PlanSpec, attention_cost, plan, steps_per_epoch
 
 

@@ -23,7 +23,7 @@ def test_every_row_once_without_dropout_and_training_goes_on(tmp_path: Path, mic
     samples = random_samples(11)
     spec = PlanSpec(micro_batch_size, micro_batch_size, 1, seed=1, shuffle=False)
     loader = Loader(write_store(tmp_path / "store", samples), spec, 0)
-    loss, targets = evaluate(SftModel(causal_lm), loader, World(0, 1, 0, torch.device("cpu")))
+    loss, targets, _ = evaluate(SftModel(causal_lm), loader, World(0, 1, 0, torch.device("cpu")))
     assert causal_lm.training
     assert all(parameter.grad is None for parameter in causal_lm.parameters())
     with torch.no_grad():
