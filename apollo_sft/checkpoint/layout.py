@@ -11,7 +11,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -215,10 +215,10 @@ def settle_run(folder: Path, code: int, since: float) -> int:
     return code
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that the numbers depend on; imports none of them."""
+def versions(more: Sequence[str] = ()) -> dict[str, str | None]:
+    """Versions of Python and of the packages that the numbers depend on, and of `more`; imports none of them."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from apollo_sft.config.schema import ModelConfig
 from apollo_sft.errors import ConfigError, ModelError
+from apollo_sft.model.four_bit import FourBitLinear, describe, four_bit_modules, num_weights
 
 ADAPTER = "default"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -43,12 +44,16 @@ IGNORED = (
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """What was adapted: names of modules, those trained whole beside them, and parameters that are trained, of all."""
+    """What was adapted: names of modules, those trained whole beside them, and parameters that are trained, of all.
+
+    `in_four_bits`: what is held so, in words.
+    """
 
     modules: tuple[str, ...]
     whole: tuple[str, ...]
     num_trainable: int
     num_parameters: int
+    in_four_bits: str = ""
 
     def __str__(self) -> str:
         kinds = sorted({name.rpartition(".")[2] for name in self.modules})
@@ -56,7 +61,7 @@ class Adapted:
         whole = f"{', '.join(self.whole)} trained whole, " if self.whole else ""
         return (
             f"LoRA: {len(self.modules)} modules adapted ({', '.join(kinds)}), {whole}"
-            f"{self.num_trainable:,} of {self.num_parameters:,} parameters trained ({share:.2%})"
+            f"{self.num_trainable:,} of {self.num_parameters:,} parameters trained ({share:.2%}){self.in_four_bits}"
         )
 
 
@@ -74,6 +79,12 @@ def lora_config(model: ModelConfig, source: str) -> Any | None:
             "DoRA reads the weights of a linear module from outside, so these cannot be a group of their own",
             found="model.fsdp_config.wrap_policy.min_num_params, which groups by size",
             fix="model.fsdp_config.wrap_policy.min_num_params=0",
+        )
+    if config.use_dora and model.load_in_4bit:
+        raise ConfigError(
+            "DoRA reads the weights of a linear module from outside, so these cannot be held in 4 bits",
+            found="model.load_in_4bit=true",
+            fix="model.use_dora=false, or model.load_in_4bit=false",
         )
     return config
 
@@ -155,6 +166,7 @@ def inject(causal_lm: Any, config: Any, master: torch.dtype, adapter_path: str |
 
     on_meta = next(causal_lm.parameters()).is_meta
     causal_lm.requires_grad_(False)
+    in_four_bits = describe(causal_lm, config.modules_to_save or ())
     only_adapters = copy.copy(config)
     only_adapters.modules_to_save = None
     try:
@@ -175,7 +187,7 @@ def inject(causal_lm: Any, config: Any, master: torch.dtype, adapter_path: str |
     modules = tuple(name for name, _ in _adapted(causal_lm))
     trained = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
     whole = tuple(_trained_whole(causal_lm))
-    return Adapted(modules, whole, trained, sum(p.numel() for p in causal_lm.parameters()))
+    return Adapted(modules, whole, trained, sum(num_weights(causal_lm).values()), in_four_bits)
 
 
 def _check_adapted(causal_lm: Any) -> None:
@@ -301,21 +313,27 @@ def merge(causal_lm: Any, cast: Callable[[Tensor, torch.dtype, str], Tensor]) ->
     """Add every adapter to its weight and take it out: the model is then a plain one again. In place, collective.
 
     The sum is formed in the adapter's dtype on shards. `cast` makes of it, and of the weight's name, one of the dtype
-    that the weight has.
+    that the weight has. Weights in 4 bits become what they stood for, on the CPU, one after the other: that is what was
+    trained, and a device that holds them in 4 bits may have no room for them.
     Source: DoRA, arXiv:2402.09353, equation 5.
     """
     for name, layer in _adapted(causal_lm):
         base = layer.base_layer
-        weight = base.weight
+        weight = base.dense() if isinstance(base, FourBitLinear) else base.weight
         if ADAPTER in layer.lora_A:
             _replicate(layer.lora_A[ADAPTER])
         merged = weight.to(torch.promote_types(weight.dtype, torch.float32)) + layer.get_delta_weight(ADAPTER)
         if ADAPTER in layer.lora_magnitude_vector:
             magnitude = layer.lora_magnitude_vector[ADAPTER].weight
             merged = merged * (magnitude / torch.linalg.vector_norm(merged, dim=1)).unsqueeze(1)
-        base.weight = nn.Parameter(cast(merged, weight.dtype, f"{name}.weight"), requires_grad=False)
-        parent, _, attribute = name.rpartition(".")
-        setattr(causal_lm.get_submodule(parent), attribute, base)
+        merged = cast(merged, weight.dtype, f"{name}.weight")
+        if isinstance(base, FourBitLinear):
+            base = base.plain(merged)
+        else:
+            base.weight = nn.Parameter(merged, requires_grad=False)
+        causal_lm.set_submodule(name, base)
+    for name, module in four_bit_modules(causal_lm):
+        causal_lm.set_submodule(name, module.plain(module.dense()))
 
 
 def _replicate(linear: nn.Module) -> None:

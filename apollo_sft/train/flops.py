@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from apollo_sft.model.four_bit import num_weights
+
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 CHOSEN = ("num_experts_per_tok", "moe_topk", "num_experts_per_token")
 
@@ -54,11 +56,12 @@ def cost_of(causal_lm: Any) -> Cost:
     chosen = next((getattr(config, n) for n in CHOSEN if getattr(config, n, None)), None)
     looked_up = {id(p) for m in causal_lm.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     in_head = {id(p): p for p in causal_lm.get_output_embeddings().parameters() if p.ndim > 1}
+    sizes = num_weights(causal_lm)
     active = trained = 0
     for parameter in causal_lm.parameters():
         if parameter.ndim < 2 or id(parameter) in looked_up | in_head.keys():
             continue
-        size = parameter.numel()
+        size = sizes[id(parameter)]
         if parameter.ndim == 3 and experts and chosen and parameter.shape[0] == experts:
             size = size * chosen // experts
         active += size

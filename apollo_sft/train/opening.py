@@ -17,6 +17,7 @@ from apollo_sft.data.audit import describe, to_json, write_ledger
 from apollo_sft.data.loader import Loader
 from apollo_sft.data.plan import PlanSpec, plan, steps_per_epoch
 from apollo_sft.errors import ConfigError, TopologyError
+from apollo_sft.model import four_bit
 from apollo_sft.parallel.launch import World, answer, ask_others
 from apollo_sft.parallel.mesh import check_mesh
 from apollo_sft.parallel.ulysses import added_heads
@@ -51,6 +52,7 @@ def check_world(config: SftConfig, world: World, overridden: Mapping[str, Any]) 
     """
     check_mesh(world.size, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
     check_strategy(config, world)
+    four_bit.check(config.model, world.device)
     nnodes, per_node = config.trainer.nnodes, config.trainer.n_gpus_per_node
     if nnodes != world.num_hosts and "trainer.nnodes" in overridden:
         raise TopologyError(
@@ -117,7 +119,8 @@ def check_alike(name: str, mine: Mapping[str, Any], world: World) -> None:
 def start_of(config: SftConfig) -> dict[str, Any]:
     """What all ranks must agree on before anything is read: the config, but for places on a host, and the versions."""
     keys = {key: value for key, value in _leaves(config.model_dump(mode="json")) if key not in OF_A_HOST}
-    return keys | {f"version of {name}": found for name, found in versions().items()}
+    packages = ("bitsandbytes",) if config.model.load_in_4bit else ()
+    return keys | {f"version of {name}": found for name, found in versions(packages).items()}
 
 
 def contents_of(prepared: Prepared) -> dict[str, Any]:
