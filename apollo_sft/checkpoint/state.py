@@ -26,7 +26,8 @@ from torch.optim import Optimizer
 from apollo_sft.checkpoint.resume import PARTS, STATE
 from apollo_sft.errors import CheckpointError
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+STEP = "step"
+"""Of an optimizer's state: the number of steps, which is the run's."""
 MAX_FILE_BYTES = 4_000_000_000
 """Of one file of one rank: DCP holds a file in memory once more while it writes it."""
 OFFSETS = "DCP_SHARDING_INFO"
@@ -47,11 +48,14 @@ def snapshot(model: nn.Module, optimizer: Optimizer, parts: Collection[str], cop
     return tensors
 
 
-def num_bytes(model: nn.Module, parts: Collection[str], local: bool = False) -> int:
-    """Bytes of a checkpoint, or of what this rank holds of it; known before the first step, on meta too."""
-    copies = ("model" in parts) + len(MOMENTS) * ("optimizer" in parts)
+def num_bytes(model: nn.Module, moments: int, parts: Collection[str], local: bool = False) -> int:
+    """Bytes of a checkpoint, or of what this rank holds of it; known before the first step, on meta too.
+
+    `moments`: those of the optimizer's state.
+    """
     held = [getattr(p, "_local_tensor", p) if local else p for p in _trained(model).values()]
-    return copies * sum(p.numel() * p.element_size() for p in held)
+    weights = sum(p.numel() * p.element_size() for p in held)
+    return ("model" in parts) * weights + ("optimizer" in parts) * moments
 
 
 def write_state(
@@ -89,14 +93,14 @@ def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 @torch.no_grad()
 def read_state(folder: Path, model: nn.Module, optimizer: Optimizer, steps: int, same_ranks: bool) -> None:
-    """Fill model and optimizer in place from a folder of `write_state`, on any number of ranks. Collective.
+    """Fill model and optimizer, which has its state, in place from a folder of `write_state`, on any number of ranks.
 
-    `steps`: optimizer steps done. `same_ranks`: as many ranks as wrote it, so that each takes its random state back.
+    Collective. `steps`: optimizer steps done. `same_ranks`: as many ranks as wrote it, so that each takes its random state back.
     Raises: CheckpointError when the files do not hold what this model needs.
     """
-    for parameter in _trained(model).values():
-        optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in MOMENTS}
-        optimizer.state[parameter]["step"] = torch.tensor(float(steps))
+    for state in optimizer.state.values():
+        if STEP in state:
+            state[STEP].fill_(steps)
     tensors = _tensors(model, optimizer, PARTS)
     random_states = _random_states() if same_ranks else {}
     tensors |= random_states
@@ -155,8 +159,8 @@ def _tensors(model: nn.Module, optimizer: Optimizer, parts: Collection[str]) -> 
     for name, parameter in _trained(model).items():
         if "model" in parts:
             tensors[f"model/{name}"] = parameter.detach()
-        for moment in MOMENTS if "optimizer" in parts else ():
-            tensors[f"optim/{name}/{moment}"] = optimizer.state[parameter][moment]
+        state = optimizer.state[parameter] if "optimizer" in parts else {}
+        tensors |= {f"optim/{name}/{moment}": value for moment, value in state.items() if moment != STEP}
     return tensors
 
 

@@ -28,6 +28,7 @@ from apollo_sft.model.sft_model import SftModel
 from apollo_sft.report.log import say
 from apollo_sft.report.metrics import Record
 from apollo_sft.train.assemble import strategy_of
+from apollo_sft.train.optim import fill_state, state_bytes
 from apollo_sft.train.step import Vote
 
 WAIT = timedelta(days=7)
@@ -209,23 +210,27 @@ class Checkpoints:
         """
         strategy = strategy_of(model)
         rows = strategy.by_rows(model)
-        self._needed_bytes = num_bytes(rows, self._parts) + (self._form.num_bytes if self._form else 0)
-        self._in_background = self._in_background and self._has_memory(num_bytes(rows, self._parts, local=True))
+        moments = strategy.optimizer_by_rows(model, rows, optimizer)
+        self._needed_bytes = num_bytes(rows, state_bytes(moments), self._parts)
+        self._needed_bytes += self._form.num_bytes if self._form else 0
+        copied = num_bytes(rows, state_bytes(moments, local=True), self._parts, local=True)
+        self._in_background = self._in_background and self._has_memory(copied)
         if checkpoint is None:
             return 0
         saved = read_facts(checkpoint)
         if saved["data"] != self._facts["data"] and not self._allows_changes:
             raise ConfigError(
                 f"{checkpoint} was trained on other tokens than those that the data files give now",
-                found=f"token store {self._facts['data'][:16]}…",
-                expected=f"token store {saved['data'][:16]}… (data, tokenizer, template and library versions as then)",
+                found=f"token store {_shortened(self._facts['data'])}",
+                expected=f"token store {_shortened(saved['data'])} "
+                "(data, tokenizer, template and library versions as then)",
                 fix="put the data back; or trainer.resume_mode=disable, which moves that run to previous-<time>/",
             )
         step = int(saved["step"])
         same_ranks = saved["processes"] == self._facts["processes"]
         if not same_ranks:
             torch.manual_seed(torch.initial_seed() + step)  # the saved random states belong to other ranks
-        moments = strategy.optimizer_by_rows(model, rows, optimizer)
+        fill_state(moments)
         read_state(checkpoint, rows, moments, step, same_ranks)
         strategy.take_rows(model, optimizer, rows, moments)
         self.best, self._validations_since_best = saved["best"], saved["validations_since_best"]
@@ -257,3 +262,9 @@ def available_memory() -> int:
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     (kibibytes,) = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
     return int(kibibytes) * 1024
+
+
+def _shortened(data_key: str) -> str:
+    """Of the digest the start; how sources are mixed, if they are, stands behind it."""
+    digest, *mixed = data_key.split(" ", 1)
+    return " ".join([f"{digest[:16]}…", *mixed])

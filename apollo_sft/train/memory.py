@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.loader import StepBatch
-from apollo_sft.model import attention, load, lora
+from apollo_sft.model import attention, four_bit, load, lora
 from apollo_sft.model.attention import AttentionOptions, Documents
 from apollo_sft.model.head import CHUNK_ELEMENTS
 from apollo_sft.model.sft_model import SftModel
@@ -36,16 +36,16 @@ from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
 from apollo_sft.train.allocations import HEAD, LAYERS, OPTIMIZER, SHARDING, Allocations, recorded
 from apollo_sft.train.assemble import (
-    DTYPES,
     exchange,
     laid_out,
     needs_group,
     offloads,
     optimizer_of,
-    resolve_precision,
     stored_dtype,
 )
 from apollo_sft.train.layouts import with_values
+from apollo_sft.train.optim import fill_state
+from apollo_sft.train.precision import DTYPES, resolve_precision
 from apollo_sft.train.step import train_step
 from apollo_sft.types import MicroBatch
 
@@ -160,7 +160,8 @@ def meta_model(config: SftConfig, hf_config: Any, ranks: Ranks) -> Any:
     config = _with_dtype(config, ranks)
     adapter = lora.lora_config(config.model, config.model.partial_pretrain)
     stored = stored_dtype(config, World(0, ranks.size, 0, CPU), adapter is not None)
-    causal_lm = load.build_on_meta(hf_config, stored, config.model.trust_remote_code)
+    built = load.build_on_meta(hf_config, stored, config.model.trust_remote_code)
+    causal_lm = four_bit.quantised(config.model, built, adapter)
     if adapter is not None:
         lora.inject(causal_lm, adapter, resolve_precision(config.model, ranks.on_cuda).master)
     return causal_lm
@@ -227,7 +228,7 @@ class _Step:
         self, model: SftModel, optimizer: Optimizer, second_last: nn.Module
     ) -> tuple[Allocations, list[tuple[int, str]]]:
         """The step, recorded, and where its phases begin."""
-        _fill_state(optimizer)
+        fill_state(optimizer)
         with recorded() as timeline:
             timeline.add([*model.parameters(), *model.buffers()], PARAMETERS)
             timeline.add((t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)), STATE)
@@ -282,15 +283,6 @@ def _keep(causal_lm: Any, few: Mapping[Kind, int]) -> None:
             seen[kind] += 1
             if seen[kind] > few[kind]:
                 del layers[index]
-
-
-def _fill_state(optimizer: Optimizer) -> None:
-    """By a step of zeros."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def _marks(

@@ -17,7 +17,7 @@ def model() -> nn.Module:
 
 def test_decay_is_for_matrices_only() -> None:
     layers = model()
-    optimizer = build_optimizer(layers.parameters(), optim_config("optim.weight_decay=0.3", "optim.betas=[0.8,0.9]"))
+    optimizer = build_optimizer(layers, optim_config("optim.weight_decay=0.3", "optim.betas=[0.8,0.9]"))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert {name: decay[id(p)] for name, p in layers.named_parameters()} == {
         "0.weight": 0.3,
@@ -32,17 +32,18 @@ def test_decay_is_for_matrices_only() -> None:
 def test_what_is_frozen_has_no_state() -> None:
     layers = model()
     layers[0].weight.requires_grad_(False)
-    optimizer = build_optimizer(layers.parameters(), optim_config())
+    optimizer = build_optimizer(layers, optim_config())
     assert all(p is not layers[0].weight for group in optimizer.param_groups for p in group["params"])
     layers[2].requires_grad_(False)
     layers[1].bias.requires_grad_(False)
-    assert len(build_optimizer(layers.parameters(), optim_config()).param_groups) == 1
+    assert len(build_optimizer(layers, optim_config()).param_groups) == 1
 
 
 def test_one_step_is_adamw() -> None:
     weight = nn.Parameter(torch.full((2, 2), 3.0, dtype=torch.float64))
     gain = nn.Parameter(torch.full((2,), 3.0, dtype=torch.float64))
-    optimizer = build_optimizer([weight, gain], optim_config("optim.lr=0.1", "optim.weight_decay=0.5"))
+    both = nn.ParameterList([weight, gain])
+    optimizer = build_optimizer(both, optim_config("optim.lr=0.1", "optim.weight_decay=0.5"))
     for parameter in (weight, gain):
         parameter.grad = torch.full_like(parameter, 7.0)
     optimizer.step()

@@ -1,0 +1,83 @@
+"""muon and adamw_8bit make the same steps on any number of ranks, save what they need, and go on with it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from apollo_sft.parallel.launch import World
+from tests.ranks.optimizers_worker import cell
+from tests.support.models import save_tiny_adapter, save_tiny_model, tiny_config
+from tests.support.oracle import worst_difference
+from tests.support.ranks import run_ranks
+from tests.support.samples import random_samples, write_store
+
+WORKER = Path(__file__).with_name("optimizers_worker.py")
+EXACT = 1e-12
+OPTIMIZERS = ("muon", "adamw_8bit")
+LORA = [f"{optimizer} lora" for optimizer in OPTIMIZERS]
+TIED = [f"{optimizer} tied" for optimizer in OPTIMIZERS]
+Found = tuple[Path, int, dict[int, dict[str, Any]]]
+
+
+LONG = [pytest.param((2, LORA), marks=pytest.mark.long), pytest.param((4, TIED + LORA), marks=pytest.mark.long)]
+
+
+@pytest.fixture(scope="module", params=[(2, TIED), *LONG], ids=["2", "2, lora", "4"])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """Cells on so many ranks (of four, two share a copy), then in this process."""
+    size, cells = request.param
+    folder = tmp_path_factory.mktemp("optimizers")
+    sizes = {"hidden_size": 40, "intermediate_size": 300, "num_attention_heads": 5, "num_key_value_heads": 1}
+    save_tiny_model(folder / "tied", tiny_config("Qwen3", tie_word_embeddings=True, head_dim=8, **sizes))
+    save_tiny_model(folder / "lora", tiny_config("Llama", **sizes))
+    save_tiny_adapter(folder / "lora", target_modules=["q_proj", "down_proj", "embed_tokens"])
+    write_store(folder / "store", random_samples(48))
+    several = run_ranks(WORKER, size, folder, str(folder), *cells)
+    here = World(0, 1, 0, torch.device("cpu"))
+    return folder, size, {size: several, 1: {name: cell(folder, *reversed(name.split()), here) for name in cells}}
+
+
+def test_the_same_steps_on_any_number_of_ranks(found: Found) -> None:
+    folder, size, outcomes = found
+    for name in outcomes[1]:
+        optimizer, model = name.split()
+        one, several = (outcomes[ranks][name]["figures"] for ranks in (1, size))
+        losses = max(abs(a - b) / a for a, b in zip(one, several, strict=True))
+        weights = [load_file(folder / f"{model}-{optimizer}-{ranks}.st") for ranks in (size, 1)]
+        apart = worst_difference(*weights)
+        print(f"\n{name}, {size} ranks: losses and norms apart {losses:.1e}, weights {apart:.1e}")
+        assert losses <= EXACT
+        assert apart <= EXACT
+
+
+def test_a_run_goes_on_bit_for_bit(found: Found) -> None:
+    _, size, outcomes = found
+    for name, one in outcomes[1].items():
+        for ranks in (1, size):
+            assert outcomes[ranks][name]["resumed"]
+            assert outcomes[ranks][name]["same"]
+        assert size != 2 or one["from two ranks"] == pytest.approx(one["figures"][-6:], rel=EXACT)
+
+
+def test_what_is_kept(found: Found) -> None:
+    _, _, outcomes = found
+    if "muon tied" not in outcomes[1]:
+        return
+    muon, small = (outcomes[1][f"{name} tied"] for name in OPTIMIZERS)
+    layer = "optim/causal_lm.model.layers.0."
+    assert [name for name in muon["moments"] if name.startswith(f"{layer}mlp.up_proj")] == [
+        f"{layer}mlp.up_proj.weight/momentum_buffer"
+    ]
+    for name in ("embed_tokens", "layers.0.input_layernorm"):
+        kept = [moment for moment in muon["moments"] if f".{name}.weight/" in moment]
+        assert [moment.rpartition("/")[2] for moment in kept] == ["exp_avg", "exp_avg_sq"]
+    assert small["state"]["exp_avg_scale"] == str(torch.float32)
+    assert f"{layer}input_layernorm.weight/exp_avg_scale" not in small["moments"]
+
+
+def test_offload_changes_nothing(found: Found) -> None:
+    _, size, outcomes = found
+    assert outcomes[size]["offload"] == [True, True]
