@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from apollo_sft.data.mixture import Mixture
 from apollo_sft.data.store_files import SampleStore, StoreSummary
 from apollo_sft.types import IGNORE_INDEX, Sample
 
@@ -49,15 +50,19 @@ def describe(
     tokenizer: Any,
     plan: Sequence[tuple[str, str]] = (),
     colour: bool = False,
+    sources: Sequence[Sequence[str]] = (),
 ) -> str:
     """A table of both datasets, remarks where something needs a look, and one example with its targets marked.
 
-    `plan` are more lines of the table, as (name, value): steps per epoch and what else the caller knows.
+    `plan` are more lines of the table, as (name, value): steps per epoch and what else the caller knows. `sources`: the
+    rows of `source_rows`.
     """
     stores = [("train", train)] + ([("validation", val)] if val is not None else [])
     lines = _table([(name, store.summary) for name, store in stores], plan, tokenizer)
     for name, store in stores:
         lines += [f"  ! {name}: {remark}" for remark in remarks(store.summary)]
+    if sources:
+        lines += ["", *_aligned([SOURCE_HEADER, *sources])]
     example = usual_sample(train)
     legend = f"{TARGET_START}{TARGET_END} = what is trained"
     lines += ["", f"Example ({train.ref(example)}), {legend}:", ""]
@@ -65,13 +70,56 @@ def describe(
     return "\n".join(lines)
 
 
-def to_json(train: SampleStore, val: SampleStore | None) -> dict[str, Any]:
-    """The same figures for `data_audit.json`: the summary of each dataset, and what is remarkable about it."""
+def to_json(train: SampleStore, val: SampleStore | None, sources: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The same figures for `data_audit.json`: the summary of each dataset, and what is remarkable about it.
+
+    `sources`: what `source_figures` gives of each dataset that has named sources.
+    """
     stores = {"train": train} | ({"validation": val} if val is not None else {})
-    return {
+    audit = {
         name: {"store": str(store.folder)} | asdict(store.summary) | {"remarks": remarks(store.summary)}
         for name, store in stores.items()
     }
+    for name, figures in (sources or {}).items():
+        audit[name]["sources"] = figures
+    return audit
+
+
+def source_figures(store: SampleStore, sources: Mixture) -> dict[str, dict[str, float]]:
+    """What each source has, and what an epoch takes of it. Where that is not every sample once, an epoch's targets are
+    those of as many average samples: which ones it takes changes from epoch to epoch.
+    """
+    tokens, targets = sources.in_store(store.lengths), sources.in_store(store.num_targets)
+    figures: dict[str, dict[str, float]] = {}
+    for name, size, take in zip(sources.names, sources.sizes, sources.takes, strict=True):
+        figures[name] = {
+            "num_samples": size,
+            "num_tokens": tokens[name],
+            "num_targets": targets[name],
+            "samples_per_epoch": take,
+            "times_per_epoch": take / size,
+            "targets_per_epoch": targets[name] * take / size,
+        }
+    total = sum(of["targets_per_epoch"] for of in figures.values())
+    for of in figures.values():
+        of["targets_ratio"] = of["targets_per_epoch"] / total
+    return figures
+
+
+SOURCE_HEADER = ("source", "samples", "tokens", "targets", "an epoch takes", "times", "of its targets")
+
+
+def source_rows(figures: Mapping[str, Mapping[str, float]], split: str) -> list[list[str]]:
+    """Under SOURCE_HEADER, what `source_figures` found; `split` stands before the names."""
+    return [
+        [
+            f"{split}: {name}",
+            *(f"{of[key]:,.0f}" for key in ("num_samples", "num_tokens", "num_targets", "samples_per_epoch")),
+            f"{of['times_per_epoch']:.4g}",
+            f"{of['targets_ratio']:.1%}",
+        ]
+        for name, of in figures.items()
+    ]
 
 
 def write_ledger(train: SampleStore, val: SampleStore | None, path: Path) -> None:
@@ -157,13 +205,16 @@ def _table(stores: list[tuple[str, StoreSummary]], plan: Sequence[tuple[str, str
         ["stop tokens", *(_stops(s, tokenizer) for _, s in stores)],
     ]
     rows += [[name, value] + [""] * (len(stores) - 1) for name, value in plan]
-    table = [header, *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    return [*_aligned([header, *rows]), *(f"  longest of {name}: {s.longest_row}" for name, s in stores)]
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """The first column on the left, the others on the right."""
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = []
     for row in table:
         cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
-    lines += [f"  longest of {name}: {s.longest_row}" for name, s in stores]
     return lines
 
 

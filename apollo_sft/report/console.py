@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from apollo_sft.report.log import say, terminal
-from apollo_sft.report.metrics import Record
+from apollo_sft.report.metrics import Record, losses_by_name
 
 RATE_WINDOW = 50
 """Steps over which the time that is left is estimated."""
@@ -45,7 +45,8 @@ class Console:
         if "train/loss" in record:
             self._train(record, step, place)
         if "val/loss" in record:
-            say(f"{place}  validation loss {record['val/loss']:.4f} ({record['val/targets']:,} targets)")
+            each = "".join(f"  {name} {loss:.4f}" for name, loss in losses_by_name(record, "val").items())
+            say(f"{place}  validation loss {record['val/loss']:.4f} ({record['val/targets']:,} targets){each}")
 
     def close(self) -> None:
         """End the live display; its last state stays on the screen."""

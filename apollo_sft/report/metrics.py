@@ -72,6 +72,21 @@ def source_record(split: str, sums: Iterable[float], targets: Mapping[str, int])
     return record
 
 
+def losses_by_name(record: Mapping[str, float], split: str) -> dict[str, float]:
+    """The loss of each source in a line: what `source_record` put there."""
+    return _by_name(record, split, "loss")
+
+
+def targets_by_name(record: Mapping[str, float], split: str) -> dict[str, int]:
+    """The same of their targets."""
+    return {name: int(value) for name, value in _by_name(record, split, "targets").items()}
+
+
+def _by_name(record: Mapping[str, float], split: str, what: str) -> dict[str, float]:
+    parts = {key: key.split("/") for key in record if key.startswith(f"{split}/")}
+    return {part[1]: record[key] for key, part in parts.items() if part[2:] == [what]}
+
+
 def peak_bytes(device: Any) -> int:
     """Peak of what PyTorch's allocator held on a CUDA device; elsewhere the peak resident size of the process."""
     if device.type == "cuda":

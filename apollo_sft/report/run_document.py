@@ -57,7 +57,8 @@ def document(runs: Sequence[RunRecord], trained: Passages | None = None) -> Docu
         return _comparison(runs)
     [run] = runs
     blocks: list[Block] = [_figures(run), Notes("What to know", list(_notes(run))), _plots(runs)]
-    blocks += [_replies(run, "What the model said at validations"), _audit(runs), _lost(run.lost)]
+    blocks += [_replies(run, "What the model said at validations"), _audit(runs), *_sources(runs)]
+    blocks += [_lost(run.lost)]
     blocks += [trained] if trained is not None else []
     blocks += [_settings(run, "Configuration"), _surroundings(run)]
     return Document(str(run.config.get("trainer.experiment_name", run.name)), _subtitle(run), blocks)
@@ -66,7 +67,7 @@ def document(runs: Sequence[RunRecord], trained: Passages | None = None) -> Docu
 def _comparison(runs: Sequence[RunRecord]) -> Document:
     blocks: list[Block] = [_results(runs), _differences(runs), _plots(runs)]
     blocks += [_replies(run, f"What the model of {run.name} said") for run in runs]
-    blocks += [_audit(runs), *(_settings(run, f"Configuration of {run.name}") for run in runs)]
+    blocks += [_audit(runs), *_sources(runs), *(_settings(run, f"Configuration of {run.name}") for run in runs)]
     return Document(f"{len(runs)} runs", " · ".join(run.name for run in runs), blocks)
 
 
@@ -123,7 +124,7 @@ def _plots(runs: Sequence[RunRecord]) -> Plots:
         losses.append(Curve(f"{first}training", run.series("train/loss"), index))
         if run.series("val/loss"):
             losses.append(Curve(f"{first}validation", run.series("val/loss"), index if several else 1, sparse=True))
-    plots = [Plot("Loss", losses, "mean over targets", may_be_log=True)]
+    plots = [Plot("Loss", losses, "mean over targets", may_be_log=True), *_source_plots(runs)]
     for title, metric, scale, unit in MEASURES:
         if any(run.series(metric) for run in runs):
             curves = [Curve(run.name, run.series(metric, scale), index) for index, run in enumerate(runs)]
@@ -132,6 +133,38 @@ def _plots(runs: Sequence[RunRecord]) -> Plots:
     return Plots(
         "Curves", plots, "Over the steps. Faint: every one; strong: a moving mean. The pointer shows what was measured."
     )
+
+
+def _source_plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:
+    """The losses of each source and of each validation set, where they have names."""
+    for title, split in (("Loss of each source", "train"), ("Validation loss of each set", "val")):
+        curves: list[Curve] = []
+        for run in runs:
+            for name in run.sources(split):
+                label = f"{run.name} · {name}" if len(runs) > 1 else name
+                points = run.series(f"{split}/{name}/loss")
+                curves.append(Curve(label, points, len(curves), sparse=split == "val"))
+        if curves:
+            yield Plot(title, curves, "mean over its targets", may_be_log=True)
+
+
+def _sources(runs: Sequence[RunRecord]) -> Iterator[Table]:
+    """What an epoch takes of each source."""
+    header = ["source", "samples", "tokens", "targets", "an epoch takes", "times", "of its targets"]
+    several = len(runs) > 1
+    rows = [
+        [
+            f"{run.name} · {split}: {name}" if several else f"{split}: {name}",
+            *(f"{of[key]:,.0f}" for key in ("num_samples", "num_tokens", "num_targets", "samples_per_epoch")),
+            f"{of['times_per_epoch']:.4g}",
+            f"{of['targets_ratio']:.1%}",
+        ]
+        for run in runs
+        for split, figures in run.audit.items()
+        for name, of in (figures.get("sources") or {}).items()
+    ]
+    if rows:
+        yield Table("Sources", header, rows, note="Shares of targets are those of an average epoch.")
 
 
 def _replies(run: RunRecord, title: str) -> Replies:

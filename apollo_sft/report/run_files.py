@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from apollo_sft.errors import CheckpointError, ConfigError
-from apollo_sft.report.metrics import Record, read_metrics
+from apollo_sft.report.metrics import Record, losses_by_name, read_metrics
 
 NUMBERS = re.compile(r"\d[\d,]*")
 MOST_NAMED = 3
@@ -49,6 +49,10 @@ class RunRecord:
     def series(self, name: str, scale: float = 1.0) -> list[tuple[int, float]]:
         """(step, value) of one metric."""
         return [(int(record["step"]), record[name] * scale) for record in self.metrics if name in record]
+
+    def sources(self, split: str) -> list[str]:
+        """Names of what has a loss of its own: sources of `train`, sets of `val`."""
+        return list(dict.fromkeys(name for record in self.metrics for name in losses_by_name(record, split)))
 
     def total(self, name: str) -> float:
         return sum(record.get(name, 0) for record in self.metrics)

@@ -24,8 +24,10 @@ from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World
 from apollo_sft.report.console import clock
 from apollo_sft.report.log import say, warn
-from apollo_sft.train.assemble import resolve_precision, strategy_of
+from apollo_sft.report.metrics import losses_by_name
+from apollo_sft.train.assemble import strategy_of
 from apollo_sft.train.merged import check_merged, live_loss, probe_of
+from apollo_sft.train.precision import resolve_precision
 from apollo_sft.train.preflight import Prepared
 from apollo_sft.train.reporter import Reporter
 
@@ -96,12 +98,16 @@ def summary(reporter: Reporter, config: SftConfig) -> str:
     """What was reached, where the model lies, how to open it, and where all of it can be seen."""
     folder = config.trainer.default_local_dir
     lines = [f"Done: {reporter.steps:,} steps, {reporter.tokens:,} tokens in {clock(reporter.seconds)}."]
+    total = sum(reporter.source_targets.values())
+    for name, targets in reporter.source_targets.items():
+        lines.append(f"  {name}: {targets:,} targets, {targets / total:.1%} of all")
     if reporter.validations:
         best = min(reporter.validations, key=lambda record: record["val/loss"])
         last = reporter.validations[-1]
         lines.append(
             f"Validation loss: last {last['val/loss']:.4f}, best {best['val/loss']:.4f} at step {int(best['step'])}."
         )
+        lines += [f"  {name}: last {loss:.4f}" for name, loss in losses_by_name(last, "val").items()]
     if config.trainer.save_best_on is not None and reporter.validations:
         lines.append(f"The best checkpoint is {folder}/checkpoints/best.")
     if config.trainer.export == "adapter":

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from apollo_sft.data.audit import decoded, target_mask, visible
+from apollo_sft.data.audit import SOURCE_HEADER, decoded, source_rows, target_mask, visible
 from apollo_sft.data.inspection import FileCounts, Found, Loss, histogram
 from apollo_sft.data.plan import steps_per_epoch
 from apollo_sft.data.store_files import SampleStore
@@ -56,7 +56,12 @@ def document(found: Inspection, picks: Sequence[tuple[Split, Pick]], whole: bool
     blocks: list[Block] = [_figures(found.splits[0]), Notes("What was found", list(_notes(found, clean)))]
     if first:
         blocks.append(Passages("One of the samples", passages[:1]))
-    blocks += [_files(found, folder), _losses(found, clean), Facts("What a training would do", _facts(found))]
+    blocks += [
+        _files(found, folder),
+        *_sources(found),
+        _losses(found, clean),
+        Facts("What a training would do", _facts(found)),
+    ]
     blocks += [_lengths(split, clean) for split in found.splits]
     blocks.append(Passages("More samples" if first else "Samples", passages[first:]))
     ranks = f"{found.processes} {'process' if found.processes == 1 else 'processes'}"
@@ -142,6 +147,12 @@ def _files(found: Inspection, folder: str) -> Table:
     return Table(
         visible(f"Files in {folder}") if folder else "Files", header, rows, totals=frozenset(totals), note=note
     )
+
+
+def _sources(found: Inspection) -> Iterator[Table]:
+    rows = [row for split, of in found.prepared.sources.items() for row in source_rows(of, split)]
+    if rows:
+        yield Table("Sources", SOURCE_HEADER, rows, note="Shares of targets are those of an average epoch.")
 
 
 def _common_folder(files: Sequence[str]) -> str:

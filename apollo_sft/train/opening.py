@@ -13,11 +13,11 @@ import yaml
 
 from apollo_sft.checkpoint.layout import RunFolder, sees_probe, versions
 from apollo_sft.config.schema import SftConfig
-from apollo_sft.data.audit import describe, to_json, write_ledger
+from apollo_sft.data.audit import describe, source_rows, to_json, write_ledger
 from apollo_sft.data.loader import Loader
-from apollo_sft.data.plan import PlanSpec, plan, steps_per_epoch
+from apollo_sft.data.plan import PlanSpec, plan, samples_per_epoch, steps_per_epoch
 from apollo_sft.errors import ConfigError, TopologyError
-from apollo_sft.model import four_bit
+from apollo_sft.model import four_bit, liger
 from apollo_sft.parallel.launch import World, answer, ask_others
 from apollo_sft.parallel.mesh import check_mesh
 from apollo_sft.parallel.ulysses import added_heads
@@ -53,6 +53,7 @@ def check_world(config: SftConfig, world: World, overridden: Mapping[str, Any]) 
     check_mesh(world.size, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
     check_strategy(config, world)
     four_bit.check(config.model, world.device)
+    liger.check(config.model, world.device)
     nnodes, per_node = config.trainer.nnodes, config.trainer.n_gpus_per_node
     if nnodes != world.num_hosts and "trainer.nnodes" in overridden:
         raise TopologyError(
@@ -200,17 +201,20 @@ def config_text(config: SftConfig, overridden: Mapping[str, Any]) -> str:
 
 def announce(config: SftConfig, prepared: Prepared, schedule: Schedule, loader: Loader, folder: RunFolder) -> None:
     """Show what will be trained, and write it into the run folder: the audit, and every row that is not whole."""
-    folder.audit.write_text(json.dumps(to_json(prepared.train, prepared.val), indent=2, ensure_ascii=False) + "\n")
+    sources = prepared.sources
+    audit = to_json(prepared.train, prepared.val, sources)
+    folder.audit.write_text(json.dumps(audit, indent=2, ensure_ascii=False) + "\n")
     write_ledger(prepared.train, prepared.val, folder.rejected)
-    num_samples, batch_size = len(prepared.train), config.data.train_batch_size
-    rows = steps_in_words(config, num_samples, loader.spec, schedule)
+    num_samples, batch_size = samples_per_epoch(len(prepared.train), loader.spec), config.data.train_batch_size
+    rows = steps_in_words(config, len(prepared.train), loader.spec, schedule)
     if loader.spec.dp_size > 1:
         rows.append(("imbalance", imbalance(loader)))
     padding = padded_heads(prepared.hf_config, config.ulysses_sequence_parallel_size)
     if padding is not None:
         say(padding)
     colour = terminal().is_terminal
-    say(describe(prepared.train, prepared.val, prepared.tokenizer, rows, colour))
+    table = [row for split, figures in sources.items() for row in source_rows(figures, split)]
+    say(describe(prepared.train, prepared.val, prepared.tokenizer, rows, colour, table))
     if num_samples < batch_size:
         warn(
             f"an epoch is one step of {num_samples:,} samples, fewer than data.train_batch_size={batch_size:,}; "
@@ -219,8 +223,8 @@ def announce(config: SftConfig, prepared: Prepared, schedule: Schedule, loader: 
 
 
 def steps_in_words(config: SftConfig, num_samples: int, spec: PlanSpec, schedule: Schedule) -> list[tuple[str, str]]:
-    """(name, value) of what the steps of a run are."""
-    in_epoch = steps_per_epoch(num_samples, spec)
+    """(name, value) of what the steps of a run are. `num_samples`: of the store."""
+    in_epoch, num_samples = steps_per_epoch(num_samples, spec), samples_per_epoch(num_samples, spec)
     rows = [
         ("steps per epoch", f"{in_epoch:,}"),
         ("steps", f"{schedule.total_steps:,} ({schedule.total_steps / in_epoch:.4g} epochs)"),

@@ -20,13 +20,14 @@ from apollo_sft.checkpoint.state import num_bytes as checkpoint_bytes
 from apollo_sft.checkpoint.tensor_files import FOREIGN_FORMS, num_bytes, read_base_tensors, safe_path
 from apollo_sft.config.schema import SftConfig, Source
 from apollo_sft.config.sources import Entries, named, own_paths, paths_of
+from apollo_sft.data.audit import source_figures
 from apollo_sft.data.mixture import Mixture, Part, mixture
 from apollo_sft.data.parquet import expand_paths
 from apollo_sft.data.store import SampleStore, StoreRequest, prepare_store
 from apollo_sft.data.template import ChatTemplate
 from apollo_sft.data.tokens import fit_template
 from apollo_sft.errors import CheckpointError, ConfigError, DataError, ModelError
-from apollo_sft.model import attention
+from apollo_sft.model import attention, liger
 from apollo_sft.model.load import (
     build_on_meta,
     check_architecture,
@@ -38,8 +39,8 @@ from apollo_sft.model.load import (
 )
 from apollo_sft.model.lora import ADAPTER_FILE, check_adapter_file, inject, lora_config
 from apollo_sft.report.log import say
-from apollo_sft.train.assemble import DTYPES
 from apollo_sft.train.optim import build_optimizer, state_bytes
+from apollo_sft.train.precision import DTYPES
 from apollo_sft.types import BaseModel, Growth
 
 
@@ -62,6 +63,14 @@ class Prepared:
         sources = self.train_sources
         mixed = "" if sources is None or sources.is_plain else f" taking {sources.takes} of {sources.sizes} samples"
         return f"{self.train.key}{mixed}"
+
+    @property
+    def sources(self) -> dict[str, dict[str, dict[str, float]]]:
+        """What `source_figures` says of train and validation, where they have named sources."""
+        train = {} if self.train_sources is None else {"train": source_figures(self.train, self.train_sources)}
+        if self.val is None or self.val_sets is None:
+            return train
+        return train | {"validation": source_figures(self.val, self.val_sets)}
 
 
 def load_external_lib(name: str | None) -> None:
@@ -180,6 +189,7 @@ def check_model(config: SftConfig) -> None:
     Raises: ModelError, ConfigError.
     """
     base, hf_config = open_base(config)
+    liger.check_family(config.model, hf_config.model_type)
     if not base.tensors:
         raise _no_weights(base.folder)
     attention.register(attention.sdpa_kernel)  # its name must be known; nothing runs

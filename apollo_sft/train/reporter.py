@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apollo_sft.config.schema import TrainerConfig
 from apollo_sft.report.console import Console
-from apollo_sft.report.metrics import LineWriter, MetricsWriter, Record, read_metrics
+from apollo_sft.report.metrics import LineWriter, MetricsWriter, Record, read_metrics, targets_by_name
 from apollo_sft.report.sinks import RunInfo, Sinks
 
 
@@ -23,6 +24,7 @@ class Reporter:
         names = trainer.logger if info is not None else ()
         self.validations: list[Record] = []
         self.steps, self.tokens, self.seconds = 0, 0, 0.0
+        self.source_targets: Counter[str] = Counter()
         self._log_freq = trainer.log_freq
         self._last_step = last_step
         self._writer = None if info is None else MetricsWriter(info.folder / "metrics.jsonl", info.first_step)
@@ -50,6 +52,7 @@ class Reporter:
         if "train/loss" in record:
             self.steps += 1
             self.tokens += int(record["train/tokens"])
+            self.source_targets.update(targets_by_name(record, "train"))
             self.seconds += float(record["train/step_seconds"])
 
     def replies(self, step: int, replies: Sequence[Mapping[str, Any]]) -> None:
