@@ -51,6 +51,7 @@ FREE = [
     "data.val_files",
     "data.val_max_samples",
     "data.store_dir",
+    "data.max_bad_ratio",
     "data.train_files",
     "data.micro_batch_size_per_gpu",
     "data.use_dynamic_bsz",

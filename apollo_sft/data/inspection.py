@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from apollo_sft.data.audit import decoded, target_mask
+from apollo_sft.data.bad_rows import NUMBERS, reason_and_found
 from apollo_sft.data.plan import PlanSpec, plan, steps_per_epoch
 from apollo_sft.data.store_files import Rejected, SampleStore
 from apollo_sft.types import RowRef
@@ -25,7 +25,6 @@ NAMED = 5
 MOST_BARS = 16
 MOST_STEPS = 512
 """Steps of an epoch that are planned to see how they are packed; of more, as many are spread over it."""
-NUMBERS = re.compile(r"\d[\d,]*")
 
 
 @dataclass(slots=True)
@@ -131,7 +130,7 @@ def losses(entries: Iterable[Rejected]) -> list[Loss]:
     """
     found: dict[tuple[Kind, str], Loss] = {}
     for entry in entries:
-        kind, (reason, found_there) = kind_of(entry), _reason(entry)
+        kind, (reason, found_there) = kind_of(entry), reason_and_found(entry.reason, str(RowRef(entry.file, entry.row)))
         loss = found.setdefault((kind, NUMBERS.sub("…", reason)), Loss(kind, reason, found_there))
         place = (entry.file, entry.row)
         if place not in loss.rows and len(loss.examples) < NAMED:
@@ -154,13 +153,6 @@ def kind_of(entry: Rejected) -> Kind:
     if entry.targets_lost or entry.turns:
         return "dropped"
     return "set aside" if entry.tokens_lost else "refused"
-
-
-def _reason(entry: Rejected) -> tuple[str, str]:
-    """In one line, without the row that is named beside it; and what was found there."""
-    first, *rest = [" ".join(line.split()) for line in entry.reason.splitlines()] or [""]
-    found = next((line.removeprefix("found:").strip() for line in rest if line.startswith("found:")), "")
-    return first.removeprefix(str(RowRef(entry.file, entry.row))).lstrip(":, "), found
 
 
 def scan(store: SampleStore) -> Scan:

@@ -105,7 +105,9 @@ def test_text_that_is_not_utf8_is_one_bad_row(tmp_path: Path) -> None:
     bad = pa.array([b"ok", b"\xed\xa0\x80", b"ok"]).view(pa.string())
     pq.write_table(pa.table({"prompt": pa.array(["q"] * 3), "response": bad}), tmp_path / "a.parquet")
     tokenizer = tiny_tokenizer()
-    data = data_config(store_dir=str(tmp_path / "s"), bad_rows="skip", prompt_key="prompt", response_key="response")
+    data = data_config(
+        store_dir=str(tmp_path / "s"), bad_rows="skip", max_bad_ratio=1.0, prompt_key="prompt", response_key="response"
+    )
     request = StoreRequest("train", [str(tmp_path)], -1, tokenizer, resolve_template(tokenizer, data), data)
     store = prepare_store(request, lambda _: None)
     assert (len(store), store.summary.num_rows) == (2, 3)

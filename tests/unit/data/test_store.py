@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from apollo_sft.data.fingerprint import store_key
-from apollo_sft.data.render import Rendered, Renderer
-from apollo_sft.data.store import SampleStore, StoreRequest, _Builder, prepare_store
+from apollo_sft.data.render import Renderer
+from apollo_sft.data.store import SampleStore, StoreRequest, StoreSummary, prepare_store
+from apollo_sft.data.store_files import StoreWriter
 from apollo_sft.data.template import ChatTemplate, resolve_template
+from apollo_sft.data.tokenise import Tokeniser
 from apollo_sft.errors import DataError
 from apollo_sft.types import IGNORE_INDEX, Conversation, RowRef, Sample
 from tests.support.data import CHATML, CLOSING, FORGETFUL, STARTING, chat, data_config, tiny_tokenizer, write_parquet
@@ -257,12 +259,11 @@ def test_tokens_are_conserved_over_random_mixes(tmp_path: Path) -> None:
         wanted = StoreRequest("train", ["f"], -1, tokenizer, resolve_template(tokenizer, data), data)
         folder = tmp_path / str(mix)
         folder.mkdir()
-        builder = _Builder(wanted, ["f"], folder, quiet)
-        for row, rendered in zip(rows, builder.renderer.try_render(rows), strict=True):
-            assert isinstance(rendered, Rendered)
-            builder._row(row.ref, rendered)
-        builder._finish_summary()
-        builder.writer.finish("key", builder.summary)
+        writer = StoreWriter(folder, ["f"])
+        summary = StoreSummary(files=["f"])
+        for chunk in Tokeniser(wanted).run([(row.ref, row) for row in rows], writer):
+            summary.add(chunk)
+        writer.finish("key", summary)
         check_conservation(SampleStore(folder), Renderer(tokenizer, wanted.template, data).render(rows), how)
 
 
@@ -290,13 +291,25 @@ def test_a_dataset_without_rows_or_targets_is_refused(tmp_path: Path) -> None:
     refused(request(tmp_path, file, max_rows=0), "data.train_files: there is no row")
 
 
-def test_the_first_bad_row_stops_the_build_and_the_others_are_counted(tmp_path: Path) -> None:
-    rows = qa(30)
+def test_all_bad_rows_are_named_at_once(tmp_path: Path) -> None:
+    rows = qa(1300)
     rows[7]["answer"] = None
     file = write_parquet(tmp_path / "a.parquet", rows)
     refused(request(tmp_path, file), f"{file} row 7, column answer: the cell is null")
-    rows[20]["question"] = None
-    refused(request(tmp_path, write_parquet(tmp_path / "b.parquet", rows)), "row 7", "1 more of the 30 rows")
+    for i in (20, 600, 1299):
+        rows[i]["question"] = None
+    file = write_parquet(tmp_path / "b.parquet", rows)
+    said: list[str] = []
+    with pytest.raises(DataError) as caught:
+        prepare_store(request(tmp_path, file), said.append)
+    assert f"{file} row 7, column answer: the cell is null" in said[0], "nobody has to wait for the first"
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "data.train_files: 4 of 1,300 rows cannot be used"
+    assert lines[1].split() == ["found:", "3", "x", "column", "question:", "the", "cell", "is", "null"]
+    assert lines[2].strip() == f"first {file} row 20, {file} row 600, {file} row 1299"
+    assert lines[3].strip() == "1 x column answer: the cell is null"
+    assert lines[4].strip() == f"first {file} row 7"
+    assert "data.bad_rows=skip" in lines[6]
     dialogue = write_parquet(tmp_path / "c.parquet", [{"messages": chat("a", "b", "c", "d")}])
     template = "{{ messages[-1].content }}"
     refused(request(tmp_path, dialogue, multiturn=True, chat_template=template), "row 0, turn 1", "in another way")
