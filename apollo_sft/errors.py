@@ -104,6 +104,12 @@ class CheckpointError(ApolloError):
     """A run folder, a checkpoint or an exported model that cannot be used, written or verified."""
 
 
+class UploadError(ApolloError):
+    """The run is finished and its model whole, but it was not brought where `trainer.default_hdfs_dir` says."""
+
+    exit_code = 3
+
+
 class AlreadyDone(ApolloError):  # noqa: N818 - it is no error: nothing is left to do
     """The run is complete under the same configuration."""
 

@@ -201,13 +201,14 @@ def status_of(exit_code: int) -> Status:
 def settle_run(folder: Path, code: int, since: float) -> int:
     """Make run.json say what the exit code says, of a run that began after `since` (seconds since 1970) and is over.
 
-    Rank 0 may have been killed before it could. Returns the exit code: 0 when run.json says that the run was finished.
+    Rank 0 may have been killed before it could. Returns the exit code: 0 when run.json says that the run was finished,
+    and not that its model had still to be uploaded.
     """
     run = read_run(folder)
     if run is None or datetime.strptime(run["started"], TIME).timestamp() < int(since):
         return code
     if run["status"] == "finished":
-        return 0
+        return code if run.get("uploaded") is False else 0
     status = status_of(code)
     if run["status"] != status:
         changed = run | {"status": status, "finished": run["finished"] or _now()}

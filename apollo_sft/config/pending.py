@@ -8,10 +8,7 @@ from apollo_sft.config.schema import SftConfig
 from apollo_sft.errors import ConfigError
 
 PENDING: list[tuple[str, Callable[[SftConfig], bool], str]] = [
-    ("model.use_liger", lambda c: c.model.use_liger, "leave it false"),
     ("model.compile", lambda c: c.model.compile, "leave it false"),
-    ("model.load_in_4bit", lambda c: c.model.load_in_4bit, "leave it false"),
-    ("trainer.default_hdfs_dir", lambda c: c.trainer.default_hdfs_dir is not None, "copy the finished folder yourself"),
 ]
 """(key, whether the config uses it, what to do instead)."""
 

@@ -267,13 +267,16 @@ class _Arrow:
     def batches(self, names: Sequence[str] | None = None) -> Iterator[Any]:
         """Of these columns; None: of the first one, to count."""
         fields = [index for index, name in enumerate(self.schema.names) if names is None or name in names]
-        reader, is_file = self._reader(fields if names is not None else fields[:1])
-        if is_file:
+        reader, stream = self._reader(fields if names is not None else fields[:1])
+        if stream is None:
             yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
             return
         yield from reader
+        if stream.tell() < stream.size():  # a read that gave nothing looks like the end
+            raise pa.ArrowInvalid(f"it ended after {stream.tell():,} of {stream.size():,} bytes")
 
-    def _reader(self, fields: list[int] | None) -> tuple[Any, bool]:
+    def _reader(self, fields: list[int] | None) -> tuple[Any, Any]:
+        """The reader; and of a stream what it reads from, None of a file."""
         options = pa.ipc.IpcReadOptions(included_fields=fields)
         source = pa.PythonFile(open_file(self._file), mode="r") if is_remote(self._file) else pa.memory_map(self._file)
         is_file = source.read(len(FILE_MAGIC)) == FILE_MAGIC
@@ -282,7 +285,9 @@ class _Arrow:
             if source.read() != END_OF_STREAM:
                 raise pa.ArrowInvalid("it does not end as a stream of Arrow does: it is cut short, or none")
         source.seek(0)
-        return (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source, options=options), is_file
+        if is_file:
+            return pa.ipc.open_file(source, options=options), None
+        return pa.ipc.open_stream(source, options=options), source
 
 
 def _existing(file: str, present: list[str], columns: Columns) -> list[str]:

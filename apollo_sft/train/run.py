@@ -18,7 +18,7 @@ from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.loader import Loader
 from apollo_sft.data.mixture import Mixture
 from apollo_sft.data.plan import PlanSpec, attention_cost, steps_per_epoch
-from apollo_sft.errors import ApolloError, Stopped, TrainingError
+from apollo_sft.errors import AlreadyDone, ApolloError, Stopped, TrainingError
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import Mesh, build_mesh
@@ -53,6 +53,7 @@ from apollo_sft.train.preflight import (
 )
 from apollo_sft.train.reporter import Reporter
 from apollo_sft.train.signals import BEFORE_TRAINING, StopFlag
+from apollo_sft.train.upload import check_destination, upload
 
 
 def train(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str], stop: StopFlag | None = None) -> None:
@@ -108,8 +109,10 @@ def _in_folder(
         _run(config, world, folder, stop, pulse)
         stop.never()
         status = "finished"
+        if config.trainer.default_hdfs_dir is not None:
+            launch.on_main(world, "upload", lambda: _upload(config, folder, stop))
     except (ApolloError, Stopped) as error:
-        status = status_of(error.exit_code)
+        status = status if status == "finished" else status_of(error.exit_code)
         raise
     except OSError as error:
         raise _about_the_disk(error, config) from error
@@ -117,6 +120,17 @@ def _in_folder(
         stop.never()
         if folder is not None:
             _leave(folder, status)
+
+
+def _upload(config: SftConfig, folder: RunFolder | None, stop: StopFlag) -> None:
+    """The run is finished, whatever becomes of this. run.json says whether it is still to be done."""
+    assert folder is not None
+    stop.last_words = str
+    folder.write_run("finished", uploaded=False)
+    stop.at_once("while the model was uploaded: it lies whole here, and the same command again uploads alone")
+    upload(config.trainer)
+    stop.never()
+    folder.write_run("finished", uploaded=True)
 
 
 def _about_the_disk(error: OSError, config: SftConfig) -> Exception:
@@ -138,6 +152,7 @@ def _claim(
     config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str], world: World, stop: StopFlag
 ) -> RunFolder:
     check_backends(config.trainer.logger)
+    check_destination(config.trainer)
     check_world(config, world, overridden)
     trainer = config.trainer
     facts = {"overridden": dict(overridden), "processes": world.size, "hosts": world.num_hosts}
@@ -154,6 +169,9 @@ def _claim(
         with folder.released_on_failure():
             folder.write_run("running", **facts, device=world.device.type)
             folder.write_config(to_yaml(config))
+    except AlreadyDone:
+        upload(config.trainer)
+        raise
     except OSError as error:
         raise _about_the_disk(error, config) from error
     say(config_text(config, overridden))

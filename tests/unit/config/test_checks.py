@@ -83,13 +83,11 @@ def test_generations_without_validation_are_noted() -> None:
 @pytest.mark.parametrize("key", [key for key, _, _ in PENDING])
 def test_pending_keys_say_so(key: str) -> None:
     used = {
-        "model.use_liger": "true",
         "model.compile": "true",
         "model.load_in_4bit": "true",
         "model.add_special_tokens": "true",
         "data.max_bad_ratio": "0.2",
         "optim.name": "muon",
-        "trainer.default_hdfs_dir": "hdfs://x/y",
     }
     name = re.split("[ =]", key)[0]
     message = refused(f"{name}={used[name]}")
