@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from apollo_sft.data.mixture import Mixture, Part, mixture
 from apollo_sft.data.plan import PlanSpec, attention_cost, plan, steps_per_epoch
 
 CHUNK = 2**22
@@ -26,7 +27,9 @@ WAYS = {
     "balanced": {"balance": True},
     "token-capped": {"max_tokens": 2 * LONGEST},
     "balanced, token-capped": {"balance": True, "max_tokens": 2 * LONGEST},
+    "a mixture": {},
 }
+"""Options of each. The mixture: three sources of 90, 9 and 1 % of the samples, with equal weights."""
 
 
 def write_lengths(path: Path, num_samples: int) -> None:
@@ -37,6 +40,12 @@ def write_lengths(path: Path, num_samples: int) -> None:
         part = lengths[first : first + CHUNK]
         part[:] = rng.lognormal(5.7, 0.8, len(part)).clip(1, LONGEST)
     lengths.flush()
+
+
+def mixed(num_samples: int) -> Mixture:
+    sizes = [9 * num_samples // 10, 9 * num_samples // 100]
+    sizes.append(num_samples - sum(sizes))
+    return mixture([Part(name, weight=1.0) for name in "abc"], sizes, "bench")
 
 
 def private_bytes() -> int:
@@ -81,7 +90,8 @@ def main() -> None:
     spec = {"batch_size": options.ranks * options.per_rank, "micro_batch_size": 4, "dp_size": options.ranks, "seed": 1}
     if options.measure:
         file, way = options.measure
-        figures = measure(Path(file), PlanSpec(**spec | WAYS[way], attention_cost=attention_cost(4096)), options.steps)
+        spec |= WAYS[way] | ({"mixture": mixed(options.samples)} if way == "a mixture" else {})
+        figures = measure(Path(file), PlanSpec(**spec, attention_cost=attention_cost(4096)), options.steps)
         print(json.dumps(figures))
         return
     in_epoch = steps_per_epoch(options.samples, PlanSpec(**spec))
