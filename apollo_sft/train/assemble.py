@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 
 from apollo_sft.config.schema import ModelConfig, SftConfig
 from apollo_sft.errors import ConfigError
-from apollo_sft.model import attention, four_bit, load, lora
+from apollo_sft.model import attention, four_bit, liger, load, lora
 from apollo_sft.model.proof import prove
 from apollo_sft.model.sft_model import SftModel, enable_checkpointing
 from apollo_sft.parallel import fsdp1, fsdp2
@@ -25,11 +24,10 @@ from apollo_sft.parallel.mesh import Mesh
 from apollo_sft.parallel.ulysses import Ulysses
 from apollo_sft.report.log import say
 from apollo_sft.train.optim import build_optimizer, check_optimizer
+from apollo_sft.train.precision import Precision, resolve_precision
 from apollo_sft.types import Growth
 
 M = TypeVar("M", bound=nn.Module)
-
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Strategy(Protocol):
@@ -58,19 +56,6 @@ def strategy_of(model: SftModel) -> Strategy:
     return STRATEGIES[model.strategy]
 
 
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """`master`: the weights that the optimizer updates. `compute`: forward and backward. `reduce`: gradient sums."""
-
-    master: torch.dtype
-    compute: torch.dtype
-    reduce: torch.dtype
-
-    @property
-    def mixed(self) -> bool:
-        return self.master != self.compute
-
-
 def check_strategy(config: SftConfig, world: World) -> None:
     """Raises: ConfigError when the strategy cannot train exactly what is asked for."""
     fsdp, precision = config.model.fsdp_config, resolve_precision(config.model, world.device.type == "cuda")
@@ -82,16 +67,6 @@ def check_strategy(config: SftConfig, world: World) -> None:
 def _strategy_name(config: SftConfig, world: World) -> str:
     """One process has nothing to shard: mixed precision and offload are FSDP2's then."""
     return config.model.strategy if world.size > 1 else "fsdp2"
-
-
-def resolve_precision(model: ModelConfig, on_cuda: bool) -> Precision:
-    """`model.fsdp_config.dtype=auto` is bf16 on CUDA and fp32 on CPU; everything is fp64 when the masters are."""
-    master = DTYPES[model.fsdp_config.model_dtype]
-    if master == torch.float64:
-        return Precision(master, master, master)
-    wanted = model.fsdp_config.dtype
-    compute = (torch.bfloat16 if on_cuda else master) if wanted == "auto" else DTYPES[wanted]
-    return Precision(master, compute, torch.float32)
 
 
 def assemble(
@@ -143,6 +118,8 @@ def laid_out(config: SftConfig, model: SftModel, world: World, mesh: Mesh) -> Sf
 
     Raises: ConfigError when the modules to shard are not there.
     """
+    if config.model.use_liger and world.device.type == "cuda":  # not where a step is only counted
+        liger.apply(model.causal_lm)
     _enable_checkpointing(model, config.model)
     if mesh.shard is not None:
         precision = resolve_precision(config.model, world.device.type == "cuda")

@@ -26,8 +26,8 @@ from apollo_sft.model import attention
 from apollo_sft.model.four_bit import quantised
 from apollo_sft.model.load import build_on_meta, load_with_weights
 from apollo_sft.model.lora import inject, lora_config, merge
-from apollo_sft.train.assemble import DTYPES, resolve_precision
 from apollo_sft.train.finish import IN_CHECKPOINT, options_of
+from apollo_sft.train.precision import DTYPES, resolve_precision
 from apollo_sft.train.preflight import load_external_lib, load_tokenizer, open_base
 from apollo_sft.types import BaseModel, Conversation, RowRef
 

@@ -17,8 +17,8 @@ from apollo_sft.data.loader import StepBatch
 from apollo_sft.parallel.launch import World
 from apollo_sft.report.log import say
 from apollo_sft.report.metrics import Record, StepFacts, source_record, train_record
-from apollo_sft.train.assemble import resolve_precision
 from apollo_sft.train.flops import Cost, cost_of
+from apollo_sft.train.precision import resolve_precision
 from apollo_sft.train.step import StepResult
 
 BF16_PEAKS = {

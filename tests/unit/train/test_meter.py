@@ -17,9 +17,9 @@ from apollo_sft.data.plan import PlanSpec
 from apollo_sft.data.store import SampleStore
 from apollo_sft.errors import ConfigError
 from apollo_sft.model.load import build_on_meta, read_config
-from apollo_sft.train.assemble import DTYPES
 from apollo_sft.train.flops import cost_of
 from apollo_sft.train.meter import Meter, Profile, known_peak
+from apollo_sft.train.precision import DTYPES
 from apollo_sft.train.step import StepResult, Vote
 from tests.support.runs import arguments, train_here, without_clock, write_inputs
 from tests.support.samples import random_samples, write_store
