@@ -8,6 +8,7 @@ from pathlib import Path
 
 from apollo_sft.data.bad_rows import refuse_bad, refuse_too_many_bad, without_rare
 from apollo_sft.data.custom import custom_rows
+from apollo_sft.data.files import shown
 from apollo_sft.data.fingerprint import tokenizer_hash
 from apollo_sft.data.parquet import num_rows
 from apollo_sft.data.store_files import StoreSummary, StoreWriter
@@ -31,9 +32,10 @@ class Builder:
         self.files = files
         self.folder = folder
         self.say = say
-        self.summary = StoreSummary(files=files)
+        named = [shown(file) for file in files]
+        self.summary = StoreSummary(files=named)
         self.progress = _Told(say, request.split)
-        self.writer = StoreWriter(folder, files)
+        self.writer = StoreWriter(folder, named)
 
     def run(self, key: str) -> None:
         """Raises: as `prepare_store`."""
@@ -87,7 +89,13 @@ class Builder:
         without_rare(self.summary)
 
     def _refuse(self) -> None:
-        summary = self.summary
+        summary, total = self.summary, self.progress.total
+        if total is not None and summary.num_rows != total:
+            raise DataError(
+                f"{self.request.files_key}: the files changed while they were read",
+                found=f"{summary.num_rows:,} rows, where {total:,} had been counted",
+                fix="the same command again, when nobody writes them",
+            )
         summary.stop_tokens = dict(sorted(summary.stop_tokens.items(), key=lambda item: -item[1]))
         if self.data.bad_rows == "error":
             refuse_bad(summary, self.request.files_key)

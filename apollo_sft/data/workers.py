@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from apollo_sft.data.files import shown
 from apollo_sft.data.fingerprint import tokenizer_hash
 from apollo_sft.data.store_files import StoreSummary, StoreWriter
 from apollo_sft.data.tokenise import Shard, StoreRequest, Tokeniser, shard_rows
@@ -207,7 +208,7 @@ def _listen(connection: Connection, messages: queue.SimpleQueue[Any]) -> None:
 def _tokenise(tokeniser: Tokeniser, job: Job, shard: Shard, connection: Connection) -> Done:
     part = job.folder / f"part-{shard.index:06d}"
     part.mkdir()
-    writer = StoreWriter(part, list(job.files))
+    writer = StoreWriter(part, [shown(file) for file in job.files])
     chunks = []
     for summary in tokeniser.run(shard_rows(shard, job.request.data), writer):
         chunks.append(summary)
