@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,13 +120,15 @@ def times_of(vocabulary: int, hidden_size: int, tokens: int, share: float, pairs
     return {name: values[1:] for name, values in seconds.items()}
 
 
-def compare(vocabulary: int, share: float, options: argparse.Namespace) -> tuple[list[list[object]], dict[str, float]]:
+def compare(
+    vocabulary: int, share: float, options: argparse.Namespace
+) -> tuple[list[list[object]], dict[str, list[float]]]:
     sizes = (vocabulary, options.hidden, options.tokens, share)
     memory = {name: in_own_process(name, *sizes) for name in VARIANTS}
     small = memory["full logits"]["rss"] < 2**28  # what torch keeps for itself would weigh too much
     times = times_of(vocabulary, options.hidden, options.timed_tokens, share, options.pairs)
     rows: list[list[object]] = []
-    ratios = {}
+    ratios: dict[str, list[float]] = {}
     for name in VARIANTS:
         bytes_ratio = memory[name]["bytes"] / memory["full logits"]["bytes"]
         rss_ratio = "–" if small else f"{memory[name]['rss'] / memory['full logits']['rss']:.2f}"
@@ -133,7 +136,8 @@ def compare(vocabulary: int, share: float, options: argparse.Namespace) -> tuple
         met = ""
         if name == "ours":
             key = f"{vocabulary}, {share:.0%} targets"
-            ratios = {f"{key}: bytes": bytes_ratio, f"{key}: time": time_ratio.median}
+            pairs = zip(times[name], times["full logits"], strict=True)
+            ratios = {f"{key}: bytes": [bytes_ratio], f"{key}: time": [mine / other for mine, other in pairs]}
             in_bytes = verdict(bytes_ratio, MEMORY, at_least=False)
             met = f"memory {in_bytes}; time {verdict(time_ratio.median, TIME, at_least=False)}"
         cells = [f"{vocabulary:,}", f"{share:.0%}", name, f"{memory[name]['bytes'] / 2**20:,.0f}", f"{bytes_ratio:.2f}"]
@@ -168,6 +172,7 @@ def main() -> None:
     parser.add_argument("--growth", type=whole_numbers, default=[512, 1024, 2048, 4096], help="tokens; 0 leaves it out")
     parser.add_argument("--growth-vocabulary", type=int, default=151_936)
     parser.add_argument("--write", action="store_true", help="write results.md and recorded.json")
+    parser.add_argument("--ratios", type=Path, help="write the ratios of the pairs there")
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -178,7 +183,7 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     rows: list[list[object]] = []
-    ratios: dict[str, float] = {}
+    ratios: dict[str, list[float]] = {}
     for share in options.shares:
         for vocabulary in options.vocabularies:
             found, of_these = compare(vocabulary, share, options)
@@ -192,6 +197,8 @@ def main() -> None:
         titles = ["tokens", "ours, MiB", "full logits, MiB", "ours without what is as wide as the hidden states, MiB"]
         growth = table(titles, more_tokens(options))
         print(f"\n{growth}")
+    if options.ratios:
+        write_ratios("head", ratios, options.ratios)
     if options.write:
         write_ratios("head", ratios)
         text = f"Memory at {options.tokens} tokens, time at {options.timed_tokens}; hidden size {options.hidden}."

@@ -169,7 +169,9 @@ def version_in(python: str, package: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", type=lambda text: text.split(","), default=["trl", "verl"])
+    parser.add_argument(
+        "--peers", type=lambda text: [name for name in text.split(",") if name], default=["trl", "verl"]
+    )
     parser.add_argument("--steps", type=int, default=20, help=f"a multiple of {TURNS}")
     parser.add_argument("--batch", type=int, default=16, help="rows of a step in fp32")
     parser.add_argument("--bf16-batch", type=int, default=16 if has_bf16() else 2)

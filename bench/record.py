@@ -7,7 +7,7 @@ import json
 import platform
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -77,10 +77,10 @@ def write_section(name: str, text: str, path: Path = RESULTS) -> None:
     path.write_text(f"{head.rstrip()}\n\n{body}\n", encoding="utf-8")
 
 
-def write_ratios(name: str, ratios: dict[str, float], path: Path = RECORDED) -> None:
-    """What the regression guard compares with."""
+def write_ratios(name: str, ratios: Mapping[str, Sequence[float]], path: Path = RECORDED) -> None:
+    """What the regression guard (`tests/commands/test_speed_guard.py`) compares: what each pair gave, under `name`."""
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    old[name] = {key: round(value, 4) for key, value in ratios.items()}
+    old[name] = {key: [round(value, 4) for value in values] for key, values in ratios.items()}
     path.write_text(json.dumps(dict(sorted(old.items())), indent=1) + "\n", encoding="utf-8")
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from record import has_bf16, over, table, verdict, write_ratios, write_section
-from workload import write_model, write_store
+from workload import LONGEST, SHORTEST, write_model, write_store
 
 from apollo_sft.config.compose import compose
 from apollo_sft.data.loader import Loader, StepBatch
@@ -167,6 +167,14 @@ def timed(run: Steps, num_steps: int, world: World) -> tuple[float, float, list[
     return float(took[0]), float(took[1]), losses
 
 
+def in_pair(ours: Steps, bare: Steps, num_steps: int, world: World, number: int) -> tuple[Any, Any]:
+    """Both, one after the other; which comes first changes from pair to pair."""
+    if number % 2:
+        theirs = timed(bare, num_steps, world)
+        return timed(ours, num_steps, world), theirs
+    return timed(ours, num_steps, world), timed(bare, num_steps, world)
+
+
 def measure(folder: Path, out: Path, options: argparse.Namespace) -> None:
     """All cases of this number of processes. The first pair is not counted: its losses are compared."""
     torch.set_num_threads(1)
@@ -183,12 +191,13 @@ def measure(folder: Path, out: Path, options: argparse.Namespace) -> None:
         ours = Ours(config, folder, world, loader, mesh)
         ready = [loader.batch(step) for step in range(1 + options.steps * options.pairs)]
         bare = Bare(config, folder, world, iter(ready))
-        pairs = [(timed(ours, n, world), timed(bare, n, world)) for n in [1] + [options.steps] * options.pairs]
+        numbers = range(1 + options.pairs)
+        pairs = [in_pair(ours, bare, 1 if number == 0 else options.steps, world, number) for number in numbers]
         figures = {
             "case": case,
-            "tokens": [sum(b.num_tokens for b in ready[1:]) / options.pairs, sum(b.num_targets for b in ready[1:])],
-            "ours": [pair[0][:2] for pair in pairs[1:]],
-            "bare": [pair[1][:2] for pair in pairs[1:]],
+            "tokens": sum(batch.num_tokens for batch in ready[1:]),
+            "ours": [one[:2] for one, _ in pairs[1:]],
+            "bare": [other[:2] for _, other in pairs[1:]],
             "apart": abs(pairs[0][0][2][0] / pairs[0][1][2][0] - 1),
         }
         if world.is_main:
@@ -204,7 +213,7 @@ def run_cases(options: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         folder, out = Path(name), Path(name) / "figures.jsonl"
         write_model(folder / "model", options.hidden, options.layers)
-        write_store(folder / "store", 16 * max(1, options.rows) * (1 + options.steps * options.pairs) // 16)
+        write_store(folder / "store", options.rows * (1 + options.steps * options.pairs), (SHORTEST, LONGEST))
         for processes in sorted({int(case[-1]) for case in options.cases}):
             start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
             command = [sys.executable, *start, __file__, *sys.argv[1:], "--worker", name, str(out)]
@@ -225,6 +234,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--cases", type=lambda text: text.split(","), default=CASES)
     parser.add_argument("--write", action="store_true", help="write results.md and recorded.json")
+    parser.add_argument("--ratios", type=Path, help="write the ratios of the pairs there")
     parser.add_argument("--worker", nargs=2, metavar=("FOLDER", "OUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -232,14 +242,16 @@ def main() -> None:
     rows, ratios = [], {}
     for found in run_cases(options):
         cpu, wall = (over([b[i] for b in found["bare"]], [o[i] for o in found["ours"]]) for i in (0, 1))
-        tokens = found["tokens"][0]
-        speeds = [tokens * len(found[who]) / sum(pair[0] for pair in found[who]) for who in ("ours", "bare")]
-        ratios[found["case"]] = cpu.median
+        speeds = [found["tokens"] / sum(pair[0] for pair in found[who]) for who in ("ours", "bare")]
+        pairs = zip(found["bare"], found["ours"], strict=True)
+        ratios[found["case"]] = [other[0] / one[0] for other, one in pairs]
         numbers = [f"{speed:.0f}" for speed in speeds]
         met = verdict(cpu.median, WANTED, at_least=True)
         rows.append([found["case"], *numbers, cpu, wall, f"{found['apart']:.1e}", met])
     titles = ["case", "ours, tokens/CPU-s", "bare, tokens/CPU-s", "CPU time ratio", "wall time ratio", "loss apart", ""]
     print(table(titles, rows))
+    if options.ratios:
+        write_ratios("step", ratios, options.ratios)
     if options.write:
         write_ratios("step", ratios)
         write_section("step", f"{__doc__}\n\n{table(titles, rows)}")

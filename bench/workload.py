@@ -63,13 +63,13 @@ def write_conversations(folder: Path, num_rows: int, name: str = "rows.parquet")
     return path
 
 
-def write_store(folder: Path, num_samples: int, longest: int = LONGEST, vocabulary: int = VOCABULARY) -> None:
-    """A store of random tokens, as many targets as in the conversations, without a text that was tokenised."""
+def write_store(folder: Path, num_samples: int, lengths: tuple[int, int], vocabulary: int = VOCABULARY) -> None:
+    """A store of random tokens, as many targets as in the conversations. `lengths`: the shortest and the longest."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     writer = StoreWriter(folder, ["rows"])
     summary = StoreSummary(["rows"], num_rows=num_samples, num_samples=num_samples)
-    for row, length in enumerate(rng.integers(max(2, longest * SHORTEST // LONGEST), longest + 1, num_samples)):
+    for row, length in enumerate(rng.integers(lengths[0], lengths[1] + 1, num_samples)):
         ids = rng.integers(0, vocabulary, length).astype(np.int32)
         labels = np.append(ids[1:], np.int32(IGNORE_INDEX))
         labels[: int(length * PROMPT_SHARE)] = IGNORE_INDEX
