@@ -62,8 +62,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not SHARED.is_dir():
         pytest.skip("../shared/tokenizers is not here")
     folder = tmp_path_factory.mktemp("gpt2")
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.02}
-    config = AutoConfig.for_model("gpt2", **sizes)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 128, "resid_pdrop": 0.0}
+    config = AutoConfig.for_model("gpt2", attn_pdrop=0.0, embd_pdrop=0.0, **sizes)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(SHARED).save_pretrained(folder / "model")
@@ -140,8 +140,8 @@ def test_commands_know_the_grown_model(inputs: Path, run: Path, capsys: pytest.C
     keys = [f"model.partial_pretrain={inputs / 'model'}", f"data.train_files={inputs / 'train.parquet'}", *ADD]
     keys += ["data.val_files=null", f"data.store_dir={inputs / 'store'}", "data.train_batch_size=8"]
     capsys.readouterr()
-    assert main(["inspect", *keys, "--json"]) == 0
-    capsys.readouterr()
+    assert main(["inspect", *keys]) == 0
+    assert "<|im_end|>" in capsys.readouterr().out
     assert main(["plan", *keys, "--gpus", "1", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(run).parameters())
