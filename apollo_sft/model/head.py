@@ -160,12 +160,12 @@ def _chunk(raw: Tensor, labels: Tensor, spec: HeadSpec, grad: bool) -> tuple[Ten
     `raw`: (rows, vocabulary).
     """
     logits = _logits(raw, spec)
-    log_normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+    log_probs = torch.log_softmax(logits, dim=-1)
     index = labels[:, None]
-    losses = (log_normaliser - logits.gather(1, index))[:, 0]
+    losses = -log_probs.gather(1, index)[:, 0]
     if not grad:
         return losses, None
-    grad_logits = torch.exp(logits - log_normaliser)
+    grad_logits = log_probs.exp_()
     grad_logits.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad_logits.dtype))
     if spec.softcap is not None:
         grad_logits *= 1 - (logits / spec.softcap) ** 2
