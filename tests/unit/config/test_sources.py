@@ -1,3 +1,7 @@
+import re
+import shlex
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -84,6 +88,22 @@ def test_what_cannot_be_is_refused_by_its_key(files: str, words: list[str]) -> N
     with pytest.raises(ConfigError) as refused:
         composed(files)
     assert all(word in str(refused.value) for word in words), refused.value
+
+
+def test_every_example_of_the_page_is_read() -> None:
+    """As the shell hands it over, and the yaml as it stands."""
+    text = (Path(__file__).resolve().parents[3] / "docs" / "mixtures.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.S | re.M)
+    words = [word for block in blocks for word in shlex.split(block) if word.startswith("data.")]
+    assert len(words) == 5
+    for word in words:
+        key = word.partition("=")[0]
+        config = compose([word, *([] if key == "data.val_files" else [PLAIN])]).config
+        assert named(config.data.val_files if key == "data.val_files" else config.data.train_files)
+    (tree,) = (yaml.safe_load(block) for block in blocks if block.startswith("data:"))
+    defaults = composed("a.parquet").model_dump(mode="json")
+    data = validate(defaults | {"data": defaults["data"] | tree["data"]}).data
+    assert list(named(data.train_files)) == ["math", "a"]
 
 
 @pytest.mark.parametrize(
