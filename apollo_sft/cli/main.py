@@ -20,6 +20,7 @@ COMMANDS = {
     "report": "write what became of one run or several as one HTML page",
     "eval": "let a model folder answer questions, and count the right answers",
     "workflow": "run a workflow file of AlphaApollo: its preparations, then its training",
+    "store": "show the tokenised data that trainings keep, and remove some",
     "prepare": "make training files from GSM8K, math sets, tool conversations or data of your own",
     "demo": "train a small model from nothing, in about two minutes, and show what it learned",
 }

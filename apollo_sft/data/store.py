@@ -13,7 +13,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from apollo_sft.config.schema import DataConfig
 from apollo_sft.data.bad_rows import refuse_too_many_bad
 from apollo_sft.data.build import Builder, Say
 from apollo_sft.data.fingerprint import store_key
@@ -36,7 +35,7 @@ def prepare_store(request: StoreRequest, say: Say) -> SampleStore:
     """
     asked = time.time_ns()
     files = expand_paths(request.paths, request.files_key)
-    root = store_root(request.data)
+    root = store_root(request.data.store_dir)
     try:
         root.mkdir(parents=True, exist_ok=True)
         key = store_key(files, request.max_rows, request.tokenizer, request.template, request.data, root / "hashes")
@@ -57,10 +56,10 @@ def prepare_store(request: StoreRequest, say: Say) -> SampleStore:
     return store
 
 
-def store_root(data: DataConfig) -> Path:
+def store_root(store_dir: str | None) -> Path:
     """`data.store_dir`, or a folder in the user's cache."""
-    if data.store_dir is not None:
-        return Path(data.store_dir).expanduser()
+    if store_dir is not None:
+        return Path(store_dir).expanduser()
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(cache).expanduser() / "apollo-sft" / "store"
 

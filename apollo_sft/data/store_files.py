@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -10,6 +9,7 @@ import shutil
 import weakref
 from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -320,21 +320,18 @@ def _open(folder: Path, name: str) -> np.ndarray:
 
 
 def _mark_as_used(store: SampleStore, mark: Path) -> None:
-    """A shared lock until `store` is gone, and the time of today. A folder that cannot be written has no such mark.
+    """A shared lock until `store` is gone, and the time of today. A folder that cannot be written gets no such mark.
 
-    Raises: BlockingIOError when the folder is being removed.
+    Waits while another process looks whether the store is in use, or removes it.
     """
     try:
         handle = os.open(mark, os.O_RDWR)
     except OSError:
         return
     weakref.finalize(store, os.close, handle)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(handle, fcntl.LOCK_SH)
         os.utime(handle)
-    except OSError as error:
-        if error.errno == errno.EWOULDBLOCK:
-            raise
 
 
 def try_to_own(mark: Path) -> int | None:

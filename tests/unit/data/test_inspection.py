@@ -108,7 +108,8 @@ def test_text_that_is_not_utf8_is_one_bad_row(tmp_path: Path) -> None:
     data = data_config(
         store_dir=str(tmp_path / "s"), bad_rows="skip", max_bad_ratio=1.0, prompt_key="prompt", response_key="response"
     )
-    request = StoreRequest("train", [str(tmp_path)], -1, tokenizer, resolve_template(tokenizer, data), data)
+    file, template = str(tmp_path / "a.parquet"), resolve_template(tokenizer, data)
+    request = StoreRequest("train", [file], -1, tokenizer, template, data)
     store = prepare_store(request, lambda _: None)
     assert (len(store), store.summary.num_rows) == (2, 3)
     [entry] = store.rejected()
