@@ -62,6 +62,7 @@ FREE = [
     "model.enable_gradient_checkpointing",
     "model.gradient_checkpointing_policy",
     "model.attn_implementation",
+    "model.compile",
     "model.fsdp_config.wrap_policy.",
     "model.fsdp_config.cpu_offload",
     "model.fsdp_config.offload_params",

@@ -52,6 +52,7 @@ def check_combinations(config: SftConfig, given: set[str], notes: list[str]) -> 
         refused(config.data),
         _precision(config),
         _four_bits(config),
+        _compiled(config),
         _loggers(config),
         _contradictions(config, given),
         _checkpoints(config),
@@ -206,6 +207,18 @@ def _four_bits(config: SftConfig) -> Iterator[ConfigError]:
             found="model.fsdp_config.model_dtype=fp64",
             fix="model.fsdp_config.model_dtype=fp32",
         )
+
+
+def _compiled(config: SftConfig) -> Iterator[ConfigError]:
+    model = config.model
+    if model.compile and model.enable_gradient_checkpointing and model.gradient_checkpointing_policy == "selective":
+        yield ConfigError(
+            "model.compile=true does not go with selective checkpointing: compiled layers show no operators to select",
+            found="model.gradient_checkpointing_policy=selective",
+            fix="model.gradient_checkpointing_policy=full, or model.compile=false",
+        )
+    if model.compile and model.load_in_4bit:
+        yield ConfigError("model.compile=true does not go with model.load_in_4bit=true", fix="model.compile=false")
 
 
 def _loggers(config: SftConfig) -> Iterator[ConfigError]:

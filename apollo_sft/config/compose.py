@@ -22,7 +22,6 @@ from pydantic import ValidationError
 from apollo_sft.config.aliases import REFUSED, REFUSED_SECTIONS, RENAMED, WITHOUT_EFFECT
 from apollo_sft.config.checks import check_combinations
 from apollo_sft.config.overrides import Setting, leaves, parse
-from apollo_sft.config.pending import refuse_pending
 from apollo_sft.config.schema import FileSet, SftConfig, Source
 from apollo_sft.errors import ConfigError, redact
 
@@ -66,8 +65,6 @@ def compose(arguments: Sequence[str]) -> Composed:
     problems += _contradictions(settings, notes)
     raw = _attempt(partial(_hydra, settings), problems)
     config = None if raw is None else _attempt(partial(validate, raw), problems)
-    if config is not None:
-        _attempt(partial(refuse_pending, config), problems)
     if config is not None and not problems:
         _attempt(partial(check_combinations, config, set(given), notes), problems)
     if problems or config is None:

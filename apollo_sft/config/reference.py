@@ -15,7 +15,6 @@ from typing import Any
 from apollo_sft.config.aliases import REFUSED, REFUSED_SECTIONS, RENAMED, WITHOUT_EFFECT
 from apollo_sft.config.checks import LOGGERS
 from apollo_sft.config.compose import YAML_PATH
-from apollo_sft.config.pending import PENDING
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.errors import ConfigError
 
@@ -199,12 +198,8 @@ def kind(key: str) -> str:
 
 
 def generated() -> str:
-    """The reference in Markdown: every key, then the other spellings, then what is not built."""
-    parts = ["## Every key", *_reference(), *_spellings(), "## Not built yet"]
-    parts += [
-        "Known keys without a feature. Using one is refused by name: " + _coded(key for key, _, _ in PENDING) + "."
-    ]
-    return "\n\n".join(parts)
+    """The reference in Markdown: every key, then the other spellings."""
+    return "\n\n".join(["## Every key", *_reference(), *_spellings()])
 
 
 def renewed(page: str) -> str:
@@ -222,7 +217,6 @@ def _defaults() -> dict[str, str]:
 
 
 def _reference() -> Iterator[str]:
-    not_built = {key: instead for key, _, instead in PENDING}
     section = ""
     for entry in entries(YAML_PATH.read_text(encoding="utf-8")):
         top = entry.key.partition(".")[0] if entry.default is None or "." in entry.key else "Without a section"
@@ -235,8 +229,6 @@ def _reference() -> Iterator[str]:
             continue
         facts = f"{kind(entry.key)} · default `{entry.default}`"
         use = f"```\n{example(entry.key)}\n```"
-        if entry.key in not_built:
-            use = f"*Not built yet:* {not_built[entry.key]}."
         meaning = _marked(entry.meaning, CHOICES.get(entry.key) or _shape(entry.key).get("enum", ()))
         yield f"#### `{entry.key}`\n\n*{facts}*\n\n{meaning}\n\n{use}"
 

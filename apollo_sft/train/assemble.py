@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from apollo_sft.config.schema import ModelConfig, SftConfig
 from apollo_sft.errors import ConfigError
 from apollo_sft.model import attention, four_bit, liger, load, lora
+from apollo_sft.model.compile import check_compile, compile_layers
 from apollo_sft.model.proof import prove
 from apollo_sft.model.sft_model import SftModel, enable_checkpointing
 from apollo_sft.parallel import fsdp1, fsdp2
@@ -62,6 +63,8 @@ def check_strategy(config: SftConfig, world: World) -> None:
     reduces_once, name = fsdp.use_no_sync_for_gradient_accumulation, _strategy_name(config, world)
     STRATEGIES[name].check(fsdp.fsdp_size, precision.compute, reduces_once)
     check_optimizer(config.optim, name)
+    if config.model.compile:
+        check_compile(world.device, name)
 
 
 def _strategy_name(config: SftConfig, world: World) -> str:
@@ -104,6 +107,8 @@ def assemble(
             lora.inject(causal_lm, adapter, precision.master)
         model = laid_out(config, SftModel(causal_lm, mesh.sp_rank, mesh.sp_size), world, mesh)
         strategy.fill(model, source, world.device, offloads(config.model))
+    if config.model.compile:
+        say(compile_layers(model.causal_lm))
     return model, optimizer_of(model, config)
 
 

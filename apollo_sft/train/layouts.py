@@ -107,6 +107,8 @@ def layouts(config: SftConfig, ranks: int, cap_tokens: int) -> list[Layout]:
         if fits(config, processes):
             found.append(Layout(f"yours: {_describe(own_values(config), processes)}", processes, {}))
         cells = list(_one(micro, capped)) if processes == 1 else list(_several(processes, micro, capped))
+        if config.optim.name != "adamw":
+            cells = [cell for cell in cells if cell.get("model.strategy") != "fsdp"]  # refused
         for values in (NEUTRAL | cell for cell in cells):
             layout = Layout(_describe(values, processes), processes, values)
             if layout not in found and (processes, values) != (processes, own_values(config)):

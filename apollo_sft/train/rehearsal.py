@@ -80,6 +80,7 @@ def _changes(config: SftConfig) -> dict[str, Any]:
         "model.fsdp_config.model_dtype": "fp64",
         "model.fsdp_config.dtype": "auto",
         "model.attn_implementation": "sdpa",
+        "model.compile": False,
         "model.lora_dropout": 0.0,
         "model.load_in_4bit": False,
         "trainer.device": "cpu",

@@ -1,14 +1,13 @@
-import re
 from pathlib import Path
 
 import pytest
 
 from apollo_sft.config.checks import check_paths
 from apollo_sft.config.compose import compose
-from apollo_sft.config.pending import PENDING
 from apollo_sft.errors import ConfigError
 
 NO_VALIDATION = "data.val_files=null"
+QLORA = ("model.load_in_4bit=true", "model.lora_rank=8")
 
 
 def refused(*arguments: str) -> str:
@@ -39,6 +38,10 @@ def refused(*arguments: str) -> str:
         (["trainer.device=cpu", "model.attn_implementation=flash"], ["attn_implementation=flash needs CUDA"]),
         (["model.lora_rank=8", "model.target_modules=[]"], ["model.target_modules is empty"]),
         (["trainer.export=adapter"], ["trainer.export=adapter needs LoRA"]),
+        (["model.load_in_4bit=true"], ["model.load_in_4bit=true needs LoRA", "model.lora_rank=16"]),
+        ([*QLORA, "trainer.device=cpu"], ["model.load_in_4bit=true needs CUDA", "trainer.device=cpu"]),
+        ([*QLORA, "model.strategy=fsdp"], ["model.load_in_4bit=true needs model.strategy=fsdp2"]),
+        ([*QLORA, "model.fsdp_config.model_dtype=fp64"], ["model.load_in_4bit=true knows no float64"]),
         (["trainer.logger=[consoles]"], ["did you mean console?"]),
         (["trainer.logger=[console,console]"], ["names one twice"]),
         (["data.micro_batch_size=512", "trainer.logger=[consoles]"], ["larger than", "did you mean console?"]),
@@ -52,6 +55,11 @@ def test_impossible_combinations(arguments: list[str], parts: list[str]) -> None
 def test_lora_keys_go_together() -> None:
     arguments = ["model.lora_rank=8", "model.lora_alpha=32", "model.lora_dropout=0.1", "trainer.export=adapter"]
     assert compose(arguments).notes == []
+
+
+@pytest.mark.parametrize("key", ["model.lora_rank=8", "model.lora_adapter_path=adapter"])
+def test_adapters_may_lie_on_a_base_in_4_bits(key: str) -> None:
+    assert compose([key, "model.load_in_4bit=true"]).config.model.load_in_4bit
 
 
 def test_a_cap_by_tokens_frees_the_number_of_samples_in_a_forward() -> None:
@@ -80,19 +88,15 @@ def test_generations_without_validation_are_noted() -> None:
     assert note == "trainer.generate_samples has no effect without validation data"
 
 
-@pytest.mark.parametrize("key", [key for key, _, _ in PENDING])
-def test_pending_keys_say_so(key: str) -> None:
-    used = {
-        "model.compile": "true",
-        "model.load_in_4bit": "true",
-        "model.add_special_tokens": "true",
-        "data.max_bad_ratio": "0.2",
-        "optim.name": "muon",
-    }
-    name = re.split("[ =]", key)[0]
-    message = refused(f"{name}={used[name]}")
-    assert f"{key} is not built yet" in message
-    assert "to do:" in message
+def test_compiled_layers_show_no_operators_to_selective_checkpointing() -> None:
+    checkpointing = ["model.enable_gradient_checkpointing=true", "model.gradient_checkpointing_policy=selective"]
+    assert "model.compile=true" in refused("model.compile=true", *checkpointing)
+    compose(["model.compile=true", checkpointing[0]])
+    compose(checkpointing)
+
+
+def test_weights_in_four_bits_are_not_compiled() -> None:
+    assert "model.compile=false" in refused("model.compile=true", "model.load_in_4bit=true", "model.lora_rank=8")
 
 
 def paths_refused(*arguments: str) -> str:

@@ -43,9 +43,9 @@ def test_it_stays_near_adamw(shape: tuple[int, ...], dtype: torch.dtype) -> None
     else:
         apart = (small - large).abs()
         assert not torch.equal(small, large)
-        in_sight = scale > 3  # the rest lies below the levels of its block: smaller steps, never larger ones
-        assert apart[..., in_sight].norm() < 0.05 * large[..., in_sight].norm()
-        assert small.abs().max() < 1.2 * large.abs().max()
+        near = scale >= 0.1 * scale.max()  # the rest lies where the levels of its block are coarse, or below them
+        assert apart[..., near].norm() < 0.05 * large[..., near].norm()
+        assert small.abs().max() < 2 * large.abs().max()
 
 
 def test_a_gradient_that_ends_is_no_leap() -> None:
