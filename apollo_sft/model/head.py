@@ -119,6 +119,7 @@ class _TargetLoss(torch.autograd.Function):
             for x, w in _pairs(factors[2:]):
                 raw = raw + nn.functional.linear(x[chunk], w)
             losses, grad_raw = _chunk(raw, labels[chunk], spec, grad)
+            del raw  # nothing of a chunk is left when the next one's logits are formed
             loss += losses.sum(dtype=torch.float64)
             if sources is not None and of_sources is not None:
                 of_sources.index_add_(0, sources[0][chunk], losses.double())
@@ -132,6 +133,7 @@ class _TargetLoss(torch.autograd.Function):
                     _add_product(grad_w, grad_logits, x[chunk])
             if grad_bias is not None:
                 grad_bias += grad_raw.sum(0)
+            del grad_raw, grad_logits
         ctx.save_for_backward(grad_bias, *grads)
         if of_sources is not None:
             ctx.mark_non_differentiable(of_sources)
