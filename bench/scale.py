@@ -169,7 +169,7 @@ def rows_of(what: str, found: list[dict[str, Any]]) -> str:
 def panel(title: str, curve: Sequence[tuple[float, float]], left: int, top: int) -> str:
     """A line with its points; across logarithmic in 2, up from zero."""
     places = [math.log2(x) for x, _ in curve]
-    across = Scale(min(places), max(places))
+    across = Scale(min(places), max(*places, min(places) + 1))
     up = value_scale(Plot(title, (), from_zero=True), [value for _, value in curve])
     at = [(MARGIN + WIDTH * across.share(math.log2(x)), HEIGHT * (1 - up.share(y)) + 30) for x, y in curve]
     parts = [f'<text x="{MARGIN}" y="14">{title}</text>']
