@@ -14,7 +14,7 @@ from apollo_sft.errors import ConfigError
 from apollo_sft.model.attention import NAME
 
 GRAPHS = 64
-"""Forms of a layer that are compiled before torch gives up: of each kind, in training and not, of one token and more."""
+"""Forms of a layer that are compiled before torch gives up: of each kind, in training and not, of one token or more."""
 
 
 def check_compile(device: torch.device, strategy: str) -> None:
@@ -32,7 +32,7 @@ def check_compile(device: torch.device, strategy: str) -> None:
     if missing:
         raise ConfigError(
             "model.compile=true needs what is not installed here",
-            found=f"no {' and no '.join(missing)}",
+            found=f"{' and '.join(missing)} not found",
             fix="install it (Debian: apt-get install g++), or model.compile=false",
         )
 

@@ -25,6 +25,16 @@ def on_cpu(inputs: Path) -> list[dict[str, Any]]:
     return train_here(inputs, inputs / "cpu", "trainer.total_training_steps=6", "trainer.save_freq=1000")
 
 
+@pytest.mark.parametrize("name", ["muon", "adamw_8bit"])
+def test_optimizers_make_the_steps_of_the_cpu(inputs: Path, tmp_path: Path, name: str) -> None:
+    keys = [FP32, f"optim.name={name}", "trainer.total_training_steps=6", "trainer.save_freq=3"]
+    here, there = (
+        series(train_here(inputs, tmp_path / device, *keys, f"trainer.device={device}"), "train/loss")
+        for device in ("cpu", "cuda")
+    )
+    assert there == pytest.approx(here, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("more", "bound"),
     [
@@ -34,8 +44,17 @@ def on_cpu(inputs: Path) -> list[dict[str, Any]]:
         (["model.enable_gradient_checkpointing=true"], 3e-2),
         (["model.fsdp_config.cpu_offload=true"], 3e-2),
         (["trainer.save_freq=2"], 3e-2),
+        ([FP32, "model.compile=true"], 1e-4),
     ],
-    ids=["fp32 sdpa", "fp32", "bf16", "checkpointing", "offload, pinned", "checkpoints with the device's generator"],
+    ids=[
+        "fp32 sdpa",
+        "fp32",
+        "bf16",
+        "checkpointing",
+        "offload, pinned",
+        "checkpoints with the device's generator",
+        "compiled",
+    ],
 )
 def test_losses_are_those_of_the_cpu(
     inputs: Path, on_cpu: list[dict[str, Any]], tmp_path: Path, more: list[str], bound: float

@@ -1,0 +1,64 @@
+"""Compiled layers make the same steps as plain ones, under the same names."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from apollo_sft.errors import ConfigError
+from apollo_sft.model.compile import check_compile
+from apollo_sft.parallel.launch import World
+from tests.ranks.compile_worker import CHECKPOINTING, DOUBLE, cell
+from tests.support.models import save_tiny_adapter, save_tiny_model, tiny_config
+from tests.support.ranks import run_ranks
+from tests.support.samples import random_samples, write_store
+
+WORKER = Path(__file__).with_name("compile_worker.py")
+CPU = torch.device("cpu")
+BOUNDS = {DOUBLE: (1e-12, 1e-9), "model.fsdp_config.dtype=fp32": (1e-5, 1e-4)}
+"""Of losses and norms, and of weights after AdamW, which divides by the size of each gradient: fused kernels round
+elsewhere, no more."""
+
+
+def check(found: dict[str, Any], dtype: str) -> None:
+    figures, weights = BOUNDS[dtype]
+    print(f"\n{dtype}: losses and norms apart {found['figures']:.1e}, weights {found['weights']:.1e}")
+    assert 0 < found["figures"] <= figures, "0: nothing was compiled"
+    assert found["weights"] <= weights
+    plain, compiled = found["names"]
+    assert plain == compiled
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("compile")
+    save_tiny_model(folder / "tied", tiny_config("Qwen3", tie_word_embeddings=True, head_dim=8))
+    save_tiny_model(folder / "lora", tiny_config("Llama"))
+    save_tiny_adapter(folder / "lora")
+    write_store(folder / "store", random_samples(48))
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_in_one_process(folder: Path, dtype: str) -> None:
+    check(cell(folder, "tied", World(0, 1, 0, CPU), dtype), dtype)
+
+
+@pytest.mark.long
+def test_on_two_ranks(folder: Path) -> None:
+    cells = [f"tied {DOUBLE}", f"tied {DOUBLE} {CHECKPOINTING}", f"lora {DOUBLE}"]
+    found = run_ranks(WORKER, 2, folder, str(folder), *cells, seconds=1500)
+    for name in cells:
+        check(found[name], DOUBLE)
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match="the compiler no-such-compiler not found"):
+        check_compile(CPU, "fsdp2")
+    monkeypatch.setenv("CXX", "true")
+    check_compile(CPU, "fsdp2")
+    with pytest.raises(ConfigError, match="FSDP1"):
+        check_compile(CPU, "fsdp")
