@@ -77,6 +77,10 @@ def without_package(inputs: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr("apollo_sft.report.sinks.importlib.util.find_spec", lambda name: None)
 
 
+def without_cuda(inputs: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("torch.cuda.is_available", lambda: False)
+
+
 def without_key(inputs: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setenv("HOME", str(inputs))
     patch.chdir(inputs)
@@ -190,6 +194,12 @@ LATE = [
         "no such layer", ("names no module",), ("model.fsdp_config.wrap_policy.transformer_layer_cls_to_wrap=[Layer]",)
     ),
     Late("flash attention on a CPU", ("needs CUDA",), ("model.attn_implementation=flash",)),
+    Late(
+        "4 bits where there is no CUDA",
+        ("model.load_in_4bit=true needs CUDA", "the device cpu"),
+        ("trainer.device=auto", "model.lora_rank=2", "model.load_in_4bit=true"),
+        without_cuda,
+    ),
     Late("another number of processes", ("trainer.n_gpus_per_node",), ("trainer.n_gpus_per_node=3",)),
     Late("ranks that do not divide", ("ulysses_sequence_parallel_size",), ("ulysses_sequence_parallel_size=2",)),
     Late("a logger without its package", ("pip install",), ("trainer.logger=[tensorboard]",), without_package),
