@@ -15,6 +15,7 @@ from apollo_sft.errors import DataError
 from apollo_sft.types import Conversation, Message, RowRef
 
 KEPT_TOOLS = 64
+MOST_LEVELS = 100
 SCALARS = (str, int, float, bool, type(None))
 
 
@@ -53,6 +54,13 @@ def parse_row(row: Row, ref: RowRef, data: DataConfig) -> Conversation:
 
     Raises: DataError naming file, row, column and message.
     """
+    try:
+        return _conversation(row, ref, data)
+    except RecursionError as error:
+        raise DataError(f"{ref}: a cell is nested too deeply") from error
+
+
+def _conversation(row: Row, ref: RowRef, data: DataConfig) -> Conversation:
     messages = _multi_turn(row, ref, data) if data.multiturn.enable else _single_turn(row, ref, data)
     untrained = frozenset(i for i, message in enumerate(messages) if not message.pop("train", True))
     other_column = "data.train_key='' where the column means something else"
@@ -321,18 +329,20 @@ def _from_json(text: str, at: _Place) -> Any:
         at.fail("the text is not valid JSON", found=f"{error}: {_brief(text)}")
 
 
-def _check_value(value: Any, at: _Place) -> None:
+def _check_value(value: Any, at: _Place, depth: int = 0) -> None:
     """Only what JSON knows, and only text that can be encoded."""
+    if depth > MOST_LEVELS:
+        at.fail("a value is nested too deeply", expected=f"at most {MOST_LEVELS} levels")
     if isinstance(value, str):
         if not value.isascii():
             _check_text(value, at)
     elif isinstance(value, dict):
         for item in chain.from_iterable(value.items()):
             if type(item) is not str or not item.isascii():
-                _check_value(item, at)
+                _check_value(item, at, depth + 1)
     elif isinstance(value, list):
         for item in value:
-            _check_value(item, at)
+            _check_value(item, at, depth + 1)
     elif not isinstance(value, SCALARS):
         at.fail("a value is not text, number, truth value, list or struct", found=_brief(value))
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import isfinite
 from typing import Any, BinaryIO, NoReturn, cast
 
 import pyarrow as pa
@@ -155,7 +156,7 @@ def _parsed(file: str, number: int, line: bytes) -> Row:
         at = f"{shown(file)} row {number}" + (f", column {column}" if column else "")
         raise DataError(f"{at}: the text is not valid UTF-8", found=f"byte {error.start}: {error.reason}") from error
     try:
-        row = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
+        row = json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_object)
     except RecursionError as error:
         raise DataError(f"{where}: it is nested too deeply") from error
     except ValueError as error:
@@ -185,8 +186,13 @@ def _has_escaped(value: Any) -> bool:
     return any("\udc80" <= character <= "\udcff" for character in json.dumps(value, ensure_ascii=False))
 
 
-def _refuse_constant(literal: str) -> NoReturn:
+def _refuse(literal: str) -> NoReturn:
     raise ValueError(f"{literal} is not JSON")
+
+
+def _finite(literal: str) -> float:
+    value = float(literal)
+    return value if isfinite(value) else _refuse(literal)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
