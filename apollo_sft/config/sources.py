@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from apollo_sft.config.schema import DataConfig, FileSet, Source
-from apollo_sft.errors import ConfigError
+from apollo_sft.errors import ConfigError, redact
 
 Entries = Sequence[str | FileSet]
 ENDINGS = (".gz", ".zst", ".parquet", ".jsonl", ".ndjson", ".json", ".arrow", ".feather")
@@ -98,7 +98,7 @@ def _parts(entry: str | FileSet) -> list[str]:
     """What an entry may be called by, the last part of its first path first; the name alone if it has one."""
     if isinstance(entry, FileSet) and entry.name is not None:
         return [entry.name]
-    *folders, last = own_paths(entry)[0].rpartition("://")[2].strip("/").split("/")
+    *folders, last = redact(own_paths(entry)[0]).rpartition("://")[2].strip("/").split("/")
     for ending in ENDINGS:
         last = last.removesuffix(ending)
     whole = [re.sub(r"[^A-Za-z0-9_.-]+", "-", part) for part in (*folders, last) if not set(part) & set("*?[")]

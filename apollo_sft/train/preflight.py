@@ -21,8 +21,8 @@ from apollo_sft.checkpoint.tensor_files import FOREIGN_FORMS, num_bytes, read_ba
 from apollo_sft.config.schema import SftConfig, Source
 from apollo_sft.config.sources import Entries, named, own_paths, paths_of
 from apollo_sft.data.audit import source_figures
+from apollo_sft.data.files import expand_paths, shown
 from apollo_sft.data.mixture import Mixture, Part, mixture
-from apollo_sft.data.parquet import expand_paths
 from apollo_sft.data.store import SampleStore, StoreRequest, prepare_store
 from apollo_sft.data.template import ChatTemplate
 from apollo_sft.data.tokens import fit_template
@@ -282,7 +282,7 @@ def _source_of_files(entries: Entries, key: str) -> dict[str, int]:
     found: dict[str, int] = {}
     names = list(named(entries))
     for number, entry in enumerate(named(entries).values()):
-        for file in expand_paths(own_paths(entry), key):
+        for file in map(shown, expand_paths(own_paths(entry), key)):  # as the store names it
             if found.setdefault(file, number) != number:
                 raise DataError(
                     f"{key}: {names[found[file]]} and {names[number]} are two sources with the same file",

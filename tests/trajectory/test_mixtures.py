@@ -1,17 +1,19 @@
 """Whole runs on several sources: names alone change nothing, weights are kept to, and a stop does not show."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from apollo_sft.cli.main import main
 from apollo_sft.errors import ConfigError, DataError
 from apollo_sft.report.run_document import document
 from apollo_sft.report.run_files import read_runs
 from tests.support.data import write_parquet
 from tests.support.interrupted import differences, unfinished, write_dropout_inputs
-from tests.support.runs import finish, read_metrics, rows, series, start, status, train_here, without_clock
+from tests.support.runs import arguments, finish, read_metrics, rows, series, start, status, train_here, without_clock
 
 WEIGHTS = "[{{path:{0}/train.parquet,weight:1,name:easy}},{{path:{0}/hard.parquet,weight:3}}]"
 SETS = "[{{path:{0}/val.parquet,name:first}},{{path:{0}/other.parquet}}]"
@@ -121,6 +123,20 @@ def test_the_report_draws_each_source(mixed: Path) -> None:
     table = blocks["Sources"].rows  # type: ignore[union-attr]
     assert [row[0] for row in table] == ["train: easy", "train: hard", "validation: first", "validation: other"]
     assert table[1][4:6] == ["40", "3.077"]
+
+
+def test_inspect_shows_what_an_epoch_takes(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", *arguments(inputs, inputs / "none", *files(inputs)), "--count", "1"]) == 0
+    said = capsys.readouterr().out
+    rows_shown = [line.split() for line in said.splitlines() if re.match(r"\W*(train|validation): \w+ +\d", line)]
+    assert [row[:2] for row in rows_shown] == [
+        ["train:", "easy"],
+        ["train:", "hard"],
+        ["validation:", "first"],
+        ["validation:", "other"],
+    ]
+    assert [row[5:7] for row in rows_shown[:2]] == [["13", "0.325"], ["40", "3.077"]]
+    assert re.search(r"steps per epoch +7\b", said)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,19 @@ def test_advice_names_what_has_to_change(model: Path, capsys: pytest.CaptureFixt
     assert sum(found["advice"]["memory"]["parts"].values()) <= found["memory_limit"]
 
 
+def test_sources_are_counted_as_an_epoch_takes_them(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those with weights give together what they have together; max_samples is a number."""
+    for name, number in (("a", 40), ("b", 10), ("c", 30)):
+        write_parquet(tmp_path / f"{name}.parquet", rows(number))
+    asked = {"a": "weight:1", "b": "weight:5", "c": "max_samples:7"}
+    entries = ",".join(f"{{path:{tmp_path}/{name}.parquet,{what}}}" for name, what in asked.items())
+    run(model, f"data.train_files=[{entries}]", "trainer.total_epochs=1", "--json")
+    work = figures(capsys)["work"]
+    assert (work["samples"], work["steps"]) == (57, 2)
+
+
 def test_rows_come_from_the_files(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_parquet(tmp_path / "train.parquet", rows(40))
     run(model, f"data.train_files={tmp_path / 'train.parquet'}", "trainer.total_epochs=3", "--json")

@@ -42,6 +42,30 @@ def test_loss_and_gradients_equal_full_logits(
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("chunk_rows", [1, 4, 100])
+def test_sources_have_their_sums_and_change_no_bit(chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third of four sources has no target."""
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk_rows * 11)
+    spec, of_target = HeadSpec(0.5, 3.0), torch.tensor([0, 3, 3, 1, 0, 1, 3, 3, 0, 0, 1, 3, 0])
+    plain, told = inputs(13, True), inputs(13, True)
+    alone = target_loss([(plain[0], plain[1])], plain[2], plain[3], spec)
+    loss, sums = target_loss([(told[0], told[1])], told[2], told[3], spec, (of_target, 4))
+    assert torch.equal(loss, alone)
+    assert sums.dtype == torch.float64
+    assert not sums.requires_grad
+    alone.backward()
+    loss.backward()
+    for mine, theirs in zip(told[:3], plain[:3], strict=True):
+        assert mine is not None and theirs is not None
+        assert mine.grad is not None
+        assert torch.equal(mine.grad, theirs.grad)
+    for source in range(4):
+        at = of_target == source
+        expected = written_out(told[0][at], told[1], told[2], told[3][at], spec).detach()
+        torch.testing.assert_close(sums[source], expected.double(), rtol=1e-13, atol=1e-13)
+    assert sums[2] == 0
+
+
 def test_no_target_gives_zero_and_still_a_gradient_for_the_weight() -> None:
     hidden, weight, _, labels = inputs(0, False)
     loss = target_loss([(hidden, weight)], None, labels, HeadSpec())
@@ -85,3 +109,12 @@ def test_the_head_module_carries_the_loss() -> None:
     torch.testing.assert_close(
         linear.loss(hidden, labels), written_out(hidden, linear.weight, None, labels, HeadSpec())
     )
+
+
+def test_gradients_are_scaled_where_they_are() -> None:
+    """A second one of the weight would be there while all activations are. What was scaled is not scaled again."""
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    loss = target_loss([(hidden, weight)], None, torch.tensor([0, 1, 2, 3, 4]), HeadSpec())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
