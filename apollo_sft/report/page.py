@@ -159,7 +159,7 @@ def _passage(passage: Passage) -> str:
     for is_target, tokens in groupby(passage.tokens, key=lambda token: token.is_target):
         inside = "".join(_tokens(list(tokens), is_target))
         pieces.append(f"<mark>{inside}</mark>" if is_target else inside)
-    head = f"<h3>{_text(passage.title)}</h3><p>{_text(passage.note)}</p>"
+    head = f"<h3>{_cell(passage.title)}</h3><p>{_text(passage.note)}</p>"
     shown = f'<div class="sample">{"".join(pieces)}</div>' if passage.tokens else ""
     return f"<article>{head}{shown}</article>"
 

@@ -4,14 +4,14 @@ STYLE = """
 :root {
   --paper: #fbfaf7; --sheet: #ffffff; --ink: #22252b; --soft: #6b7280; --line: #e4e1da; --accent: #2f6f4f;
   --target: #c9efd5; --target-ink: #0b4a2a; --target-edge: #52b77e; --control: #9a5b13; --look: #b7791f; --bad: #c53030;
-  --c0: #2f7d57; --c1: #c2571a; --c2: #3467c1; --c3: #9440a8; --c4: #a3850a; --c5: #0e8a94;
+  --c0: #2f7d57; --c1: #c2571a; --c2: #3467c1; --c3: #9440a8; --c4: #a3850a; --c5: #0e8a94; --shade: #0002;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #15171b; --sheet: #1d2026; --ink: #e4e6ea; --soft: #959ca8; --line: #30343c; --accent: #6fcf97;
     --target: #17452d; --target-ink: #c8f7da; --target-edge: #2f8f5b; --control: #e0a458; --look: #ecc94b;
     --bad: #fc8181;
-    --c0: #6fcf97; --c1: #f2995c; --c2: #84a9f5; --c3: #d592e6; --c4: #e0c04c; --c5: #5cc9d1;
+    --c0: #6fcf97; --c1: #f2995c; --c2: #84a9f5; --c3: #d592e6; --c4: #e0c04c; --c5: #5cc9d1; --shade: #000a;
   }
 }
 * { box-sizing: border-box; }
@@ -36,7 +36,11 @@ section { margin-top: 1.5rem; padding: 1.3rem 1.5rem; background: var(--sheet); 
 .look .sign { background: var(--look); } .bad .sign { background: var(--bad); } .bad { font-weight: 600; }
 .notes ul, .notes pre { margin: 0.15rem 0 0; padding: 0; list-style: none; font-size: 0.86rem; color: var(--soft);
   font-weight: 400; overflow-wrap: anywhere; white-space: pre-wrap; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; background: linear-gradient(to right, var(--sheet) 40%, transparent) local,
+  linear-gradient(to left, var(--sheet) 40%, transparent) local right,
+  linear-gradient(to right, var(--shade), transparent) scroll,
+  linear-gradient(to left, var(--shade), transparent) scroll right;
+  background-size: 3rem 100%, 3rem 100%, 1rem 100%, 1rem 100%; background-repeat: no-repeat; }
 table { border-collapse: collapse; width: 100%; font-size: 0.92rem; }
 th { color: var(--soft); font-weight: 500; font-size: 0.84rem; }
 th, td { padding: 0.38rem 0.7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
@@ -98,7 +102,7 @@ body:has(.tokens:checked) .t:hover { outline-color: var(--accent); }
   main { padding: 1.5rem 0.8rem 3rem; } section { padding: 1.1rem 1rem; } h1 { font-size: 1.5rem; }
   dl { grid-template-columns: minmax(0, 1fr); gap: 0; } dd { margin-bottom: 0.45rem; } dt { overflow-wrap: anywhere; }
   .figures strong { font-size: 1.4rem; } .figures.apart { gap: 0.6rem 1.6rem; }
-  .keys, .switch { margin-left: 0; }
+  .keys, .switch { margin-left: 0; } td.words:not(:first-child):nth-child(n) { min-width: 9rem; }
 }
 @media print { main { max-width: none; } .sample { max-height: none; } .switch { display: none; } }
 """

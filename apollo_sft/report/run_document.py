@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from apollo_sft.report.console import clock
-from apollo_sft.report.curves import number
+from apollo_sft.report.curves import SMOOTHED_FROM, number
 from apollo_sft.report.document import (
     Block,
     Curve,
@@ -74,7 +75,10 @@ def _comparison(runs: Sequence[RunRecord]) -> Document:
 def _subtitle(run: RunRecord) -> str:
     processes = run.facts.get("processes", 1)
     where = f"{processes} {'process' if processes == 1 else 'processes'} on {run.facts.get('device', '?')}"
-    parts = [run.config.get("model.partial_pretrain"), run.facts.get("status"), run.facts.get("started"), where]
+    base = str(run.config.get("model.partial_pretrain") or "")
+    model = Path(base).name if Path(base).is_absolute() or base.startswith("~") else base  # the whole path stands below
+    began = str(run.facts.get("started") or "").replace("T", " ", 1)
+    parts = [model, run.facts.get("status"), began, where]
     return " · ".join([*(str(part) for part in parts if part), str(run.folder)])
 
 
@@ -108,7 +112,9 @@ def _notes(run: RunRecord) -> Iterator[Note]:
         if last > WORSE * best:
             yield Note("look", f"validation loss has risen from {best:.4f} at step {step:,} to {last:.4f}")
         else:
-            yield Note("good", f"validation loss ends at {last:.4f}, its best is {best:.4f}")
+            is_best = f"{last:.4f}" == f"{best:.4f}"
+            more = ", the best of the run" if is_best else f"; the best is {best:.4f}, at step {step:,}"
+            yield Note("good", f"validation loss ends at {last:.4f}{more}")
     waits, seconds = run.total("perf/data_wait_seconds"), run.total("train/step_seconds")
     if waits > 0.05 * seconds > 0:
         yield Note("look", f"{waits / seconds:.0%} of the training time was waiting for data")
@@ -130,9 +136,9 @@ def _plots(runs: Sequence[RunRecord]) -> Plots:
             curves = [Curve(run.name, run.series(metric, scale), index) for index, run in enumerate(runs)]
             is_log = metric in MAY_BE_LOGARITHMIC
             plots.append(Plot(title, curves, unit, not is_log, is_log, noisy=metric not in SMOOTH))
-    return Plots(
-        "Curves", plots, "Over the steps. Faint: every one; strong: a moving mean. The pointer shows what was measured."
-    )
+    is_smoothed = any(len(run.series("train/loss")) >= SMOOTHED_FROM for run in runs)
+    smoothing = "The faint line is every step, the strong one a moving mean. " if is_smoothed else ""
+    return Plots("Curves", plots, f"From left to right: steps. {smoothing}The pointer shows what was measured.")
 
 
 def _source_plots(runs: Sequence[RunRecord]) -> Iterator[Plot]:

@@ -68,6 +68,26 @@ def test_the_page_of_a_run(runs: Path, tmp_path: Path) -> None:
     assert "prompt user: one </p> in the data two step 4 t4 1 earlier step 2 t2" in text
 
 
+def test_words_fit_what_is_drawn(runs: Path, tmp_path: Path) -> None:
+    """Of a few steps nothing is faint; a best loss is named where it is not the last one."""
+    text = words(report(runs / "first", tmp_path / "page.html"))
+    assert "From left to right: steps. The pointer" in text
+    assert "model · finished · 20" in text
+    shutil.copytree(runs / "first", tmp_path / "long")
+    losses = {50: 1.0, 80: 1.01}
+    records = [
+        {"step": step, "train/loss": 1.0} | ({"val/loss": losses[step]} if step in losses else {})
+        for step in range(1, 81)
+    ]
+    (tmp_path / "long" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = words(report(tmp_path / "long", tmp_path / "page.html"))
+    assert "The faint line is every step, the strong one a moving mean." in text
+    assert "validation loss ends at 1.0100; the best is 1.0000, at step 50" in text
+    records[-1]["val/loss"] = 0.99
+    (tmp_path / "long" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert "ends at 0.9900, the best of the run" in words(report(tmp_path / "long", tmp_path / "page.html"))
+
+
 def test_two_runs_are_one_plot_each_and_what_differs(runs: Path, tmp_path: Path) -> None:
     text = words(report(runs / "first", runs / "second", tmp_path / "page.html"))
     assert "first · training" in text and "second · validation" in text
