@@ -88,16 +88,17 @@ def memory_of(variant: str, vocabulary: int, hidden_size: int, tokens: int, shar
     head, hidden, labels = inputs(vocabulary, hidden_size, tokens, share)
     once(variant, *inputs(64, hidden_size, 8, 1.0))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    loss = once(variant, head, hidden, labels)
+    with counted(nn.Identity(), vocabulary) as memory:
+        once(variant, head, hidden, labels)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {"rss": grown * 1024, "loss": loss}
+    return {"rss": grown * 1024, "bytes": memory.all.most}
 
 
 def counted_bytes(variant: str, vocabulary: int, hidden_size: int, tokens: int, share: float) -> int:
     """Peak of what lives at one time beyond the weight and the hidden states."""
-    head, hidden, labels = inputs(vocabulary, hidden_size, tokens, share)
+    parts = inputs(vocabulary, hidden_size, tokens, share)
     with counted(nn.Identity(), vocabulary) as memory:
-        once(variant, head, hidden, labels)
+        once(variant, *parts)
     return memory.all.most
 
 
@@ -178,8 +179,7 @@ def main() -> None:
     if options.worker:
         name, *sizes, share = options.worker
         arguments = (name, *(int(size) for size in sizes), float(share))
-        found = memory_of(*arguments)
-        print(json.dumps(found | {"bytes": counted_bytes(*arguments)}))
+        print(json.dumps(memory_of(*arguments)))
         return
     torch.set_num_threads(1)
     rows: list[list[object]] = []

@@ -23,13 +23,23 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from record import has_bf16, over, table, verdict, write_section
+from record import about_bf16, has_bf16, over, table, verdict, write_section
 from workload import write_conversations, write_model
 
 HERE = Path(__file__).resolve().parent / "peers"
 SCRIPTS = {"ours": "ours.py", "trl": "trl_sft.py", "verl": "verl_sft.py"}
 NAMES = {"ours": "apollo-sft", "trl": "TRL", "verl": "verl"}
 WANTED = {("trl", "fp32"): 2.6, ("trl", "bf16"): 3.5, ("verl", "bf16"): 2.0}
+NOTES = """
+Losses: all three are the sum over target tokens divided by the targets of the batch; TRL divides by `num_items_in_batch`, verl by
+`batch_num_tokens`. TRL pads (packing and padding-free gain nothing on a CPU: a dense mask is built), without gradient checkpointing;
+verl pads, FSDP2 on one rank, without gradient checkpointing and torch.compile. Ours packs, four forwards a step. Preparation: ours
+proves every target and writes a store; TRL tokenises with a mask; verl tokenises in its data loader, again in every epoch. Saving:
+ours writes, opens again and compares the model; TRL writes it; verl writes a checkpoint with the Hugging Face form only.
+
+verl 0.9.1 does not run on a CPU as shipped. Added from outside, in `bench/peers/verl_sft.py`: a platform `cpu` (device functions
+that do nothing or are torch's own), the registration of verl's FSDP engine for it, and SDPA for attention.
+"""
 RATE = 1e-3
 TURNS = 5
 LOSS_APART = 1e-3
@@ -200,7 +210,7 @@ def main() -> None:
             parts.append(report(f"{dtype}, {steps} steps of {batch} rows", dtype, facts, num_tokens(folder, dtype)))
             print(parts[-1], flush=True)
     if options.write:
-        write_section("peers", "\n\n".join([__doc__ or "", *parts]))
+        write_section("peers", "\n\n".join([__doc__ or "", NOTES.strip(), about_bf16(), *parts]))
 
 
 if __name__ == "__main__":

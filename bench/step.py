@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from record import has_bf16, over, table, verdict, write_ratios, write_section
+from record import about_bf16, has_bf16, over, table, verdict, write_ratios, write_section
 from workload import LONGEST, SHORTEST, write_model, write_store
 
 from apollo_sft.config.compose import compose
@@ -45,8 +45,8 @@ from apollo_sft.types import IGNORE_INDEX, MicroBatch
 WANTED = 0.97
 CASES = [f"{dtype}-{what}-{ranks}" for ranks in (1, 2) for dtype in ("fp32", "bf16") for what in ("full", "lora")]
 RATE, BETAS, CLIP, LORA_RANK = 1e-4, (0.9, 0.95), 1.0, 16
-SLOW_BF16 = 8
-"""Without bfloat16 instructions a batch has so many rows fewer."""
+SLOW_BF16 = 16
+"""Without bfloat16 instructions a batch has so many times fewer rows, one a rank at least."""
 
 Steps = Callable[[int], list[float]]
 """Runs so many of the next steps; their losses."""
@@ -254,7 +254,7 @@ def main() -> None:
         write_ratios("step", ratios, options.ratios)
     if options.write:
         write_ratios("step", ratios)
-        write_section("step", f"{__doc__}\n\n{table(titles, rows)}")
+        write_section("step", "\n\n".join([__doc__ or "", about_bf16(), table(titles, rows)]))
 
 
 if __name__ == "__main__":
