@@ -31,14 +31,16 @@ SCRIPTS = {"ours": "ours.py", "trl": "trl_sft.py", "verl": "verl_sft.py"}
 NAMES = {"ours": "apollo-sft", "trl": "TRL", "verl": "verl"}
 WANTED = {("trl", "fp32"): 2.6, ("trl", "bf16"): 3.5, ("verl", "bf16"): 2.0}
 NOTES = """
-Losses: all three are the sum over target tokens divided by the targets of the batch; TRL divides by `num_items_in_batch`, verl by
-`batch_num_tokens`. TRL pads (packing and padding-free gain nothing on a CPU: a dense mask is built), without gradient checkpointing;
-verl pads, FSDP2 on one rank, without gradient checkpointing and torch.compile. Ours packs, four forwards a step. Preparation: ours
-proves every target and writes a store; TRL tokenises with a mask; verl tokenises in its data loader, again in every epoch. Saving:
-ours writes, opens again and compares the model; TRL writes it; verl writes a checkpoint with the Hugging Face form only.
+Losses: all three are the sum over target tokens divided by the targets of the batch; TRL divides by
+`num_items_in_batch`, verl by `batch_num_tokens`. TRL pads, and so does verl, with FSDP2 on one rank; neither
+checkpoints activations. Ours packs, in four forwards a step. `--trl` sets other keys of TRL's SFTConfig, such as
+`{"loss_type": "chunked_nll"}`. Preparation: ours proves every target and writes a store; TRL tokenises, with a mask;
+verl tokenises in its data loader, again in every epoch. Saving: ours writes the model and checks the files; TRL
+writes it; verl writes a checkpoint that holds the Hugging Face form only.
 
-verl 0.9.1 does not run on a CPU as shipped. Added from outside, in `bench/peers/verl_sft.py`: a platform `cpu` (device functions
-that do nothing or are torch's own), the registration of verl's FSDP engine for it, and SDPA for attention.
+verl 0.9.1 does not run on a CPU as shipped. Added from outside, in `bench/peers/verl_sft.py`: a platform `cpu`
+(device functions that do nothing or are torch's own), the registration of verl's FSDP engine for it, and SDPA for
+attention. With bf16 it logs its loss rounded to bfloat16, which differs from the loss by up to 0.4 %.
 """
 RATE = 1e-3
 TURNS = 5
@@ -189,6 +191,7 @@ def main() -> None:
     parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["fp32", "bf16"])
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--trl", type=json.loads, default={}, help="other keys of TRL's SFTConfig, as JSON")
     parser.add_argument("--environments", type=Path, default=HERE.parents[1] / "build" / "peers")
     parser.add_argument("--write", action="store_true", help="write results.md")
     options = parser.parse_args()
@@ -204,7 +207,14 @@ def main() -> None:
         write_conversations(folder / "model", max(batch * steps for batch, steps in sizes.values()))
         for dtype in options.dtypes:
             batch, steps = sizes[dtype]
-            settings = {"dtype": dtype, "batch": batch, "steps": steps, "every": steps // TURNS, "rate": RATE}
+            settings = {
+                "dtype": dtype,
+                "batch": batch,
+                "steps": steps,
+                "every": steps // TURNS,
+                "rate": RATE,
+                "trl": options.trl,
+            }
             settings |= {"rows": batch * steps, "data": write_rows(folder, batch, steps)}
             facts = take_turns(["ours", *options.peers], folder, settings, options.environments)
             parts.append(report(f"{dtype}, {steps} steps of {batch} rows", dtype, facts, num_tokens(folder, dtype)))

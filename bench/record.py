@@ -54,8 +54,8 @@ def about_bf16() -> str:
     if has_bf16():
         return ""
     return (
-        "This processor has no bfloat16 instructions: such products take 5 to 45 times as long as in float32, most where a "
-        "matrix is not transposed. The bf16 figures here are of smaller batches and say little about other processors."
+        "This processor has no bfloat16 instructions: such products take many times as long as in float32. The bf16 "
+        "figures here are of smaller batches and say little about other processors."
     )
 
 

@@ -59,8 +59,8 @@ def main() -> None:
         disable_tqdm=True,
         train_sampling_strategy="sequential",
         dataset_num_proc=None,
-        loss_type=options.get("loss_type", "nll"),
         seed=1,
+        **options["trl"],
     )
     with contextlib.redirect_stdout(sys.stderr):
         prepare = SFTTrainer._prepare_dataset
