@@ -1,11 +1,17 @@
 """Muon on whole matrices is torch's own; which weights it takes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+from apollo_sft.checkpoint.resume import check_same
+from apollo_sft.checkpoint.state import read_state, snapshot, write_state
 from apollo_sft.config.compose import compose
-from apollo_sft.errors import ConfigError
+from apollo_sft.errors import CheckpointError, ConfigError
+from apollo_sft.train.memory import STATE, Pack, Ranks, step_memory
 from apollo_sft.train.muon import Muon, Together
 from apollo_sft.train.optim import build_optimizer, check_optimizer, fill_state, state_bytes
 from tests.support.models import tiny_config, tiny_model
@@ -97,3 +103,29 @@ def test_flat_shards_are_refused(name: str) -> None:
     check_optimizer(optim_config(), "fsdp")
     with pytest.raises(ConfigError, match=f"optim.name={name} needs matrices"):
         check_optimizer(optim_config(f"optim.name={name}"), "fsdp")
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw_8bit"])
+def test_plan_counts_the_state(name: str) -> None:
+    hf_config = tiny_config("Qwen2", num_hidden_layers=5)
+    config = compose(["data.train_files=x", "data.val_files=null", f"optim.name={name}"]).config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+    planned = step_memory(config, hf_config, Ranks(1, False), Pack((30, 20), 40), 1)
+    steps = 4 * len(list(model.parameters()))  # the number of steps of each weight
+    assert state_bytes(build_optimizer(model, config.optim)) == pytest.approx(planned.parts[STATE], abs=steps)
+
+
+@pytest.mark.parametrize(("before", "after"), [("adamw", "muon"), ("adamw", "adamw_8bit"), ("muon", "adamw")])
+def test_a_run_does_not_go_on_under_another_optimizer(tmp_path: Path, before: str, after: str) -> None:
+    configs = [{"optim": {"name": name}} for name in (before, after)]
+    with pytest.raises(ConfigError, match=f"optim.name: {before} then, {after} now"):
+        check_same(*configs, "trainer.default_local_dir=x", False, [])
+    model = tiny_model(tiny_config("Qwen2"), torch.float32)
+    first, second = (build_optimizer(model, optim_config(f"optim.name={name}")) for name in (before, after))
+    for optimizer in (first, second):
+        fill_state(optimizer)
+    write_state(tmp_path, snapshot(model, first, ["model", "optimizer"], copy=False), {"step": 1}, True)
+    read_state(tmp_path, model, first, 1, same_ranks=False)
+    with pytest.raises(CheckpointError, match="does not hold this model's state"):
+        read_state(tmp_path, model, second, 1, same_ranks=False)
