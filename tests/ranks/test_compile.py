@@ -16,9 +16,9 @@ from tests.support.samples import random_samples, write_store
 
 WORKER = Path(__file__).with_name("compile_worker.py")
 CPU = torch.device("cpu")
-BOUNDS = {DOUBLE: (1e-12, 1e-9), "model.fsdp_config.dtype=fp32": (1e-5, 1e-4)}
+BOUNDS = {DOUBLE: (1e-7, 1e-6), "model.fsdp_config.dtype=fp32": (1e-5, 1e-4)}
 """Of losses and norms, and of weights after AdamW, which divides by the size of each gradient: fused kernels round
-elsewhere, no more."""
+elsewhere, no more. In float64, too, transformers computes norms and rotary embedding in float32."""
 
 
 def check(found: dict[str, Any], dtype: str) -> None:
