@@ -214,7 +214,6 @@ def main() -> None:
                 "every": steps // TURNS,
                 "rate": RATE,
                 "trl": options.trl,
-                "trl": options.trl,
             }
             settings |= {"rows": batch * steps, "data": write_rows(folder, batch, steps)}
             facts = take_turns(["ours", *options.peers], folder, settings, options.environments)
