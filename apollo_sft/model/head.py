@@ -141,7 +141,7 @@ class _TargetLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        # In place: a second one of the weight would be there while all activations are. torch refuses a second backward.
+        # In place: a second one of the weight would be there while all activations are. A second backward is refused.
         return (*[None] * 4, *(None if g is None else g.mul_(grad_loss.to(g.dtype)) for g in ctx.saved_tensors))
 
 
