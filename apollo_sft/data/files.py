@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, TypeVar, cast
-from urllib.parse import urlsplit
 
 from apollo_sft.config.checks import is_hub_data_set, without_file_scheme
 from apollo_sft.errors import DataError, redact
@@ -178,7 +177,8 @@ def lacking(where: str, name: str, present: Sequence[str], columns: Columns) -> 
 
 
 def _path_in(file: str) -> str:
-    return urlsplit(file).path if file.startswith(("http://", "https://")) else file
+    """Without what may sign a URL."""
+    return file.partition("?")[0] if is_remote(file) else file
 
 
 def _known_kind(file: str) -> Kind | None:

@@ -19,7 +19,10 @@ from apollo_sft.data import json_lines
 from apollo_sft.data.files import expand_paths, filesystem, remote_hash, stamp
 from apollo_sft.data.fingerprint import content_hash
 from apollo_sft.data.parquet import Columns, column_names, num_rows, read_rows, try_rows
-from apollo_sft.errors import DataError
+from apollo_sft.data.store import StoreRequest, prepare_store
+from apollo_sft.data.template import resolve_template
+from apollo_sft.errors import DataError, redact
+from tests.support.data import data_config, tiny_tokenizer
 from tests.support.stores import Store
 
 KEY = "data.train_files"
@@ -301,6 +304,35 @@ def test_the_fingerprint_of_a_store_is_of_the_content(tmp_path: Path, memory: Me
     assert content_hash("memory://a.jsonl", tmp_path) == first
     memory.pipe("/a.jsonl", b"[]\n")
     assert content_hash("memory://a.jsonl", tmp_path) != first
+
+
+class Guarded(Store):
+    """A URL with credentials in it, and with a signature after it."""
+
+    protocol = "guarded"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.replace("me:canary-1@host", "").partition("?")[0])
+
+
+def test_no_secret_of_a_url_is_in_a_store(tmp_path: Path) -> None:
+    fsspec.register_implementation("guarded", Guarded, clobber=True)
+    bad = [{"question": "x", "answer": None}]
+    Guarded().pipe("/a.jsonl", lines([{"question": "x", "answer": "y"}] * 3 + bad))
+    url = "guarded://me:canary-1@host/a.jsonl?X-Signature=canary-2"
+    tokenizer = tiny_tokenizer()
+    data = data_config(store_dir=str(tmp_path), bad_rows="skip", max_bad_ratio=0.5)
+    request = StoreRequest("train", [url], -1, tokenizer, resolve_template(tokenizer, data), data)
+    said: list[str] = []
+    store = prepare_store(request, said.append)
+    assert (len(store), store.summary.num_rows) == (3, 4)
+    assert store.ref(0).file == store.summary.files[0] == "guarded://***@host/a.jsonl?X-Signature=***"
+    assert len(store.summary.files) == 1
+    held = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"canary" not in held and "canary" not in "".join(map(redact, said))
 
 
 class Etags(Store):
