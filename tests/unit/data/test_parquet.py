@@ -65,7 +65,7 @@ def test_a_missing_column_names_those_that_exist(tmp_path: Path) -> None:
 
 def test_files_that_are_not_whole_parquet_are_refused(tmp_path: Path) -> None:
     text = tmp_path / "a.csv"
-    text.write_text('q\nx\n')
+    text.write_text("q\nx\n")
     refused([str(text)], str(text), "not a readable parquet file", "convert it to parquet")
     whole = Path(write_parquet(tmp_path / "b.parquet", rows(0, 100))).read_bytes()
     cut = tmp_path / "cut.parquet"
