@@ -95,7 +95,8 @@ def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 def read_state(folder: Path, model: nn.Module, optimizer: Optimizer, steps: int, same_ranks: bool) -> None:
     """Fill model and optimizer, which has its state, in place from a folder of `write_state`, on any number of ranks.
 
-    Collective. `steps`: optimizer steps done. `same_ranks`: as many ranks as wrote it, so that each takes its random state back.
+    Collective. `steps`: optimizer steps done. `same_ranks`: as many ranks as wrote it, so that each takes its random
+    state back.
     Raises: CheckpointError when the files do not hold what this model needs.
     """
     for state in optimizer.state.values():
