@@ -9,7 +9,8 @@ import torch
 from apollo_sft.errors import ConfigError
 from apollo_sft.model.compile import check_compile
 from apollo_sft.parallel.launch import World
-from tests.ranks.compile_worker import CHECKPOINTING, DOUBLE, cell
+from tests.ranks.compile_worker import CHECKPOINTING, cell
+from tests.ranks.strategies_worker import DOUBLE
 from tests.support.models import save_tiny_adapter, save_tiny_model, tiny_config
 from tests.support.ranks import run_ranks
 from tests.support.samples import random_samples, write_store
