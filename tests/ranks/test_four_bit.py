@@ -38,8 +38,8 @@ def write_dense(base: Path, dense: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(base)
     with torch.no_grad():
-        for name, module in model.model.named_modules():
-            if isinstance(module, torch.nn.Linear) and "down_proj" not in name:
+        for module in model.model.modules():
+            if isinstance(module, torch.nn.Linear) and module.in_features % 64 == 0:
                 codes, state = functional.quantize_4bit(module.weight, blocksize=64, quant_type="nf4")
                 module.weight.copy_(functional.dequantize_4bit(codes, state))
     model.save_pretrained(dense)
