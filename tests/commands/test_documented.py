@@ -138,6 +138,8 @@ ELSEWHERE = {
     "data.max_length=4096": "tests/unit/cli/test_plan.py",
     "apollo-sft report DIR …": "tests/commands/test_report.py",
     "apollo-sft report runs/lr-2e-5 runs/lr-1e-5 -o compared.html": "tests/commands/test_report.py",
+    "apollo-sft store list": "tests/unit/cli/test_store.py",
+    "apollo-sft store prune --older-than 30d": "tests/unit/cli/test_store.py",
     "apollo-sft demo": "tests/commands/test_demo_command.py",
     "pip install -c requirements/constraints.txt -e '.[rl]'": "part of what make test installs",
     "python -m examples.rl.grpo --seed 0 --out apollo-rl": "tests/commands/test_rl_example.py",
