@@ -62,7 +62,7 @@ def test_examples_belong_to_keys() -> None:
         ("data.train_batch_size", "whole number ≥ 1"),
         ("data.truncation", "`error` or `left` or `right` or `drop`"),
         ("data.train_max_samples", "-1, or 1 and more"),
-        ("data.val_files", "a path, or a list of them; or `null`"),
+        ("data.val_files", "a path, or a list of paths, or of {path, name}; or `null`"),
         ("data.max_token_len_per_gpu", "whole number ≥ 1, or `null`"),
         ("model.lora_dropout", "number ≥ 0 and < 1"),
         ("optim.betas", "list of 2: number ≥ 0 and < 1"),
