@@ -13,8 +13,11 @@ from apollo_sft.config.schema import ModelConfig
 from apollo_sft.errors import ConfigError, ModelError
 from apollo_sft.model import attention, four_bit, load, lora
 from apollo_sft.model.four_bit import FourBitLinear, four_bit_modules
+from apollo_sft.train import rehearsal
 from apollo_sft.train.flops import cost_of
+from apollo_sft.train.layouts import with_values
 from apollo_sft.train.memory import PARAMETERS, Pack, Ranks, meta_model, step_memory
+from apollo_sft.train.opening import start_of
 from tests.support.models import tiny_config
 
 BASE = ("data.train_files=none", "data.val_files=null")
@@ -133,6 +136,17 @@ def test_an_export_without_the_package_names_it(monkeypatch: pytest.MonkeyPatch)
     model = load.build_on_meta(tiny_config("Llama", **SIZES), torch.float32, False).to_empty(device="cpu")
     with pytest.raises(ConfigError, match=r"pip install 'apollo-sft\[qlora\]'"):
         four_bit.quantised(config, model, lora.lora_config(config, "base"))
+
+
+def test_all_hosts_need_the_same_bitsandbytes() -> None:
+    configs = [compose([*BASE, QLORA[0], f"model.load_in_4bit={held}"]).config for held in ("true", "false")]
+    assert ["version of bitsandbytes" in start_of(config) for config in configs] == [True, False]
+
+
+def test_verify_holds_nothing_in_4_bits() -> None:
+    """It computes in float64, which bitsandbytes does not know."""
+    config = compose([*BASE, *QLORA]).config
+    assert not with_values(config, rehearsal._changes(config)).model.load_in_4bit
 
 
 def test_a_plan_counts_half_a_byte_and_the_scales() -> None:
