@@ -74,7 +74,7 @@ def test_what_is_saved_beside_a_run_is_read_again() -> None:
         ("[{path: a, weight: true}]", ["data.train_files[0].weight", "a number"]),
         ("[{path: a, max_samples: 0}]", ["data.train_files[0].max_samples", "1"]),
         ("[{path: a, max_samples: 1.5}]", ["data.train_files[0].max_samples", "whole number"]),
-        ("[{path: a, wieght: 1}]", ["unknown key data.train_files[0].wieght", "path, name, weight, max_samples"]),
+        ("[{path: a, weights: 1}]", ["unknown key data.train_files[0].weights", "path, name, weight, max_samples"]),
         ("[{weight: 1}]", ["data.train_files[0].path"]),
         ("[{path: []}]", ["data.train_files[0].path", "a list of 1 or more"]),
         ("[{path: a, name: 'a/b'}]", ["data.train_files[0].name", "letters"]),
