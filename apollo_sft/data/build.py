@@ -149,7 +149,7 @@ class _Told:
             self.first = (self.said, self.done)
         if bad is not None and not self.bad:
             self.bad = True
-            self.say(f"a row cannot be used; all others are looked at before the end. The first:\n{bad}")
+            self.say(f"a row cannot be used; all others are looked at before the end. One is:\n{bad}")
         now, (began, before) = time.monotonic(), self.first
         if now - self.said > min(max(SAY_FIRST_SECONDS, (now - began) / 20), SAY_LAST_SECONDS):
             self.said = now

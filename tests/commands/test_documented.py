@@ -142,6 +142,7 @@ ELSEWHERE = {
     "apollo-sft store prune --older-than 30d": "tests/unit/cli/test_store.py",
     "apollo-sft demo": "tests/commands/test_demo_command.py",
     "pip install -c requirements/constraints.txt -e '.[rl]'": "part of what make test installs",
+    "pip install 'apollo-sft[liger]'": "tests/parity/test_liger.py installs the kernels alone",
     "python -m examples.rl.grpo --seed 0 --out apollo-rl": "tests/commands/test_rl_example.py",
     "python -m examples.rl.grpo": "tests/commands/test_rl_example.py",
     "apollo-sft handoff /tmp/sft_ckpt": "tests/commands/test_documented.py, on another folder",

@@ -50,7 +50,7 @@ def test_defaults_stand_close_and_fit_80_columns() -> None:
     _, defaults = halves()
     assert LINE_WIDTH == 80
     assert max(len(line) for line in defaults[1:]) <= LINE_WIDTH
-    assert len(defaults) < 44
+    assert len(defaults) < 46
 
 
 def test_of_a_section_that_was_set_as_a_dict_only_what_it_holds_counts_as_set() -> None:
