@@ -57,6 +57,12 @@ def check(model: ModelConfig, device: torch.device) -> None:
             found="model.fsdp_config.model_dtype=fp64",
             fix=without,
         )
+    if model.compile:
+        raise ConfigError(
+            "model.use_liger=true and model.compile=true write the same kernels",
+            expected="one of them",
+            fix=f"{without}, or model.compile=false",
+        )
     if importlib.util.find_spec("liger_kernel") is None:
         raise ConfigError(
             "model.use_liger=true: Liger's kernels are not installed",

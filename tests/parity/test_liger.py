@@ -36,6 +36,11 @@ def test_refused_in_float64() -> None:
         liger.check(model_config(*keys), torch.device("cuda"))
 
 
+def test_refused_with_compile() -> None:
+    with pytest.raises(ConfigError, match=r"model\.use_liger=true and model\.compile=true"):
+        liger.check(model_config("model.compile=true"), torch.device("cuda"))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is not None, reason="the kernels are installed")
 def test_refused_without_the_kernels() -> None:
     with pytest.raises(ConfigError, match=r"pip install 'apollo-sft\[liger\]'"):
