@@ -1,7 +1,7 @@
 """mlflow, swanlab and trackio, each really written without a network and read back with its own reader.
 
-swanlab's protobuf is older than the pinned one, so it is not among the test tools: its tests need an environment with
-`pip install 'apollo-sft[swanlab]'`.
+swanlab's protobuf is older than the pinned one, so it is not among the test tools: the last test installs
+it for itself.
 """
 
 import http.server
@@ -294,3 +294,27 @@ def tensorboard_events(info: RunInfo) -> list[Any]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     return EventAccumulator(str(info.folder / "tensorboard")).Reload().Scalars("val/loss")  # type: ignore[no-any-return]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("swanlab") is not None, reason="the tests above run here")
+@pytest.mark.timeout(1800)
+def test_swanlab_beside_its_own_protobuf(tmp_path: Path) -> None:
+    """Its tests above, in a process that finds swanlab and what it needs before all else."""
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--target",
+        str(tmp_path / "swanlab"),
+        "swanlab>=0.10",
+    ]
+    subprocess.run([*install, "swanlab>=0.10"], check=True, timeout=900)
+    root = Path(__file__).resolve().parents[3]
+    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "long", __file__, "-k", "swanlab"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "swanlab")}
+    done = subprocess.run(tests, cwd=root, env=environment, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout[-4000:]
+    counts = done.stdout.splitlines()[-1]
+    assert "passed" in counts and "failed" not in counts, counts
