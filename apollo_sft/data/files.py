@@ -25,7 +25,9 @@ SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "Arrow": (".arrow", ".feather", ".ipc"),
 }
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-ABOUT_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json", "manifest.json"})
+ABOUT_DATA = frozenset(
+    {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json", "manifest.json", "rejected.jsonl"}
+)
 """Files beside data that hold none. `cache-….arrow` are what the library datasets computed of others."""
 READ_BYTES = 1 << 20
 REMOTE_READ_BYTES = 1 << 23
@@ -280,6 +282,7 @@ def _of_one_kind(folder: str, names: Sequence[str], key: str) -> list[str]:
         raise DataError(f"{key}: the folder holds several splits", found=folder, fix=f"name one: {root}/train")
     data = [name for name in plain if PurePosixPath(name).name not in ABOUT_DATA and _known_kind(name)]
     data = [name for name in data if not re.fullmatch(r"cache-[^/]*\.arrow", PurePosixPath(name).name)]
+    data = [name for name in data if not name.endswith(".json")] or data
     kinds = Counter(map(kind_of, data))
     if len(kinds) > 1:
         example = PurePosixPath(_path_in(data[0])).suffix

@@ -35,7 +35,7 @@ def lines(script: str, *arguments: str) -> dict[str, list[float]]:
 
 def test_plan() -> None:
     rows = lines("plan.py", "--samples", "20000", "--ranks", "8", "--per-rank", "32", "--steps", "2")
-    assert list(rows) == ["equal counts", "balanced", "token-capped", "balanced, token-capped"]
+    assert list(rows) == ["equal counts", "balanced", "token-capped", "balanced, token-capped", "a mixture"]
     assert rows["balanced"][-1] < 1.05 < rows["equal counts"][-1]
 
 

@@ -166,7 +166,7 @@ def test_every_row_that_a_training_refuses_is_named(inspect: Inspect) -> None:
     ended = inspect("--check")
     said = " ".join(ended.out.split())
     assert ended.code == 1
-    assert "a training with these keys is refused" in said and "row 0: the text spells a control token" in said
+    assert "a training with these keys is refused" in said and "3 x the text spells a control token" in said
     assert re.search(r"refused 3 3 .*train.parquet row 0, train.parquet row 5, train.parquet row 7", said)
     assert re.search(r"refused 1 1 .*data.truncation=error\): train.parquet row 6", said)
     assert "check failed: train: 4 rows refused" in said

@@ -100,6 +100,7 @@ def test_what_a_tool_printed_is_never_a_target(
         "data.chat_template": SHARED / "templates" / f"{template}.jinja",
         "data.store_dir": tmp_path / "store",
         "model.partial_pretrain": qwen,
+        "model.add_special_tokens": "true",  # those of the other families' templates
     }
     code = main(["inspect", *(f"{key}={value}" for key, value in keys.items()), "--dump", str(tmp_path / "dump.jsonl")])
     assert code == 0

@@ -146,7 +146,7 @@ LATE = [
     Late("a missing column", ("no column 'quest'", "data.prompt_key=question"), ("data.prompt_key=quest",)),
     Late(
         "a column of numbers",
-        ("train.parquet row 0, column answer", "int"),
+        ("2 of 2 rows", "column answer", "int", "train.parquet row 0"),
         (),
         train_rows(question=["a", "b"], answer=[1, 2]),
     ),
