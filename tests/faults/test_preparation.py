@@ -141,6 +141,8 @@ def test_who_waits_takes_over_from_the_one_that_is_killed(
     store, first_out, second_out = tmp_path / "store", tmp_path / "first", tmp_path / "second"
     first = start(inputs, first_out, store)
     wait_for(lambda: has_parts(store), first, first_out)
+    for pid in [first.pid, *descendants(first.pid)]:  # or it might be done before the second one asks
+        os.kill(pid, signal.SIGSTOP)
     second = start(inputs, second_out, store)
     wait_for(lambda: "another process tokenises the same data" in said(second_out), second, second_out)
     kill([*descendants(first.pid), first.pid])
