@@ -39,6 +39,7 @@ def test_plan() -> None:
     assert rows["balanced"][-1] < 1.05 < rows["equal counts"][-1]
 
 
+@pytest.mark.long
 def test_layouts() -> None:
     small = ["--hidden", "32", "--layers", "1", "--tokens", "200", "--steps", "1", "--ranks", "2"]
     rows = lines("layouts.py", *small)
@@ -80,6 +81,7 @@ def test_rounding(tmp_path: Path) -> None:
     assert abs(ours - whole) < abs(whole - base) / 2
 
 
+@pytest.mark.long
 def test_step(tmp_path: Path) -> None:
     """The first losses of both loops are the same: they do the same work."""
     ratios = tmp_path / "ratios.json"
@@ -106,6 +108,7 @@ def test_head(monkeypatch: pytest.MonkeyPatch) -> None:
     assert more - held["ours"] < 0.01 * (head.counted_bytes("full logits", 4096, 16, 16384, 0.75) - held["full logits"])
 
 
+@pytest.mark.long
 def test_scale(tmp_path: Path) -> None:
     drawing = tmp_path / "scale.svg"
     arguments = ["--what", "tokens,rows", "--most-rows", "10000", "--pairs", "1", "--drawing", str(drawing)]

@@ -115,6 +115,7 @@ def compared(folder: Path, cells: list[Cell]) -> list[list[str]]:
     return rows
 
 
+@pytest.mark.long
 def test_a_plan_is_within_a_tenth_of_what_real_steps_hold(folder: Path) -> None:
     cells = [(model, layout) for i, model in enumerate(MODELS) for layout in (list(LAYOUTS) * 2)[i : i + 2]]
     assert {layout for _, layout in cells} == set(LAYOUTS)
