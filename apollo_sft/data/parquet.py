@@ -146,8 +146,8 @@ def _pulled(file: str, batches: Iterator[Any], done: int) -> Iterator[Any]:
 
 
 def _unreadable(file: str, done: int, found: str) -> DataError:
-    fix = "start again; if it stays, look at the file and the network" if is_remote(file) else None
-    fix = fix or "write the file again (with smaller row groups if cells are very large)"
+    again = "write the file again (with smaller row groups if cells are very large)"
+    fix = "start again; if it stays, look at the file and the network" if is_remote(file) else again
     return DataError(f"{shown(file)}: the file cannot be read after row {done}", found=found, fix=fix)
 
 

@@ -119,13 +119,13 @@ def prepare(config: SftConfig, weights: bool = True) -> Prepared:
     template = fit_template(tokenizer, config.data, config.model.add_special_tokens)
     if base.growth is not None:
         say(_growth_in_words(base.growth))
-    train = _store(config, "train", tokenizer, template)
-    val = _store(config, "val", tokenizer, template) if config.data.val_files else None
+    train, train_of = _store(config, "train", tokenizer, template)
+    val, val_of = _store(config, "val", tokenizer, template) if config.data.val_files else (None, {})
     for store in (train, val):
         if store is not None:
             _check_token_ids(store, hf_config)
-    sources = _mixture(train, config.data.train_files, "data.train_files")
-    val_sets = None if val is None else _mixture(val, config.data.val_files, "data.val_files")
+    sources = _mixture(train, config.data.train_files, train_of, "data.train_files")
+    val_sets = None if val is None else _mixture(val, config.data.val_files, val_of, "data.val_files")
     return Prepared(base, hf_config, tokenizer, template, train, val, sources, val_sets)
 
 
@@ -268,13 +268,16 @@ def _check_layer_names(config: SftConfig, causal_lm: Any) -> None:
         )
 
 
-def _store(config: SftConfig, split: Literal["train", "val"], tokenizer: Any, template: ChatTemplate) -> SampleStore:
+def _store(
+    config: SftConfig, split: Literal["train", "val"], tokenizer: Any, template: ChatTemplate
+) -> tuple[SampleStore, dict[str, int]]:
+    """The store of a split, and which of its named entries each file belongs to."""
     data = config.data
     entries, key = (data.train_files, "data.train_files") if split == "train" else (data.val_files, "data.val_files")
-    _source_of_files(entries, key)  # before anything is read
+    of_files = _source_of_files(entries, key)  # before anything is read
     paths = paths_of(entries)
     max_rows = data.train_max_samples if split == "train" else data.val_max_samples
-    return prepare_store(StoreRequest(split, paths, max_rows, tokenizer, template, data), say)
+    return prepare_store(StoreRequest(split, paths, max_rows, tokenizer, template, data), say), of_files
 
 
 def _source_of_files(entries: Entries, key: str) -> dict[str, int]:
@@ -292,7 +295,7 @@ def _source_of_files(entries: Entries, key: str) -> dict[str, int]:
     return found
 
 
-def _mixture(store: SampleStore, entries: Entries, key: str) -> Mixture | None:
+def _mixture(store: SampleStore, entries: Entries, of_files: dict[str, int], key: str) -> Mixture | None:
     """What the entries ask of the samples in the store, where they have names. Raises: DataError as `mixture`."""
     parts = [
         Part(name, entry.weight, entry.max_samples) if isinstance(entry, Source) else Part(name)
@@ -300,7 +303,6 @@ def _mixture(store: SampleStore, entries: Entries, key: str) -> Mixture | None:
     ]
     if not parts:
         return None
-    of_files = _source_of_files(entries, key)
     of_file = np.bincount(store.sources, minlength=len(store.summary.files))
     sizes = [0] * len(parts)
     for file, count in zip(store.summary.files, of_file.tolist(), strict=True):
