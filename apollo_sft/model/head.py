@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-CHUNK_ELEMENTS = 2**24
-"""Logits that exist at one time, in elements: rows of a chunk times the vocabulary."""
+CHUNK_ROWS = 256
+"""Targets whose logits exist at one time, at least."""
 
 
 Sources = tuple[Tensor, int]
@@ -31,6 +31,15 @@ def head_spec(config: Any) -> HeadSpec:
     config = config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     return HeadSpec(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
+
+
+def chunk_rows(hidden_size: int) -> int:
+    """Targets whose logits exist at one time.
+
+    Each chunk reads and writes all of the weight's gradient, so a wide head takes longer chunks: the logits and their
+    gradient are then a quarter of that buffer.
+    """
+    return max(CHUNK_ROWS, hidden_size // 8)
 
 
 def attach_loss(head: nn.Module, spec: HeadSpec) -> None:
@@ -112,7 +121,7 @@ class _TargetLoss(torch.autograd.Function):
         wanted = [grad and needed for needed in ctx.needs_input_grad[4:]]
         grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if wanted[0] else None
         grads = [_empty_gradient(factor, i % 2 == 1) if wanted[1 + i] else None for i, factor in enumerate(factors)]
-        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        rows = chunk_rows(weight.shape[1])
         for start in range(0, hidden.shape[0], rows):
             chunk = slice(start, start + rows)
             raw = nn.functional.linear(hidden[chunk], weight, bias)

@@ -29,7 +29,7 @@ from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.loader import StepBatch
 from apollo_sft.model import attention, four_bit, load, lora
 from apollo_sft.model.attention import AttentionOptions, Documents
-from apollo_sft.model.head import CHUNK_ELEMENTS
+from apollo_sft.model.head import chunk_rows
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.fsdp2 import fill_buffers
 from apollo_sft.parallel.launch import World
@@ -124,7 +124,7 @@ def step_memory(
     config = _with_dtype(config, ranks)
     kinds = _kinds(meta_model(config, hf_config, ranks))
     few = {kind: min(number, repeats) for kind, number in kinds.items()}
-    chunk = max(1, CHUNK_ELEMENTS // hf_config.get_text_config().vocab_size)
+    chunk = chunk_rows(hf_config.get_text_config().hidden_size)
     short = replace(pack, targets=min(pack.targets, repeats * chunk))
     step = _Step(config, hf_config, ranks, short, min(MICRO_BATCHES, micro_batches))
     first = step.peaks(few)

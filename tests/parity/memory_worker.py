@@ -1,4 +1,7 @@
-"""One process of `test_memory`: what a rank holds at sequence sizes 1, 2 and 4 of the same pack. Rank 0 writes."""
+"""One process of `test_memory`: what a rank holds at sequence sizes 1, 2 and 4 of the same pack. Rank 0 writes.
+
+One chunk of the head takes all targets, so that the logits a rank forms are the logits it holds.
+"""
 
 import gc
 import json
@@ -11,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from apollo_sft.config.compose import compose
 from apollo_sft.data.loader import StepBatch, pack
 from apollo_sft.data.store_files import SampleStore
-from apollo_sft.model import load
+from apollo_sft.model import head, load
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.mesh import build_mesh
 from apollo_sft.train.assemble import assemble
@@ -20,6 +23,7 @@ from bench.memory import counted
 
 
 def main(out: Path, folder: Path, names: list[str]) -> None:
+    head.CHUNK_ROWS = 1024
     world = launch.start("cpu", needs_group=True)
     store = SampleStore(folder / "store")
     samples = [store[i] for i in range(len(store))]

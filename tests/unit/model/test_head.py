@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from apollo_sft.model import head
-from apollo_sft.model.head import HeadSpec, attach_loss, target_loss
+from apollo_sft.model.head import HeadSpec, attach_loss, chunk_rows, target_loss
 
 
 def written_out(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, spec: HeadSpec) -> Tensor:
@@ -30,7 +30,7 @@ def inputs(rows: int, bias: bool, dtype: torch.dtype = torch.float64) -> tuple[T
 def test_loss_and_gradients_equal_full_logits(
     rows: int, chunk_rows: int, bias: bool, spec: HeadSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk_rows * 11)
+    monkeypatch.setattr(head, "CHUNK_ROWS", chunk_rows)
     ours, oracle = inputs(rows, bias), inputs(rows, bias)
     loss = target_loss([(ours[0], ours[1])], ours[2], ours[3], spec)
     expected = written_out(*oracle[:3], oracle[3], spec)
@@ -45,7 +45,7 @@ def test_loss_and_gradients_equal_full_logits(
 @pytest.mark.parametrize("chunk_rows", [1, 4, 100])
 def test_sources_have_their_sums_and_change_no_bit(chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The third of four sources has no target."""
-    monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk_rows * 11)
+    monkeypatch.setattr(head, "CHUNK_ROWS", chunk_rows)
     spec, of_target = HeadSpec(0.5, 3.0), torch.tensor([0, 3, 3, 1, 0, 1, 3, 3, 0, 0, 1, 3, 0])
     plain, told = inputs(13, True), inputs(13, True)
     alone = target_loss([(plain[0], plain[1])], plain[2], plain[3], spec)
@@ -92,7 +92,7 @@ def test_without_grad_only_the_loss_is_formed() -> None:
 
 
 def test_bf16_sums_its_weight_gradient_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 11)
+    monkeypatch.setattr(head, "CHUNK_ROWS", 1)
     hidden, weight, _, labels = inputs(256, False, torch.bfloat16)
     target_loss([(hidden, weight)], None, labels, HeadSpec()).backward()
     wide_weight = weight.detach().double().requires_grad_()
@@ -118,3 +118,9 @@ def test_gradients_are_scaled_where_they_are() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_wide_head_takes_longer_chunks() -> None:
+    """Its logits and their gradient, in float32, are a quarter of the weight's gradient."""
+    assert chunk_rows(896) == 256
+    assert 2 * chunk_rows(8192) / 8192 == 0.25
