@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from record import over, table, verdict, write_ratios, write_section
 from torch import Tensor, nn
 
 from apollo_sft.model.head import HeadSpec, attach_loss
+from apollo_sft.report.metrics import peak_resident_bytes
 
 MEMORY, TIME = 0.25, 0.85
 CHUNK_ROWS = 256
@@ -87,11 +87,10 @@ def memory_of(variant: str, vocabulary: int, hidden_size: int, tokens: int, shar
     """In this process alone. The first, small, pass lets torch take what it takes once."""
     head, hidden, labels = inputs(vocabulary, hidden_size, tokens, share)
     once(variant, *inputs(64, hidden_size, 8, 1.0))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident_bytes()
     with counted(nn.Identity(), vocabulary) as memory:
         once(variant, head, hidden, labels)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {"rss": grown * 1024, "bytes": memory.all.most}
+    return {"rss": peak_resident_bytes() - before, "bytes": memory.all.most}
 
 
 def counted_bytes(variant: str, vocabulary: int, hidden_size: int, tokens: int, share: float) -> int:

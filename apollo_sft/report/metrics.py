@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,20 @@ def peak_bytes(device: Any) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Peak resident size of this process, in bytes.
+
+    Linux's `VmHWM`: `ru_maxrss` starts at the size of the process that started this one (getrusage(2): it outlives
+    `execve`). Where there is no `/proc`, `ru_maxrss`, which macOS counts in bytes.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except FileNotFoundError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 class LineWriter:

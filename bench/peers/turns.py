@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -42,10 +41,10 @@ class Turns:
         self.cpu, self.wall = time.process_time(), time.perf_counter()
 
     def end(self, model: Path, saving_seconds: float) -> None:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         self.facts |= {
             "turns": self.turns,
-            "peak_bytes": peak,
+            "peak_bytes": int(status.split("VmHWM:")[1].split()[0]) * 1024,
             "saving_seconds": saving_seconds,
             "model_bytes": sum(path.stat().st_size for path in model.glob("*.safetensors")),
         }

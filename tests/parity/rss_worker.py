@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from apollo_sft.data.store_files import SampleStore
 from apollo_sft.model import load
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.mesh import build_mesh
+from apollo_sft.report.metrics import peak_resident_bytes
 from apollo_sft.train.assemble import assemble
 from apollo_sft.train.step import train_step
 
@@ -29,7 +29,7 @@ def main(out: Path, folder: Path) -> None:
     step = StepBatch(0, 0, [batch] * 2, [[]] * 2, 1, batch.num_targets, batch.input_ids.numel())
     for _ in range(2):
         train_step(model, optimizer, step, world, 1.0)
-    out.write_text(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before))
+    out.write_text(json.dumps(peak_resident_bytes() - before))
     os._exit(0)
 
 

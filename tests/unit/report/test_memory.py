@@ -1,16 +1,26 @@
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from apollo_sft.report.metrics import peak_bytes
+from apollo_sft.report.metrics import peak_bytes, peak_resident_bytes
 
 
-def test_on_cpu_it_is_the_peak_that_the_kernel_counts() -> None:
-    ours = peak_bytes(torch.device("cpu"))
-    status = Path("/proc/self/status").read_text()
-    kernel = int(status.split("VmHWM:")[1].split()[0]) * 1024
-    assert ours == pytest.approx(kernel, rel=0.05)
+def test_on_cpu_it_is_the_peak_and_not_what_is_held_now() -> None:
+    before = peak_resident_bytes()
+    size = before + 2**26
+    block = b"x" * size
+    assert len(block) == size
+    del block
+    assert peak_bytes(torch.device("cpu")) >= before + 2**26
+
+
+def test_the_size_of_the_process_that_started_this_one_does_not_count() -> None:
+    child = "from apollo_sft.report.metrics import peak_resident_bytes; print(peak_resident_bytes())"
+    large = f"import subprocess, sys; x = b'x' * 2**30; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    finished = subprocess.run([sys.executable, "-c", large], check=True, capture_output=True, text=True)
+    assert 2**22 < int(finished.stdout) < 2**30
 
 
 @pytest.mark.gpu
