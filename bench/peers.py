@@ -1,6 +1,6 @@
 """Ours against TRL's SFTTrainer and verl's SFT trainer, each whole and in its own environment: tokens per CPU second.
 
-    python bench/peers.py [--peers trl,verl] [--steps N] [--batch N] [--bf16-batch N] [--environments FOLDER] [--write]
+    python bench/peers.py [--peers trl,…] [--steps N] [--batch N] [--bf16-batch N] [--environments FOLDER] [--write]
 
 The same model file, rows, order, constant learning rate, AdamW, clip; no dropout, no weight decay. The programs take
 turns within one run, a fifth of the steps at a time: those are the interleaved pairs. The environments are made once,
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,20 +28,42 @@ from record import about_bf16, has_bf16, over, table, verdict, write_section
 from workload import write_conversations, write_model
 
 HERE = Path(__file__).resolve().parent / "peers"
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """`peer`: whose environment and script it is. `wanted`: how much faster ours is to be, by dtype.
+
+    `settings`: other keys of TRL's SFTConfig.
+    """
+
+    title: str
+    peer: str
+    wanted: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+TRL, VERL = {"fp32": 2.6, "bf16": 3.5}, {"bf16": 2.0}
+PROGRAMS = {
+    "ours": Program("apollo-sft", "ours"),
+    "trl": Program("TRL, padded", "trl", TRL),
+    "trl-flat": Program("TRL, padding-free", "trl", TRL, {"padding_free": True, "max_length": None}),
+    "verl": Program("verl", "verl", VERL),
+}
 SCRIPTS = {"ours": "ours.py", "trl": "trl_sft.py", "verl": "verl_sft.py"}
-NAMES = {"ours": "apollo-sft", "trl": "TRL", "verl": "verl"}
-WANTED = {("trl", "fp32"): 2.6, ("trl", "bf16"): 3.5, ("verl", "bf16"): 2.0}
 NOTES = """
-Losses: all three are the sum over target tokens divided by the targets of the batch; TRL divides by
-`num_items_in_batch`, verl by `batch_num_tokens`. TRL pads, and so does verl, with FSDP2 on one rank; neither
-checkpoints activations. Ours packs, in four forwards a step. `--trl` sets other keys of TRL's SFTConfig, such as
-`{"loss_type": "chunked_nll"}`. Preparation: ours proves every target and writes a store; TRL tokenises, with a mask;
-verl tokenises in its data loader, again in every epoch. Saving: ours writes the model and checks the files; TRL
-writes it; verl writes a checkpoint that holds the Hugging Face form only.
+Losses: all are the sum over target tokens divided by the targets of the batch; TRL divides by `num_items_in_batch`,
+verl by `batch_num_tokens`. Ours packs, in four forwards a step. TRL pads, or lays a batch in one row with a mask
+(`padding_free`); its default loss, at targets, in chunks (`nll`); SDPA. Its packing makes other batches, and grouping
+by length another order, so neither stands here. verl pads, with FSDP2 on one rank. None checkpoints activations.
+Preparation: ours proves every target and writes a store; TRL tokenises, with a mask; verl tokenises in its data loader,
+again in every epoch. Saving: ours writes the model and checks the files; TRL writes it; verl writes a checkpoint that
+holds the Hugging Face form only.
 
 verl 0.9.1 does not run on a CPU as shipped. Added from outside, in `bench/peers/verl_sft.py`: a platform `cpu`
 (device functions that do nothing or are torch's own), the registration of verl's FSDP engine for it, and SDPA for
-attention. With bf16 it logs its loss rounded to bfloat16, which differs from the loss by up to 0.4 %.
+attention. With bf16 it adds up its loss in bfloat16, which rounds it by up to 0.4 %: what is compared here is the sum
+of its own log-probabilities in float64.
 """
 RATE = 1e-3
 TURNS = 5
@@ -53,7 +76,7 @@ def environment(name: str, folder: Path) -> str:
         return sys.executable
     python = folder / name / "bin" / "python"
     if not (folder / name / ".made").is_file():
-        print(f"making the environment of {NAMES[name]} in {folder / name}", flush=True)
+        print(f"making the environment of {name} in {folder / name}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(folder / name)], check=True)
         install = [str(python), "-m", "pip", "install", "--quiet", "-r", str(HERE / f"requirements-{name}.txt")]
         subprocess.run(install, check=True)
@@ -92,12 +115,14 @@ def write_rows(folder: Path, batch: int, steps: int) -> dict[str, Path]:
 def start(name: str, folder: Path, options: dict[str, Any], environments: Path) -> subprocess.Popen[str]:
     out = folder / f"{name}-{options['dtype']}"
     out.mkdir()
-    settings = options | {"model": str(folder / "model"), "out": str(out), "data": str(options["data"][name])}
+    program = PROGRAMS[name]
+    settings = options | {"model": str(folder / "model"), "out": str(out), "data": str(options["data"][program.peer])}
+    settings["trl"] = program.settings
     variables = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if name != "ours":
         variables.pop("PYTHONPATH", None)
     return subprocess.Popen(
-        [environment(name, environments), str(HERE / SCRIPTS[name]), json.dumps(settings)],
+        [environment(program.peer, environments), str(HERE / SCRIPTS[program.peer]), json.dumps(settings)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=(out / "stderr.txt").open("w"),
@@ -153,16 +178,16 @@ def report(title: str, dtype: str, facts: dict[str, Any], tokens: int) -> str:
         cpu, wall = (over([t[i] for t in found["turns"]], [t[i] for t in ours["turns"]]) for i in (0, 1))
         speed = tokens / sum(turn[0] for turn in found["turns"])
         apart = max(abs(a / b - 1) for a, b in zip(ours["losses"], found["losses"], strict=True))
-        wanted = WANTED.get((name, dtype))
+        wanted = PROGRAMS[name].wanted.get(dtype)
         met = verdict(cpu.median, wanted, at_least=True) if wanted else ""
         curve = f"{apart:.1e}" + ("" if apart <= LOSS_APART else " **above 1e-3**")
-        rows.append([NAMES[name], f"{speed:.0f}", cpu, wall, met, curve, f"{found['losses'][-1]:.4f}"])
+        rows.append([PROGRAMS[name].title, f"{speed:.0f}", cpu, wall, met, curve, f"{found['losses'][-1]:.4f}"])
     titles = ["", "tokens/CPU-s", "ours is faster, CPU time", "wall time", "", "largest loss difference", "last loss"]
     second = []
     for name, found in facts.items():
         second.append(
             [
-                NAMES[name],
+                PROGRAMS[name].title,
                 f"{found['preparation_rows_per_second']:.0f}",
                 f"{found['started'] + found['first_step']:.1f}",
                 f"{found['peak_bytes'] / 2**20:.0f}",
@@ -181,8 +206,9 @@ def version_in(python: str, package: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    peers = [name for name in PROGRAMS if name != "ours"]
     parser.add_argument(
-        "--peers", type=lambda text: [name for name in text.split(",") if name], default=["trl", "verl"]
+        "--peers", type=lambda text: [name for name in text.split(",") if name], default=peers, help=",".join(peers)
     )
     parser.add_argument("--steps", type=int, default=20, help=f"a multiple of {TURNS}")
     parser.add_argument("--batch", type=int, default=16, help="rows of a step in fp32")
@@ -191,14 +217,15 @@ def main() -> None:
     parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["fp32", "bf16"])
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--trl", type=json.loads, default={}, help="other keys of TRL's SFTConfig, as JSON")
     parser.add_argument("--environments", type=Path, default=HERE.parents[1] / "build" / "peers")
     parser.add_argument("--write", action="store_true", help="write results.md")
     options = parser.parse_args()
     options.environments.mkdir(parents=True, exist_ok=True)
-    pythons = {name: environment(name, options.environments) for name in options.peers}
+    pythons = {
+        peer: environment(peer, options.environments) for peer in {PROGRAMS[name].peer: 0 for name in options.peers}
+    }
     versions = [f"apollo-sft {version('apollo-sft')}"]
-    versions += [f"{NAMES[name]} and its transformers {version_in(pythons[name], name)}" for name in options.peers]
+    versions += [f"{peer} and its transformers {version_in(python, peer)}" for peer, python in pythons.items()]
     sizes = {"fp32": (options.batch, options.steps), "bf16": (options.bf16_batch, options.bf16_steps)}
     parts = [", ".join(versions) + "."]
     with tempfile.TemporaryDirectory() as place:
@@ -213,7 +240,6 @@ def main() -> None:
                 "steps": steps,
                 "every": steps // TURNS,
                 "rate": RATE,
-                "trl": options.trl,
             }
             settings |= {"rows": batch * steps, "data": write_rows(folder, batch, steps)}
             facts = take_turns(["ours", *options.peers], folder, settings, options.environments)

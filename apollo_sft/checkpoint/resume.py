@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from apollo_sft.checkpoint import publish
+from apollo_sft.config.overrides import leaves
 from apollo_sft.errors import CheckpointError, ConfigError
 
 STATE = "state.json"
@@ -200,7 +201,7 @@ def check_same(
 
     Raises: ConfigError, unless `allow_changes`, listing what would change the samples or the model.
     """
-    then, now = _flat(saved), _flat(yaml.safe_load(yaml.safe_dump(dict(present))))
+    then, now = (dict(leaves(tree)) for tree in (saved, yaml.safe_load(yaml.safe_dump(dict(present)))))
     changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     lines = {key: f"{key}: {then.get(key)} then, {now.get(key)} now" for key in changed}
     grave = [lines[key] for key in changed if not _free(key)]
@@ -218,13 +219,3 @@ def check_same(
 
 def _free(key: str) -> bool:
     return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

@@ -15,10 +15,8 @@ from apollo_sft.config.sources import paths_of, refused
 from apollo_sft.errors import ConfigError
 
 LOGGERS = ("console", "tensorboard", "wandb", "mlflow", "swanlab", "trackio", "file")
-LORA_KEYS = tuple(
-    f"model.{name}"
-    for name in ("lora_alpha", "target_modules", "lora_dropout", "use_rslora", "use_dora", "modules_to_save")
-)
+LORA_NAMES = "lora_alpha target_modules target_parameters lora_dropout use_rslora use_dora modules_to_save"
+LORA_KEYS = tuple(f"model.{name}" for name in LORA_NAMES.split())
 UNUSED: tuple[tuple[str, Callable[[SftConfig], bool], str], ...] = (
     ("optim.stable_ratio", lambda c: c.optim.lr_scheduler != "wsd", "without optim.lr_scheduler=wsd"),
     ("trainer.generate_samples", lambda c: not c.data.val_files, "without validation data"),
@@ -279,7 +277,8 @@ def _contradictions(config: SftConfig, given: set[str]) -> Iterator[ConfigError]
             fix="set both, or neither",
         )
     lora = config.model.lora_rank > 0 or config.model.lora_adapter_path is not None
-    if config.model.lora_rank > 0 and not config.model.target_modules and config.model.lora_adapter_path is None:
+    named = config.model.target_modules or config.model.target_parameters
+    if config.model.lora_rank > 0 and not named and config.model.lora_adapter_path is None:
         yield ConfigError(
             "model.target_modules is empty: LoRA would train nothing",
             fix="model.target_modules=all-linear, or model.lora_rank=0",

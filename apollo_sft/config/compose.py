@@ -96,7 +96,7 @@ def to_yaml(config: SftConfig) -> str:
 @cache
 def known_keys() -> tuple[str, ...]:
     """Every key of the yaml, leaves only, in order."""
-    return tuple(key for key, _ in leaves(_defaults(), ""))
+    return tuple(key for key, _ in leaves(_defaults()))
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class Setting:
         return f"{self.prefix}{self.key}={self.value}"
 
 
-def leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of everything in a tree that is not a dict, in order. An empty dict is a leaf."""
     for name, value in tree.items():
         key = f"{prefix}{name}"

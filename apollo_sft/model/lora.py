@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from apollo_sft.config.schema import ModelConfig
 from apollo_sft.errors import ConfigError, ModelError
+from apollo_sft.model import experts
 from apollo_sft.model.four_bit import FourBitLinear, describe, four_bit_modules, num_weights
 
 ADAPTER = "default"
@@ -27,26 +29,20 @@ BASE_WEIGHT = ".base_layer.weight"
 TAKEN = (
     "r", "lora_alpha", "target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
     "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "task_type", "base_model_name_or_path",
-    "use_dora", "modules_to_save",
+    "use_dora", "modules_to_save", "target_parameters",
 )  # fmt: skip
 """Settings of a saved adapter that are followed."""
 IGNORED = (
-    "peft_type",
-    "peft_version",
-    "auto_mapping",
-    "revision",
-    "inference_mode",
-    "init_lora_weights",
+    "peft_type", "peft_version", "auto_mapping", "revision", "inference_mode", "init_lora_weights",
     "ensure_weight_tying",
-)
+)  # fmt: skip
 """Those that say nothing about what the adapter computes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """What was adapted: names of modules, those trained whole beside them, and parameters that are trained, of all.
-
-    `in_four_bits`: what is held so, in words.
+    """What was adapted: names of modules and tensors, those trained whole beside them, and parameters that are trained,
+    of all. `in_four_bits`: what is held so, in words. `left`: linear modules that `all-linear` could not take in.
     """
 
     modules: tuple[str, ...]
@@ -54,14 +50,16 @@ class Adapted:
     num_trainable: int
     num_parameters: int
     in_four_bits: str = ""
+    left: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        kinds = sorted({name.rpartition(".")[2] for name in self.modules})
+        kinds, left = (", ".join(sorted({n.rpartition(".")[2] for n in names})) for names in (self.modules, self.left))
         share = self.num_trainable / self.num_parameters
         whole = f"{', '.join(self.whole)} trained whole, " if self.whole else ""
         return (
-            f"LoRA: {len(self.modules)} modules adapted ({', '.join(kinds)}), {whole}"
+            f"LoRA: {len(self.modules)} modules adapted ({kinds}), {whole}"
             f"{self.num_trainable:,} of {self.num_parameters:,} parameters trained ({share:.2%}){self.in_four_bits}"
+            + (f"; {len(self.left)} linear modules not adapted, which PEFT takes for experts' ({left})" if left else "")
         )
 
 
@@ -97,6 +95,7 @@ def _new_config(model: ModelConfig, source: str) -> Any:
         r=model.lora_rank,
         lora_alpha=model.lora_alpha,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        target_parameters=list(model.target_parameters) or None,
         lora_dropout=model.lora_dropout,
         use_rslora=model.use_rslora,
         use_dora=model.use_dora,
@@ -167,16 +166,21 @@ def inject(causal_lm: Any, config: Any, master: torch.dtype, adapter_path: str |
     on_meta = next(causal_lm.parameters()).is_meta
     causal_lm.requires_grad_(False)
     in_four_bits = describe(causal_lm, config.modules_to_save or ())
-    only_adapters = copy.copy(config)
+    linear = _linear_modules(causal_lm) if config.target_modules == "all-linear" else set()
+    only_adapters = copy.deepcopy(config)
     only_adapters.modules_to_save = None
+    experts.name_targets(only_adapters, causal_lm)
     try:
-        inject_adapter_in_model(only_adapters, causal_lm, ADAPTER, low_cpu_mem_usage=on_meta)
+        with warnings.catch_warnings():  # PEFT looks for these patterns among modules alone, and follows them
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+            inject_adapter_in_model(only_adapters, causal_lm, ADAPTER, low_cpu_mem_usage=on_meta)
     except Exception as error:  # PEFT, of settings that may be a stranger's
         raise ConfigError(
             "model.target_modules cannot be adapted",
             found=(str(error).splitlines() or [type(error).__name__])[0],
             expected="all-linear, names of linear modules, or a regular expression of full names",
         ) from error
+    experts.attach(causal_lm)
     _check_adapted(causal_lm)
     _train_whole(causal_lm, config.modules_to_save or ())
     for parameter in causal_lm.parameters():
@@ -185,9 +189,31 @@ def inject(causal_lm: Any, config: Any, master: torch.dtype, adapter_path: str |
     if adapter_path is not None and not on_meta:
         _fill_from(causal_lm, adapter_path)
     modules = tuple(name for name, _ in _adapted(causal_lm))
+    tensors = tuple(
+        f"{n}.{w.parameter_name}" for n, outer in experts.wrapped(causal_lm) for w in experts.wrappers(outer)
+    )
     trained = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
     whole = tuple(_trained_whole(causal_lm))
-    return Adapted(modules, whole, trained, sum(num_weights(causal_lm).values()), in_four_bits)
+    left = tuple(sorted(linear - set(modules)))
+    return Adapted(modules + tensors, whole, trained, sum(num_weights(causal_lm).values()), in_four_bits, left)
+
+
+def _linear_modules(causal_lm: Any) -> set[str]:
+    head = causal_lm.get_output_embeddings()
+    return {name for name, m in causal_lm.named_modules() if isinstance(m, nn.Linear) and m is not head}
+
+
+def check_groups(causal_lm: Any, model: ModelConfig) -> None:
+    """Raises: ConfigError when modules are grouped by size, and adapted experts would lie in another group than theirs.
+
+    `causal_lm`: with adapters.
+    """
+    if model.fsdp_config.wrap_policy.min_num_params and experts.wrapped(causal_lm):
+        raise ConfigError(
+            "adapters of experts that are held in one tensor are read with it, so it cannot be a group of its own",
+            found="model.fsdp_config.wrap_policy.min_num_params, which groups by size",
+            fix="model.fsdp_config.wrap_policy.min_num_params=0",
+        )
 
 
 def _check_adapted(causal_lm: Any) -> None:
@@ -195,12 +221,6 @@ def _check_adapted(causal_lm: Any) -> None:
     uses = Counter(id(p) for _, p in causal_lm.named_parameters(remove_duplicate=False))
     head = causal_lm.get_output_embeddings()
     for name, layer in _adapted(causal_lm):
-        if not isinstance(getattr(layer.base_layer, "weight", None), Tensor):
-            raise ConfigError(
-                "model.target_modules takes in experts that are held in one tensor: adapters cannot be merged there",
-                found=f"{name}, a {type(layer.base_layer).__name__}",
-                fix="name the modules: model.target_modules=[q_proj,k_proj,v_proj,o_proj]",
-            )
         if uses[id(layer.base_layer.weight)] > 1:
             raise ConfigError(
                 "model.target_modules names a weight that two modules share: merged, the adapter would change both",
@@ -235,9 +255,9 @@ def _trained_whole(causal_lm: Any) -> list[str]:
     return sorted(owners)
 
 
-def saved_config(config: Any, causal_lm: Any) -> Any:
+def saved_config(causal_lm: Any) -> Any:
     """PEFT's config for the files of the adapter: every module that is trained whole stands there by its full name."""
-    written = copy.copy(config)
+    written = copy.copy(causal_lm.peft_config[ADAPTER])
     written.modules_to_save = _trained_whole(causal_lm) or None
     return written
 
@@ -334,6 +354,7 @@ def merge(causal_lm: Any, cast: Callable[[Tensor, torch.dtype, str], Tensor]) ->
         causal_lm.set_submodule(name, base)
     for name, module in four_bit_modules(causal_lm):
         causal_lm.set_submodule(name, module.plain(module.dense()))
+    experts.merge(causal_lm, cast)
 
 
 def _replicate(linear: nn.Module) -> None:
@@ -345,6 +366,8 @@ def _replicate(linear: nn.Module) -> None:
 
 
 def _adapted(causal_lm: Any) -> list[tuple[str, Any]]:
+    """Modules with adapters; not those of which single tensors have some: see `experts`."""
     from peft.tuners.lora import LoraLayer
 
-    return [(name, module) for name, module in causal_lm.named_modules() if isinstance(module, LoraLayer)]
+    layers = ((name, module) for name, module in causal_lm.named_modules() if isinstance(module, LoraLayer))
+    return [(name, layer) for name, layer in layers if not experts.is_wrapper(layer)]

@@ -88,7 +88,7 @@ class SftModel(nn.Module):
         inputs = self.inputs(micro_batch, device)
         if of_sources is None or not len(of_sources):
             return cast(Tensor, self(*inputs))
-        sources = self._target_sources(micro_batch).to(device, non_blocking=True)
+        sources = _sent(self._target_sources(micro_batch), device)
         loss_sum, sums = self(*inputs, (sources, len(of_sources)))
         of_sources += sums
         return cast(Tensor, loss_sum)
@@ -119,8 +119,16 @@ class SftModel(nn.Module):
         ids, positions, labels = (tensor.chunk(self.sp_size, dim=1)[self.sp_rank] for tensor in whole)
         at = (labels[0] != IGNORE_INDEX).nonzero()[:, 0]
         parts = (ids, positions, micro_batch.document_starts, at, labels[0][at])
-        ids, positions, starts, at, targets = (part.to(device, non_blocking=True) for part in parts)
+        ids, positions, starts, at, targets = (_sent(part, device) for part in parts)
         return ids, positions, starts, longest, at, targets
+
+
+def _sent(part: Tensor, device: torch.device) -> Tensor:
+    """On the device, where it arrives while the host goes on. A copy out of memory that is not pinned may wait for what
+    the device has still to do."""
+    if device.type == "cuda" and not part.is_pinned():
+        part = part.pin_memory()
+    return part.to(device, non_blocking=True)
 
 
 def enable_checkpointing(causal_lm: Any, selective: bool) -> None:

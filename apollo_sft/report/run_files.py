@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from apollo_sft.config.overrides import leaves
 from apollo_sft.errors import CheckpointError, ConfigError
 from apollo_sft.report.metrics import Record, losses_by_name, read_metrics
 
@@ -78,7 +79,7 @@ def _read(folder: Path, name: str) -> RunRecord:
             name=name,
             facts=json.loads(_text(folder / "run.json")),
             metrics=_metrics(folder / "metrics.jsonl"),
-            config=dict(flat(config)),
+            config=dict(leaves(config)),
             audit=json.loads(_text(folder / "data_audit.json") or "{}"),
             lost=_lost(folder / "rejected.jsonl"),
             samples=list(_lines(folder / "samples.jsonl")),
@@ -88,15 +89,6 @@ def _read(folder: Path, name: str) -> RunRecord:
         raise CheckpointError(f"{folder} holds a file that is not what a run writes", found=found) from error
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be read", found=error.strerror) from error
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key -> value, in order."""
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _metrics(path: Path) -> list[Record]:

@@ -8,13 +8,14 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from apollo_sft.config.overrides import leaves
 from apollo_sft.errors import ConfigError, Preempted, redact
 from apollo_sft.report.log import say, warn
 from apollo_sft.report.metrics import Record
@@ -146,7 +147,7 @@ def _new_in_mlflow(client: Any, info: RunInfo) -> str:
     found = client.get_experiment_by_name(redact(info.project))
     experiment = found.experiment_id if found else client.create_experiment(redact(info.project))
     run_id: str = client.create_run(experiment, run_name=redact(info.experiment)).info.run_id
-    params = [Param(*pair) for pair in _flat(info.config)]
+    params = [Param(key, str(value)[:MLFLOW_LONGEST]) for key, value in leaves(info.config)]
     for first in range(0, len(params), 100):  # the most that a server takes at once
         client.log_batch(run_id, params=params[first : first + 100])
     return run_id
@@ -223,15 +224,6 @@ def _ended(done: str, stopped: str, failed: str) -> str:
     """What a logger calls the end of this run; it is closed on the way out of an error, too."""
     reason = sys.exc_info()[1]
     return done if reason is None else stopped if isinstance(reason, Preempted) else failed
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, value as a text that mlflow takes)."""
-    for name, value in config.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", str(value)[:MLFLOW_LONGEST]
 
 
 def _run_id(info: RunInfo, logger: str, variable: str) -> str:

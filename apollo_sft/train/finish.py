@@ -46,7 +46,7 @@ def export(config: SftConfig, prepared: Prepared, model: SftModel, folder: RunFo
     check = None if adapter is None else _merged_check(config, prepared, model, world)
     model = strategy_of(model).by_rows(model)
     if adapter is not None:
-        written = saved_config(adapter, model.causal_lm)
+        written = saved_config(model.causal_lm)
         save_adapter(adapter_tensors(model.causal_lm), written, root, model, world.is_main)
         if config.trainer.export == "adapter":
             return
@@ -91,7 +91,7 @@ def hf_form(config: SftConfig, prepared: Prepared, causal_lm: Any) -> ModelForm 
         return model_form(causal_lm, IN_CHECKPOINT, prepared.base, export_options(config, prepared))
     found = list(trained(causal_lm))
     names = {in_file: f"{IN_CHECKPOINT}{name}" for in_file, name, _ in found}
-    return AdapterForm(names, saved_config(adapter, causal_lm), sum(p.numel() * p.element_size() for *_, p in found))
+    return AdapterForm(names, saved_config(causal_lm), sum(p.numel() * p.element_size() for *_, p in found))
 
 
 def summary(reporter: Reporter, config: SftConfig) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from apollo_sft.model.experts import wrapped
 from apollo_sft.model.four_bit import num_weights
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -57,12 +58,14 @@ def cost_of(causal_lm: Any) -> Cost:
     looked_up = {id(p) for m in causal_lm.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     in_head = {id(p): p for p in causal_lm.get_output_embeddings().parameters() if p.ndim > 1}
     sizes = num_weights(causal_lm)
+    adapts = {id(p) for _, outer in wrapped(causal_lm) for p in outer.parameters() if p.ndim == 2}
     active = trained = 0
     for parameter in causal_lm.parameters():
         if parameter.ndim < 2 or id(parameter) in looked_up | in_head.keys():
             continue
         size = sizes[id(parameter)]
-        if parameter.ndim == 3 and experts and chosen and parameter.shape[0] == experts:
+        of_experts = (parameter.ndim == 3 and parameter.shape[0] == experts) or id(parameter) in adapts
+        if of_experts and experts and chosen:
             size = size * chosen // experts
         active += size
         trained += size * parameter.requires_grad

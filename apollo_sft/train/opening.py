@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from apollo_sft.checkpoint.layout import RunFolder, sees_probe, versions
+from apollo_sft.config.overrides import leaves
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.audit import describe, source_rows, to_json, write_ledger
 from apollo_sft.data.loader import Loader
@@ -119,7 +120,7 @@ def check_alike(name: str, mine: Mapping[str, Any], world: World) -> None:
 
 def start_of(config: SftConfig) -> dict[str, Any]:
     """What all ranks must agree on before anything is read: the config, but for places on a host, and the versions."""
-    keys = {key: value for key, value in _leaves(config.model_dump(mode="json")) if key not in OF_A_HOST}
+    keys = {key: value for key, value in leaves(config.model_dump(mode="json")) if key not in OF_A_HOST}
     packages = ("bitsandbytes",) if config.model.load_in_4bit else ()
     return keys | {f"version of {name}": found for name, found in versions(packages).items()}
 
@@ -186,7 +187,7 @@ def config_text(config: SftConfig, overridden: Mapping[str, Any]) -> str:
     """The resolved configuration: what was set on the command line a line each, the defaults close together."""
     given: list[str] = []
     defaults: dict[str, list[str]] = {}
-    for key, value in _leaves(config.model_dump(mode="json")):
+    for key, value in leaves(config.model_dump(mode="json")):
         if any(f"{key}.".startswith(f"{name}.") for name in overridden):
             given.append(f"{key}={_shown(value)}")
         else:
@@ -243,14 +244,6 @@ def imbalance(loader: Loader) -> str:
     found = [plan(loader.store.lengths, loader.spec, step).imbalance() for step in wanted]
     text = f"{sum(found) / len(found):.3f} (cost of the busiest of {loader.spec.dp_size:,} data ranks / mean)"
     return text if loader.spec.balance else f"{text}; data.balance_dp_token=true evens it out"
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _shown(value: Any) -> str:

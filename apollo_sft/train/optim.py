@@ -13,6 +13,7 @@ from torch.optim import AdamW, Optimizer
 
 from apollo_sft.config.schema import OptimConfig
 from apollo_sft.errors import ConfigError
+from apollo_sft.model.experts import wrapped
 from apollo_sft.train.adamw_8bit import AdamW8bit, quantised_zeros
 from apollo_sft.train.muon import Muon, Together
 
@@ -61,9 +62,9 @@ def _groups(
 
 def _hidden_matrices(model: Any) -> set[nn.Parameter]:
     """All but embeddings and the head, with what adapts them, whose rows are tokens; not the experts of a layer in one
-    tensor of three dims, which torch's Muon does not take."""
+    tensor of three dims, which torch's Muon does not take, nor what adapts those: small matrices one upon the other."""
     ends = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    ends += [model.get_input_embeddings(), model.get_output_embeddings()]
+    ends += [model.get_input_embeddings(), model.get_output_embeddings(), *(outer for _, outer in wrapped(model))]
     outside = {p for module in ends for p in module.parameters()}
     return {p for p in model.parameters() if p.dim() == 2 and p not in outside}
 

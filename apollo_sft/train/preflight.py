@@ -37,7 +37,7 @@ from apollo_sft.model.load import (
     read_config,
     with_rows,
 )
-from apollo_sft.model.lora import ADAPTER_FILE, check_adapter_file, inject, lora_config
+from apollo_sft.model.lora import ADAPTER_FILE, check_adapter_file, check_groups, inject, lora_config
 from apollo_sft.report.log import say
 from apollo_sft.train.optim import build_optimizer, state_bytes
 from apollo_sft.train.precision import DTYPES
@@ -210,6 +210,7 @@ def check_model(config: SftConfig) -> None:
         raise _adapter_on_grown(base.growth)
     if wanted is not None:
         inject(causal_lm, wanted, master)
+        check_groups(causal_lm, config.model)
     if adapter is not None:
         check_adapter_file(causal_lm, adapter)
     _check_disk(config, causal_lm, sum(map(num_bytes, plan.tensors.values())), is_lora=wanted is not None)

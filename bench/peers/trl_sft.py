@@ -38,30 +38,30 @@ def main() -> None:
     turns, out = Turns(options["every"]), Path(options["out"])
     rows = load_dataset("parquet", data_files=options["data"], split="train", cache_dir=str(out / "cache"))
     rows = rows.select_columns(["prompt", "completion"])
-    config = SFTConfig(
-        output_dir=str(out / "run"),
-        use_cpu=True,
-        bf16=options["dtype"] == "bf16",
-        gradient_checkpointing=False,
-        per_device_train_batch_size=options["batch"],
-        max_steps=options["steps"],
-        max_length=1024,
-        learning_rate=options["rate"],
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        weight_decay=0.0,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
-        logging_steps=1,
-        logging_strategy="steps",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        train_sampling_strategy="sequential",
-        dataset_num_proc=None,
-        seed=1,
-        **options["trl"],
-    )
+    settings = {
+        "output_dir": str(out / "run"),
+        "use_cpu": True,
+        "bf16": options["dtype"] == "bf16",
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": options["batch"],
+        "max_steps": options["steps"],
+        "max_length": 1024,
+        "learning_rate": options["rate"],
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "adam_beta2": 0.95,
+        "max_grad_norm": 1.0,
+        "logging_steps": 1,
+        "logging_strategy": "steps",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "train_sampling_strategy": "sequential",
+        "dataset_num_proc": None,
+        "seed": 1,
+    }
+    config = SFTConfig(**settings | options["trl"])
     with contextlib.redirect_stdout(sys.stderr):
         prepare = SFTTrainer._prepare_dataset
 

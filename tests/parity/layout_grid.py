@@ -10,11 +10,16 @@ MODELS = {
     "lora": ("Qwen2", {}),
     "lora-head": ("Llama", {}),
     "dora-tied": ("Qwen3", {"tie_word_embeddings": True, "head_dim": 8}),
+    "lora-experts": (
+        "Qwen3Moe",
+        {"num_experts": 5, "moe_intermediate_size": 24, "head_dim": 8, "num_experts_per_tok": 2},
+    ),
 }
 ADAPTERS = {
     "lora": {},
     "lora-head": {"target_modules": ["q_proj", "down_proj", "lm_head", "embed_tokens"], "use_rslora": True},
     "dora-tied": {"use_dora": True, "modules_to_save": ["embed_tokens", "lm_head", "norm"]},
+    "lora-experts": {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]},
 }
 """Settings of the adapters of those that have one."""
 WHOLE = ("gqa", "lora")
@@ -69,6 +74,7 @@ COVERING: dict[int, Cells] = {
         "lora": [[micro(3), CHECKPOINTING], TOKENS],
         "lora-head": [[micro(3)]],
         "dora-tied": [[micro(3)]],
+        "lora-experts": [[micro(3), CHECKPOINTING]],
     },
     2: {
         "gqa": [
@@ -101,6 +107,7 @@ COVERING: dict[int, Cells] = {
         ],
         "lora-head": [[sp(2), micro(8), CHECKPOINTING], [LARGE, OFFLOAD, *TOKENS], [FSDP1, micro(8)]],
         "dora-tied": [[sp(2), *TOKENS, CHECKPOINTING], [NO_SYNC, OFFLOAD, micro(4)], [FSDP1, micro(8)]],
+        "lora-experts": [[micro(8)], [sp(2), OFFLOAD, CHECKPOINTING, *TOKENS], [FSDP1, micro(8), NO_SYNC]],
     },
     4: {
         "gqa": [
@@ -113,6 +120,7 @@ COVERING: dict[int, Cells] = {
         "mqa": [[sp(4), *TOKENS]],
         "nine-heads": [[sp(4), micro(8)]],
         "lora": [[sp(2), HYBRID, NO_SYNC, micro(8)], [BALANCE, *TOKENS]],
+        "lora-experts": [[sp(2), HYBRID, micro(8)]],
     },
 }
 """Processes -> cells; each choice at least once, with others beside it."""

@@ -18,7 +18,7 @@ from apollo_sft.config.compose import compose
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.loader import Loader
 from apollo_sft.data.store_files import SampleStore
-from apollo_sft.model import attention, load, lora
+from apollo_sft.model import attention, experts, load, lora
 from apollo_sft.model.oracle import differences, oracle
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
@@ -52,6 +52,8 @@ def ask_oracle(base: Path, store: SampleStore) -> Expected:
     if (base / "adapter").exists():
         config = config_of(base, store, [f"model.lora_adapter_path={base / 'adapter'}"]).model
         lora.inject(model, lora.lora_config(config, base.name), torch.float64, str(base / "adapter"))
+        for _, outermost in experts.wrapped(model):
+            del outermost.forward  # PEFT's own, which adds B A to all experts
     samples = [store[i] for i in range(len(store))]
     loss, gradients = oracle(model, samples)
     counts = [sum(s.num_targets for s in samples), sum(len(s.input_ids) for s in samples), len(samples)]
