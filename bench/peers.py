@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from record import about_bf16, has_bf16, over, table, verdict, write_section
+from record import about_bf16, bf16_rows, over, table, verdict, write_section
 from workload import write_conversations, write_model
 
 HERE = Path(__file__).resolve().parent / "peers"
@@ -212,8 +212,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=20, help=f"a multiple of {TURNS}")
     parser.add_argument("--batch", type=int, default=16, help="rows of a step in fp32")
-    parser.add_argument("--bf16-batch", type=int, default=16 if has_bf16() else 2)
-    parser.add_argument("--bf16-steps", type=int, default=20 if has_bf16() else TURNS)
+    parser.add_argument("--bf16-batch", type=int, help="in bf16; fewer where that is slow")
     parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["fp32", "bf16"])
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
@@ -226,7 +225,8 @@ def main() -> None:
     }
     versions = [f"apollo-sft {version('apollo-sft')}"]
     versions += [f"{peer} and its transformers {version_in(python, peer)}" for peer, python in pythons.items()]
-    sizes = {"fp32": (options.batch, options.steps), "bf16": (options.bf16_batch, options.bf16_steps)}
+    sizes = {"fp32": (options.batch, options.steps)}
+    sizes["bf16"] = (options.bf16_batch or bf16_rows(options.batch), options.steps)
     parts = [", ".join(versions) + "."]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

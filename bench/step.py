@@ -1,6 +1,6 @@
 """Our step against a bare PyTorch loop over the same packed micro-batches: tokens/s, ours over the bare loop's.
 
-    python bench/step.py [--pairs N] [--steps N] [--rows N] [--cases fp32-full-1,…] [--write]
+    python bench/step.py [--pairs N] [--steps N] [--rows N] [--bf16-rows N] [--cases fp32-full-1,…] [--write]
 
 Ours: batches from the loader, the step, the metrics written down, as the trainer runs them. Bare: the same model and
 attention function, forward, cross-entropy of the logits of the target rows, backward, clip, fused AdamW, one reading of
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from record import about_bf16, has_bf16, over, table, verdict, write_ratios, write_section
+from record import about_bf16, bf16_rows, over, table, verdict, write_ratios, write_section
 from workload import LONGEST, SHORTEST, write_model, write_store
 
 from apollo_sft.config.compose import compose
@@ -45,8 +45,6 @@ from apollo_sft.types import IGNORE_INDEX, MicroBatch
 WANTED = 0.97
 CASES = [f"{dtype}-{what}-{ranks}" for ranks in (1, 2) for dtype in ("fp32", "bf16") for what in ("full", "lora")]
 RATE, BETAS, CLIP, LORA_RANK = 1e-4, (0.9, 0.95), 1.0, 16
-SLOW_BF16 = 16
-"""Without bfloat16 instructions a batch has so many times fewer rows, one a rank at least."""
 
 Steps = Callable[[int], list[float]]
 """Runs so many of the next steps; their losses."""
@@ -182,7 +180,7 @@ def measure(folder: Path, out: Path, options: argparse.Namespace) -> None:
     for case in options.cases:
         if int(case[-1]) != int(os.environ["WORLD_SIZE"]):
             continue
-        rows = max(int(case[-1]), options.rows // (SLOW_BF16 if "bf16" in case and not has_bf16() else 1))
+        rows = max(int(case[-1]), options.bf16_rows if "bf16" in case else options.rows)
         world = launch.start("cpu", needs_group="bf16" in case)
         config = config_of(folder, case, rows)
         mesh = build_mesh(world, 1, -1)
@@ -217,6 +215,7 @@ def run_cases(options: argparse.Namespace) -> list[dict[str, Any]]:
         for processes in sorted({int(case[-1]) for case in options.cases}):
             start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
             command = [sys.executable, *start, __file__, *sys.argv[1:], "--worker", name, str(out)]
+            command += ["--bf16-rows", str(options.bf16_rows)]
             finished = subprocess.run(
                 command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
             )
@@ -230,6 +229,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=1, help="of each half of a pair")
     parser.add_argument("--rows", type=int, default=16, help="of a batch")
+    parser.add_argument("--bf16-rows", type=int, help="of a batch in bf16; fewer where that is slow")
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--cases", type=lambda text: text.split(","), default=CASES)
@@ -237,6 +237,7 @@ def main() -> None:
     parser.add_argument("--ratios", type=Path, help="write the ratios of the pairs there")
     parser.add_argument("--worker", nargs=2, metavar=("FOLDER", "OUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.bf16_rows = options.bf16_rows or bf16_rows(options.rows)
     if options.worker:
         measure(Path(options.worker[0]), Path(options.worker[1]), options)
     rows, ratios = [], {}

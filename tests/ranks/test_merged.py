@@ -55,6 +55,24 @@ def test_a_merged_model_is_opened_again(tmp_path: Path, ranks: int, keys: list[s
         assert ("model.norm.weight" in changed) == (WHOLE in keys)
 
 
+def test_experts_are_handed_over_one_by_one_as_the_base_has_them(tmp_path: Path) -> None:
+    """Trained and merged in one tensor a layer, cut over two ranks; five experts, so that the shards are uneven."""
+    experts = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+    inputs = write_inputs(tmp_path, family="Qwen3Moe", **experts)
+    out = tmp_path / "out"
+    plain = [key for key in FEW if "dropout" not in key]
+    codes = train_on_ranks(inputs, out, 2, *plain, "trainer.logger=[console]")
+    said = (tmp_path / "ranks.log").read_text()
+    assert codes == [0, 0], said[-3000:]
+    assert OPENED in said
+    base, merged = (load_file(folder / "model.safetensors") for folder in (inputs / "model", out))
+    assert base.keys() == merged.keys()
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    wanted = {f"experts.{number}.{name}_proj.weight" for number in range(5) for name in ("gate", "up", "down")}
+    assert wanted <= {name.partition(".mlp.")[2] for name in changed}
+    assert not [name for name in changed if name.endswith("mlp.gate.weight")], "routers stay"
+
+
 def test_a_wrong_merge_is_not_handed_over(tmp_path: Path) -> None:
     """One matrix that was forgotten shows in the loss of one sample."""
     inputs = write_inputs(tmp_path)
