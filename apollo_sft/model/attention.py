@@ -179,11 +179,12 @@ def choose_kernel(wanted: str, device: torch.device) -> tuple[Kernel, str]:
 
 
 def register(kernel: Kernel, exchange: HeadExchange | None = None) -> None:
-    """Make `NAME` known to transformers as an attention function that uses `kernel`, and as one that needs no mask.
+    """Make `NAME` known to transformers as an attention function that uses `kernel`. It makes no mask where it knows no
+    mask function of that name.
 
     `exchange` is None when one rank holds all tokens of its documents.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface
 
     def attention(
         module: nn.Module,
@@ -215,11 +216,6 @@ def register(kernel: Kernel, exchange: HeadExchange | None = None) -> None:
         return output[None].contiguous(), None  # some architectures take a view of it
 
     AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
 
 
 def _check_call(module: nn.Module, more: dict[str, Any]) -> None:
@@ -245,28 +241,30 @@ class Windows:
 
 @contextmanager
 def watch_windows() -> Iterator[Windows]:
-    """Note the windows of the forwards inside. A model that limits its view by the mask alone shows here."""
+    """Note the windows of the forwards inside. A model that limits its view by the mask alone shows here.
+
+    For that masks are asked for, of which none is made. Outside of this no mask function has the name: before it asked
+    for one, transformers would look whether documents are packed, and every forward would wait for a GPU.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     windows = Windows()
-    attend, mask = ALL_ATTENTION_FUNCTIONS[NAME], ALL_MASK_ATTENTION_FUNCTIONS[NAME]
+    attend = ALL_ATTENTION_FUNCTIONS[NAME]
 
     def watched_attention(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("sliding_window") is not None:
             windows.attended.add(kwargs["sliding_window"])
         return attend(*args, **kwargs)
 
-    def watched_mask(*args: Any, **kwargs: Any) -> Any:
+    def no_mask(*_: Any, **kwargs: Any) -> None:
         if kwargs.get("local_size") is not None:
             windows.masked.add(kwargs["local_size"])
-        return mask(*args, **kwargs)
 
     AttentionInterface.register(NAME, watched_attention)
-    AttentionMaskInterface.register(NAME, watched_mask)
+    AttentionMaskInterface.register(NAME, no_mask)
     try:
         yield windows
     finally:
         AttentionInterface.register(NAME, attend)
-        AttentionMaskInterface.register(NAME, mask)
+        del AttentionMaskInterface._global_mapping[NAME]

@@ -33,27 +33,28 @@ def name_targets(config: Any, causal_lm: Any) -> None:
 
     everything = config.target_modules == "all-linear"
     convert_peft_config_for_transformers(config, causal_lm, None)
-    config.target_parameters = set(config.target_parameters or ())
+    names = set(config.target_parameters or ())
     if everything:
-        config.target_parameters.discard(ROUTER)
-        _name_the_rest(config, causal_lm)
+        names = names - {ROUTER} | _names_of_the_rest(config, causal_lm, names)
+    config.target_parameters = names or None
     for wrong, key in ((config.lora_dropout, "lora_dropout"), (config.use_dora, "use_dora")):
-        if wrong and config.target_parameters:
+        if wrong and names:
             raise ConfigError(
                 f"model.{key}: adapters of experts that are held in one tensor know none",
-                found=f"{', '.join(sorted(config.target_parameters))} among what is adapted",
+                found=f"{', '.join(sorted(names))} among what is adapted",
                 fix=f"leave model.{key} out, or name other modules: model.target_modules=[q_proj,k_proj,v_proj,o_proj]",
             )
 
 
-def _name_the_rest(config: Any, causal_lm: Any) -> None:
-    """Experts of architectures that PEFT does not know, as it names those that it knows: where gate and up lie in one
-    tensor, with the rank and the alpha of two."""
+def _names_of_the_rest(config: Any, causal_lm: Any, known: set[str]) -> set[str]:
+    """Experts of architectures that PEFT does not know, as it names those that it knows: gate and up, which lie in one
+    tensor, with the rank and the alpha of two, in place."""
+    found: set[str] = set()
     for name, module in causal_lm.named_modules():
-        known = any(f"{name}.{UP}".endswith(f".{target}") for target in config.target_parameters)
-        if _are_experts(module) and not known:
-            config.target_parameters |= {f"{name.rpartition('.')[2]}.{tensor}" for tensor in (UP, DOWN)}
+        if _are_experts(module) and not any(f"{name}.{UP}".endswith(f".{target}") for target in known):
+            found |= {f"{name.rpartition('.')[2]}.{tensor}" for tensor in (UP, DOWN)}
             config.rank_pattern[rf".*\.{UP}"], config.alpha_pattern[rf".*\.{UP}"] = 2 * config.r, 2 * config.lora_alpha
+    return found
 
 
 def _are_experts(module: Any) -> bool:
@@ -102,7 +103,7 @@ def _forward(self: Any, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tenso
     experts = self.get_base_layer()
     each = chosen.shape[1]
     ids, order = torch.sort(chosen.reshape(-1), stable=True)
-    ends = torch.searchsorted(ids, torch.arange(experts.num_experts, device=ids.device), right=True).int()
+    ends = torch.searchsorted(ids, torch.arange(self.num_experts, device=ids.device), right=True).int()
     adapters = {wrapper.parameter_name: wrapper for wrapper in wrappers(self)}
 
     def project(rows: Tensor, name: str) -> Tensor:

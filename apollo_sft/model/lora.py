@@ -258,6 +258,9 @@ def _trained_whole(causal_lm: Any) -> list[str]:
 def saved_config(causal_lm: Any) -> Any:
     """PEFT's config for the files of the adapter: every module that is trained whole stands there by its full name."""
     written = copy.copy(causal_lm.peft_config[ADAPTER])
+    for name in ("target_modules", "target_parameters"):
+        if isinstance(names := getattr(written, name), set):  # whose order is another one in every process
+            setattr(written, name, sorted(names))
     written.modules_to_save = _trained_whole(causal_lm) or None
     return written
 

@@ -115,11 +115,12 @@ def main() -> None:
         from verl.trainer import sft_trainer
         from verl.workers.engine.base import EngineRegistry
         from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+        from verl.workers.utils import losses
 
         EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device=["cpu"])(
             FSDPEngineWithLMHead
         )
-        loss_of, wide = sft_trainer.sft_loss, []
+        loss_of, wide = losses.sft_loss, []
 
         def noted_loss(model_output: Any, **more: Any) -> Any:
             """verl's own, and the same again from its log-probabilities in float64."""
@@ -128,7 +129,7 @@ def main() -> None:
                 wide.append(float(loss_of(model_output=doubled, **more)[0]))
             return loss_of(model_output=model_output, **more)
 
-        sft_trainer.sft_loss = noted_loss
+        losses.sft_loss = noted_loss
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         trainer = sft_trainer.SFTTrainer(config_of(options, out))
         began = time.process_time()

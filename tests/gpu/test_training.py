@@ -25,6 +25,18 @@ def on_cpu(inputs: Path) -> list[dict[str, Any]]:
     return train_here(inputs, inputs / "cpu", "trainer.total_training_steps=6", "trainer.save_freq=1000")
 
 
+def test_adapted_experts_make_the_steps_of_the_cpu(tmp_path: Path) -> None:
+    """Rank 3: rows of adapters that grouped products on CUDA do not take are padded."""
+    experts = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8}
+    inputs = write_inputs(tmp_path, family="Qwen3Moe", **experts)
+    keys = ["model.lora_rank=3", "trainer.total_training_steps=6", "trainer.save_freq=1000"]
+    here = train_here(inputs, tmp_path / "cpu", *keys, "trainer.device=cpu")
+    for dtype, bound in (("fp32", 1e-3), ("bf16", 5e-2)):
+        more = [f"model.fsdp_config.dtype={dtype}", "trainer.device=cuda"]
+        there = train_here(inputs, tmp_path / dtype, *keys, *more)
+        assert series(there, "train/loss") == pytest.approx(series(here, "train/loss"), rel=bound)
+
+
 @pytest.mark.parametrize("name", ["muon", "adamw_8bit"])
 def test_optimizers_make_the_steps_of_the_cpu(inputs: Path, tmp_path: Path, name: str) -> None:
     keys = [FP32, f"optim.name={name}", "trainer.total_training_steps=6", "trainer.save_freq=3"]

@@ -50,17 +50,17 @@ class Training:
         out = folder / f"run-{model}-{world.size}"
         keys = [f"model.partial_pretrain={self.base}", "data.train_files=none", "data.val_files=null"]
         keys += [f"data.train_batch_size={BATCH}", "data.micro_batch_size_per_gpu=1", "optim.lr=1e-3", DECAY]
-        keys += [f"model.lora_adapter_path={self.base / 'adapter'}"] if model == "lora" else []
+        keys += [f"model.lora_adapter_path={self.base / 'adapter'}"] if (self.base / "adapter").exists() else []
         keys += ["model.fsdp_config.fsdp_size=2"] if world.size > 2 else []
         keys += [f"trainer.default_local_dir={out}", f"model.strategy={strategy}", *more]
         config = compose(keys).config
         self.clip = config.optim.clip_grad
-        self.mesh = build_mesh(world, 1, config.model.fsdp_config.fsdp_size)
+        self.mesh = build_mesh(world, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
         hf_config = load.read_config(self.base, False)
         torch.manual_seed(0)
         self.model, self.optimizer = assemble(config, self.base, hf_config, world, self.mesh)
         spec = replace(plan_spec(config, self.mesh, hf_config), shuffle=False)
-        self.loader = Loader(SampleStore(folder / "store"), spec, self.mesh.dp_rank)
+        self.loader = Loader(SampleStore(folder / "store"), spec, self.mesh.dp_rank, self.mesh.sp_size)
         facts = {"processes": world.size, "data": "d", "config": {}}
         self.checkpoints = Checkpoints(config.trainer, STEPS, STEPS, facts, world.is_main, None)
         self.checkpoints.begin(None, self.model, self.optimizer)

@@ -17,6 +17,8 @@ from tests.support.samples import random_samples, write_store
 
 WORKER = Path(__file__).with_name("compile_worker.py")
 CPU = torch.device("cpu")
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+SP = "ulysses_sequence_parallel_size=2"
 BOUNDS = {DOUBLE: (1e-7, 1e-6), "model.fsdp_config.dtype=fp32": (1e-5, 1e-4)}
 """Of losses and norms, and of weights after AdamW, which divides by the size of each gradient: fused kernels round
 elsewhere, no more. In float64, too, transformers computes norms and rotary embedding in float32."""
@@ -37,6 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny_model(folder / "tied", tiny_config("Qwen3", tie_word_embeddings=True, head_dim=8))
     save_tiny_model(folder / "lora", tiny_config("Llama"))
     save_tiny_adapter(folder / "lora")
+    save_tiny_model(folder / "experts", tiny_config("Qwen3Moe", **EXPERTS))
+    save_tiny_adapter(folder / "experts", target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])
     write_store(folder / "store", random_samples(48))
     return folder
 
@@ -47,12 +51,26 @@ def test_in_one_process(folder: Path, dtype: str) -> None:
     check(cell(folder, "tied", World(0, 1, 0, CPU), dtype), dtype)
 
 
+CELLS = {
+    2: [f"tied {DOUBLE}", f"tied {DOUBLE} {CHECKPOINTING}", f"lora {DOUBLE}", f"lora {DOUBLE} {SP}"],
+    4: [f"tied {DOUBLE} {SP}"],
+}
+"""With four, two ranks share a copy of the weights: hybrid sharding."""
+
+
 @pytest.mark.long
-def test_on_two_ranks(folder: Path) -> None:
-    cells = [f"tied {DOUBLE}", f"tied {DOUBLE} {CHECKPOINTING}", f"lora {DOUBLE}"]
-    found = run_ranks(WORKER, 2, folder, str(folder), *cells, seconds=1500)
-    for name in cells:
+@pytest.mark.timeout(2000)
+@pytest.mark.parametrize("ranks", CELLS)
+def test_on_ranks(folder: Path, ranks: int) -> None:
+    found = run_ranks(WORKER, ranks, folder, str(folder), *CELLS[ranks], seconds=1800)
+    for name in CELLS[ranks]:
         check(found[name], DOUBLE)
+
+
+@pytest.mark.long
+def test_adapted_experts(folder: Path) -> None:
+    single = "model.fsdp_config.dtype=fp32"
+    check(cell(folder, "experts", World(0, 1, 0, CPU), single), single)
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

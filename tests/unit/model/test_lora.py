@@ -102,6 +102,7 @@ def test_merged_says_what_base_and_adapter_say(tmp_path: Path, kind: str, tied: 
     torch.testing.assert_close(logits(reloaded), live, rtol=1e-5, atol=1e-5)
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(base)
+    assert written["target_modules"] == sorted(written["target_modules"])
     again = AutoModelForCausalLM.from_pretrained(base)
     path = str(tmp_path / "adapter")
     continued = lora.lora_config(model_config(f"model.lora_adapter_path={path}"), str(base))
