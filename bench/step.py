@@ -227,7 +227,7 @@ def run_cases(options: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1, help="of each half of a pair")
+    parser.add_argument("--steps", type=int, default=2, help="of each half of a pair")
     parser.add_argument("--rows", type=int, default=16, help="of a batch")
     parser.add_argument("--bf16-rows", type=int, help="of a batch in bf16; fewer where that is slow")
     parser.add_argument("--hidden", type=int, default=384)
