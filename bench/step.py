@@ -5,6 +5,9 @@
 Ours: batches from the loader, the step, the metrics written down, as the trainer runs them. Bare: the same model and
 attention function, forward, cross-entropy of the logits of the target rows, backward, clip, fused AdamW, one reading of
 the loss; bf16 by autocast on one rank, by FSDP2's mixed precision on two; batches lie ready. One thread a rank.
+
+Autocast keeps weights in bf16 from the forward to the backward. So does ours in the cases that end in `kept`, by
+model.fsdp_config.reshard_after_forward=false; by default it forms them twice, and holds those of one layer at a time.
 """
 
 from __future__ import annotations
@@ -44,19 +47,24 @@ from apollo_sft.types import IGNORE_INDEX, MicroBatch
 
 WANTED = 0.97
 CASES = [f"{dtype}-{what}-{ranks}" for ranks in (1, 2) for dtype in ("fp32", "bf16") for what in ("full", "lora")]
+CASES += ["bf16-full-1-kept", "bf16-lora-1-kept"]
 RATE, BETAS, CLIP, LORA_RANK = 1e-4, (0.9, 0.95), 1.0, 16
 
 Steps = Callable[[int], list[float]]
 """Runs so many of the next steps; their losses."""
 
 
+def ranks_of(case: str) -> int:
+    return int(case.split("-")[2])
+
+
 def config_of(folder: Path, case: str, rows: int) -> Any:
-    dtype, what, _ = case.split("-")
+    dtype, what, _, *kept = case.split("-")
     keys = [f"model.partial_pretrain={folder / 'model'}", "data.train_files=none", "data.val_files=null"]
     keys += [f"data.train_batch_size={rows}", f"data.micro_batch_size_per_gpu={max(1, rows // 4)}"]
     keys += [f"model.fsdp_config.dtype={dtype}", f"model.lora_rank={LORA_RANK if what == 'lora' else 0}"]
     keys += ["trainer.logger=[file]", "trainer.device=cpu", f"trainer.default_local_dir={folder / 'run'}"]
-    keys += [f"optim.lr={RATE}", "optim.weight_decay=0.01"]
+    keys += [f"optim.lr={RATE}", "optim.weight_decay=0.01", f"model.fsdp_config.reshard_after_forward={not kept}"]
     return compose(keys).config
 
 
@@ -178,9 +186,9 @@ def measure(folder: Path, out: Path, options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     (folder / "run").mkdir(exist_ok=True)
     for case in options.cases:
-        if int(case[-1]) != int(os.environ["WORLD_SIZE"]):
+        if ranks_of(case) != int(os.environ["WORLD_SIZE"]):
             continue
-        rows = max(int(case[-1]), options.bf16_rows if "bf16" in case else options.rows)
+        rows = max(ranks_of(case), options.bf16_rows if "bf16" in case else options.rows)
         world = launch.start("cpu", needs_group="bf16" in case)
         config = config_of(folder, case, rows)
         mesh = build_mesh(world, 1, -1)
@@ -212,7 +220,7 @@ def run_cases(options: argparse.Namespace) -> list[dict[str, Any]]:
         folder, out = Path(name), Path(name) / "figures.jsonl"
         write_model(folder / "model", options.hidden, options.layers)
         write_store(folder / "store", options.rows * (1 + options.steps * options.pairs), (SHORTEST, LONGEST))
-        for processes in sorted({int(case[-1]) for case in options.cases}):
+        for processes in sorted({ranks_of(case) for case in options.cases}):
             start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
             command = [sys.executable, *start, __file__, *sys.argv[1:], "--worker", name, str(out)]
             command += ["--bf16-rows", str(options.bf16_rows)]

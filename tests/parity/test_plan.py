@@ -39,7 +39,7 @@ LENGTHS = (100, 200, 188, 24)
 CHECKPOINTING = "model.enable_gradient_checkpointing=true"
 SELECTIVE = "model.gradient_checkpointing_policy=selective"
 SP = "ulysses_sequence_parallel_size=2"
-LORA = ["model.lora_rank=8", "model.target_modules=[q_proj,k_proj,v_proj,o_proj]"]
+LORA = ["model.lora_rank=8"]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "1 rank": (1, []),
     "2 ranks, fsdp2, bf16": (2, ["model.fsdp_config.dtype=bf16"]),
@@ -57,7 +57,7 @@ MORE: dict[str, tuple[int, list[str]]] = {
             "model.fsdp_config.reshard_after_forward=false",
         ],
     ),
-    "2 ranks, DoRA": (2, [*LORA, "model.use_dora=true"]),
+    "2 ranks, DoRA": (2, [*LORA, "model.use_dora=true", "model.target_modules=[q_proj,k_proj,v_proj,o_proj]"]),
     "4 ranks, HSDP 2 x 2, sp 2": (4, [SP, "model.fsdp_config.fsdp_size=2"]),
 }
 ALL = LAYOUTS | MORE
