@@ -57,7 +57,8 @@ def bf16_slowdown() -> float:
     """CPU time of a product in bfloat16 over one in float32, one thread."""
     import torch
 
-    seconds = []
+    threads, seconds = torch.get_num_threads(), []
+    torch.set_num_threads(1)
     for dtype in (torch.bfloat16, torch.float32):
         one, other = torch.randn(864, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
         times = []
@@ -66,6 +67,7 @@ def bf16_slowdown() -> float:
             one @ other
             times.append(time.process_time() - began)
         seconds.append(statistics.median(times[1:]))
+    torch.set_num_threads(threads)
     return seconds[0] / seconds[1]
 
 

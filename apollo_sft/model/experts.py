@@ -7,6 +7,7 @@ shapes and files are PEFT's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any, cast
@@ -44,6 +45,38 @@ def name_targets(config: Any, causal_lm: Any) -> None:
                 found=f"{', '.join(sorted(names))} among what is adapted",
                 fix=f"leave model.{key} out, or name other modules: model.target_modules=[q_proj,k_proj,v_proj,o_proj]",
             )
+
+
+def asked_for(targets: Any, causal_lm: Any) -> set[str]:
+    """Linear modules outside of the head that `targets` names, of a model without adapters; of `all-linear` experts in
+    one tensor, too. Raises: re.error."""
+    head = causal_lm.get_output_embeddings()
+    linear = {name for name, m in causal_lm.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    if targets == "all-linear":
+        plain = (m for m in causal_lm.named_modules() if not isinstance(m[1], nn.modules.conv._ConvNd))
+        of_each = ((f"{name}.{n}", p) for name, m in plain for n, p in m.named_parameters(recurse=False))
+        return linear | {name for name, parameter in of_each if parameter.ndim == 3 and not name.endswith("_bias")}
+    if isinstance(targets, str):
+        return {name for name in linear if re.fullmatch(targets, name)}
+    return {name for name in linear if any(f".{name}".endswith(f".{target}") for target in targets)}
+
+
+def check_names(targets: Any, missed: set[str], unasked: set[str]) -> None:
+    """What became of `targets` beside adapted experts. PEFT takes names for last names where it knows the architecture.
+
+    Raises: ConfigError when others than those that are named in full are adapted.
+    """
+    in_full = targets != "all-linear" and (isinstance(targets, str) or any("." in target for target in targets))
+    if in_full and (missed or unasked):
+        raise ConfigError(
+            "model.target_modules: beside experts in one tensor, PEFT takes modules of this architecture by last names",
+            found="; ".join(
+                f"{len(names)} {what}, such as {min(names)}"
+                for what, names in (("named and not adapted", missed), ("adapted and not named", unasked))
+                if names
+            ),
+            fix="last names, model.target_modules=[q_proj,v_proj], and experts by model.target_parameters",
+        )
 
 
 def _names_of_the_rest(config: Any, causal_lm: Any, known: set[str]) -> set[str]:

@@ -42,7 +42,7 @@ IGNORED = (
 @dataclass(frozen=True, slots=True)
 class Adapted:
     """What was adapted: names of modules and tensors, those trained whole beside them, and parameters that are trained,
-    of all. `in_four_bits`: what is held so, in words. `left`: linear modules that `all-linear` could not take in.
+    of all. `in_four_bits`: what is held so, in words. `left`: what was asked for and PEFT cannot adapt.
     """
 
     modules: tuple[str, ...]
@@ -59,7 +59,7 @@ class Adapted:
         return (
             f"LoRA: {len(self.modules)} modules adapted ({kinds}), {whole}"
             f"{self.num_trainable:,} of {self.num_parameters:,} parameters trained ({share:.2%}){self.in_four_bits}"
-            + (f"; {len(self.left)} linear modules not adapted, which PEFT takes for experts' ({left})" if left else "")
+            + (f"; {len(self.left)} asked for and not adapted ({left})" if left else "")
         )
 
 
@@ -166,14 +166,17 @@ def inject(causal_lm: Any, config: Any, master: torch.dtype, adapter_path: str |
     on_meta = next(causal_lm.parameters()).is_meta
     causal_lm.requires_grad_(False)
     in_four_bits = describe(causal_lm, config.modules_to_save or ())
-    linear = _linear_modules(causal_lm) if config.target_modules == "all-linear" else set()
     only_adapters = copy.deepcopy(config)
     only_adapters.modules_to_save = None
-    experts.name_targets(only_adapters, causal_lm)
+    linear = experts.asked_for("all-linear", causal_lm)
     try:
+        asked = experts.asked_for(config.target_modules, causal_lm)
+        experts.name_targets(only_adapters, causal_lm)
         with warnings.catch_warnings():  # PEFT looks for these patterns among modules alone, and follows them
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
             inject_adapter_in_model(only_adapters, causal_lm, ADAPTER, low_cpu_mem_usage=on_meta)
+    except ConfigError:
+        raise
     except Exception as error:  # PEFT, of settings that may be a stranger's
         raise ConfigError(
             "model.target_modules cannot be adapted",
@@ -194,25 +197,26 @@ def inject(causal_lm: Any, config: Any, master: torch.dtype, adapter_path: str |
     )
     trained = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
     whole = tuple(_trained_whole(causal_lm))
-    left = tuple(sorted(linear - set(modules)))
-    return Adapted(modules + tensors, whole, trained, sum(num_weights(causal_lm).values()), in_four_bits, left)
-
-
-def _linear_modules(causal_lm: Any) -> set[str]:
-    head = causal_lm.get_output_embeddings()
-    return {name for name, m in causal_lm.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    missed = asked - {*modules, *tensors} if tensors or config.target_modules == "all-linear" else set()
+    if tensors:
+        experts.check_names(config.target_modules, missed, linear & set(modules) - asked)
+    total = sum(num_weights(causal_lm).values())
+    return Adapted(modules + tensors, whole, trained, total, in_four_bits, tuple(sorted(missed)))
 
 
 def check_groups(causal_lm: Any, model: ModelConfig) -> None:
-    """Raises: ConfigError when modules are grouped by size, and adapted experts would lie in another group than theirs.
+    """Raises: ConfigError when experts would be a group of their own, which their adapters, read with them, are not in.
 
     `causal_lm`: with adapters.
     """
-    if model.fsdp_config.wrap_policy.min_num_params and experts.wrapped(causal_lm):
+    policy = model.fsdp_config.wrap_policy
+    kinds = {type(outermost.get_base_layer()).__name__ for _, outermost in experts.wrapped(causal_lm)}
+    named = kinds & set(policy.transformer_layer_cls_to_wrap or ())
+    if named or (kinds and policy.min_num_params):
         raise ConfigError(
             "adapters of experts that are held in one tensor are read with it, so it cannot be a group of its own",
-            found="model.fsdp_config.wrap_policy.min_num_params, which groups by size",
-            fix="model.fsdp_config.wrap_policy.min_num_params=0",
+            found=f"model.fsdp_config.wrap_policy, which groups {', '.join(named) or 'by size'}",
+            fix="model.fsdp_config.wrap_policy.min_num_params=0 and no experts in transformer_layer_cls_to_wrap",
         )
 
 
@@ -237,7 +241,7 @@ def _check_adapted(causal_lm: Any) -> None:
 
 def _train_whole(causal_lm: Any, names: Sequence[str]) -> None:
     """Modules whose names end so, as in PEFT. Raises: ConfigError when there is none, or one is adapted."""
-    adapted = [name for name, _ in _adapted(causal_lm)]
+    adapted = [name for name, _ in [*_adapted(causal_lm), *experts.wrapped(causal_lm)]]
     for wanted in names:
         found = [(name, module) for name, module in causal_lm.named_modules() if name.endswith(wanted)]
         if not found:
@@ -258,7 +262,7 @@ def _trained_whole(causal_lm: Any) -> list[str]:
 def saved_config(causal_lm: Any) -> Any:
     """PEFT's config for the files of the adapter: every module that is trained whole stands there by its full name."""
     written = copy.copy(causal_lm.peft_config[ADAPTER])
-    for name in ("target_modules", "target_parameters"):
+    for name in ("target_modules", "target_parameters", "exclude_modules"):
         if isinstance(names := getattr(written, name), set):  # whose order is another one in every process
             setattr(written, name, sorted(names))
     written.modules_to_save = _trained_whole(causal_lm) or None

@@ -53,13 +53,19 @@ def test_covering_cells(processes: int, folder: Path, note: Callable[[str], None
     measure(processes, COVERING[processes], folder, note, seconds=300)
 
 
+GRIDS = {"grid": [name for name in MODELS if name not in ADAPTERS], "grid of adapters": list(ADAPTERS)}
+"""The parts of the docs: full fine-tuning, and LoRA."""
+
+
 @pytest.mark.long
 @pytest.mark.timeout(4 * GRID_SECONDS)
-def test_full_grid(folder: Path, note: Callable[[str], None]) -> None:
+@pytest.mark.parametrize("part", GRIDS)
+def test_full_grid(part: str, folder: Path, note: Callable[[str], None]) -> None:
     by_layout: dict[Any, list[Figure]] = {}
     by_model: dict[Any, list[Figure]] = {}
     for processes in (1, 2, 4, 8):
-        for figure in measure(processes, full_grid(processes), folder, note, GRID_SECONDS):
+        cells = {name: found for name, found in full_grid(processes).items() if name in GRIDS[part]}
+        for figure in measure(processes, cells, folder, note, GRID_SECONDS):
             by_layout.setdefault(layout_of(processes, figure[1]), []).append(figure)
             by_model.setdefault(figure[0], []).append(figure)
     wanted = [layout for processes in (1, 2, 4, 8) for layout in layouts(processes)]
@@ -72,7 +78,7 @@ def test_full_grid(folder: Path, note: Callable[[str], None]) -> None:
     every = [figure for figures in by_model.values() for figure in figures]
     cells, *worst = summary(every)
     text += f"\nIn all {cells} layouts; the worst figures: gradient {worst[0]}, loss {worst[1]}, norm {worst[2]}.\n"
-    assert counts(section("layouts.md", "grid", text)) == counts(text), "write it anew: APOLLO_WRITE_DOCS=1"
+    assert counts(section("layouts.md", part, text)) == counts(text), "write it anew: APOLLO_WRITE_DOCS=1"
 
 
 COLUMNS = ["layouts", "gradient", "loss", "gradient norm"]

@@ -65,6 +65,11 @@ def test_the_same_as_pefts_own_forward(family: str) -> None:
     found = adapted(model)
     assert {name.rpartition(".")[2] for name in found.modules if ".experts." in name} == TENSORS
     assert found.left == ()
+    wrapper = next(w for _, outermost in experts.wrapped(model) for w in experts.wrappers(outermost) if w.r)
+    ranks = {w.parameter_name: (w.r["default"], w.scaling["default"]) for w in experts.wrappers(wrapper)}
+    assert ranks == {"gate_up_proj": (6, 16 / 3), "down_proj": (3, 16 / 3)}, (
+        "gate and up: the rank of two, scaled alike"
+    )
     ours = logits_and_gradients(model)
     for _, outermost in experts.wrapped(model):
         del outermost.forward
@@ -127,7 +132,7 @@ def test_linear_modules_that_peft_takes_for_experts_are_named() -> None:
     model = tiny_model(tiny_config("DeepseekV3", n_group=1, topk_group=1, **DENSE_FIRST), torch.float32)
     found = adapted(model)
     assert "model.layers.0.mlp.gate_proj" in found.left
-    assert "linear modules not adapted" in str(found)
+    assert "asked for and not adapted" in str(found)
     assert "model.layers.1.mlp.experts.gate_up_proj" in found.modules
 
 
@@ -142,14 +147,20 @@ REFUSED = {
     "model.use_dora": ["model.use_dora=true"],
     "not one of gated experts": ["model.target_modules=[gate]"],
     "target_modules cannot be adapted": ["model.target_modules=[]", "model.target_parameters=[no_such_tensor]"],
+    "Cannot convert PEFT target": ["model.target_modules=[q_proj,up_proj]"],
+    "unterminated": ["'model.target_modules=(q_proj'"],
+    "adapted and not named": [r"'model.target_modules=.*layers.0..*(q|gate|up|down)_proj'"],
+    "named and not adapted": ["model.target_modules=[model.layers.0.mlp.gate_proj,up_proj,down_proj,q_proj]"],
+    "name the same module": ["model.modules_to_save=[mlp.experts]"],
 }
 
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_these_adapters_do_not_know_is_refused_by_name(what: str) -> None:
-    model = tiny_model(tiny_config("Qwen3Moe", **FAMILIES["Qwen3Moe"]), torch.float32)
+    dense_first = {"mlp_only_layers": [0]} if "named" in what else {}
+    model = tiny_model(tiny_config("Qwen3Moe", **FAMILIES["Qwen3Moe"], **dense_first), torch.float32)
     with pytest.raises(ConfigError, match=what):
-        adapted(model, *REFUSED[what])
+        adapted(model, *(text.strip("'") for text in REFUSED[what]))
 
 
 def test_groups_by_size_are_refused() -> None:
@@ -157,8 +168,10 @@ def test_groups_by_size_are_refused() -> None:
     model = tiny_model(tiny_config("Qwen3Moe", **FAMILIES["Qwen3Moe"]), torch.float32)
     adapted(model)
     lora.check_groups(model, settings())
-    with pytest.raises(ConfigError, match="min_num_params=0"):
-        lora.check_groups(model, settings(large))
+    named = "model.fsdp_config.wrap_policy.transformer_layer_cls_to_wrap=[Qwen3MoeDecoderLayer,Qwen3MoeExperts]"
+    for keys in (large, named):
+        with pytest.raises(ConfigError, match="min_num_params=0"):
+            lora.check_groups(model, settings(keys))
 
 
 def test_a_token_passes_the_adapters_of_its_experts_only() -> None:
