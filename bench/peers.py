@@ -223,9 +223,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write results.md")
     options = parser.parse_args()
     options.environments.mkdir(parents=True, exist_ok=True)
-    pythons = {
-        peer: environment(peer, options.environments) for peer in {PROGRAMS[name].peer: 0 for name in options.peers}
-    }
+    wanted = dict.fromkeys(PROGRAMS[name].peer for name in options.peers)
+    pythons = {peer: environment(peer, options.environments) for peer in wanted}
     versions = [f"apollo-sft {version('apollo-sft')}"]
     versions += [f"{peer} and its transformers {version_in(python, peer)}" for peer, python in pythons.items()]
     sizes = {"fp32": (options.batch, options.steps)}

@@ -26,7 +26,8 @@ ALIGNMENT_BYTES = 16
 
 
 def name_targets(config: Any, causal_lm: Any) -> None:
-    """Write PEFT's names of experts in one tensor into its config, in place. `all-linear` is all experts and no router.
+    """Write PEFT's names of experts in one tensor into its config, in place. `all-linear` adds those of architectures
+    that PEFT does not know, and takes tensors of routers out.
 
     Raises: ConfigError for what PEFT's adapters of tensors cannot do.
     """
