@@ -40,10 +40,15 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
-    """`tensors`: what the files will hold, in the order of writing. `dropped`: names of the base that are left out."""
+    """What the files will hold.
+
+    `tensors`: all of it, in the order of writing. `copied`: tensors of the base that the model does not hold, the layer
+    of multi-token prediction for example; they are written as they are. `dropped`: second names of tied weights.
+    """
 
     groups: list[Group]
     tensors: dict[str, TensorSpec]
+    copied: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
 
 
@@ -79,7 +84,16 @@ def plan_export(model: Any, base: BaseModel, export_dtype: str) -> ExportPlan:
         for group in groups
         for name in group.targets
     }
-    return ExportPlan(groups, tensors, sorted(set(wanted) - set(tensors), key=_natural_key))
+    copied = [read.base_name for read in reads if read.memory_name not in meta]
+    tensors |= {name: _copied_spec(base.tensors[name], export_dtype) for name in copied}
+    return ExportPlan(groups, tensors, copied, sorted(set(wanted) - set(tensors), key=_natural_key))
+
+
+def _copied_spec(spec: TensorSpec, export_dtype: str) -> TensorSpec:
+    """Give a tensor that is not trained the dtype that the user asked for, else its own."""
+    if spec.dtype in FLOATS and export_dtype in FORCED:
+        return TensorSpec(spec.shape, FORCED[export_dtype])
+    return spec
 
 
 def follow_names(model: Any, names: Iterable[str]) -> dict[str, tuple[str, bool]]:
@@ -152,6 +166,13 @@ def _extra_groups(model: Any, state: Mapping[str, Tensor], covered: set[str]) ->
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     missing = [name for name in state if name not in covered and id(state[name]) not in tied]
     lost = [name for name in missing if name in parameters]
+    head = model.get_output_embeddings()
+    if lost and head is not None and all(state[name] is head.weight for name in lost):
+        raise CheckpointError(
+            "config.json says that the head is a weight of its own, and the files do not hold it",
+            found=f"tie_word_embeddings=false in config.json, no {', '.join(lost)} in the files",
+            fix="tie_word_embeddings=true in config.json, if the head is the embedding; else take the whole model",
+        )
     if lost:
         raise CheckpointError(
             "the model holds weights that the base's files do not, so they have no name to be written under",

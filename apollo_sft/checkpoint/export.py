@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from apollo_sft.checkpoint import publish, sidecars
@@ -18,12 +18,21 @@ from apollo_sft.checkpoint.agree import agree, attempt
 from apollo_sft.checkpoint.conversion import ExportPlan, Group, plan_export
 from apollo_sft.checkpoint.rounding import cast
 from apollo_sft.checkpoint.state import StateFiles
-from apollo_sft.checkpoint.tensor_files import DTYPES, ShardWriter, num_bytes
+from apollo_sft.checkpoint.tensor_files import (
+    DTYPES,
+    ShardWriter,
+    num_bytes,
+    read_tensors,
+    read_whole,
+    write_tensors,
+)
+from apollo_sft.checkpoint.tokenizer_files import change_tokenizer, is_tokenizer_file
 from apollo_sft.checkpoint.verify import verify_model_folder
 from apollo_sft.types import BaseModel, TensorSpec
 
 MAX_SHARD_BYTES = 5_000_000_000
 ADAPTER_FOLDER = "adapter"
+ADAPTER_FILE = "adapter_model.safetensors"
 HF_FOLDER = "hf"
 """Of a checkpoint. It is made from the files of the checkpoint: training need not stand still for it, no rank holds the
 model, and no collective is needed."""
@@ -33,7 +42,8 @@ model, and no collective is needed."""
 class ExportOptions:
     """`tokenizer` is a transformers tokenizer, `chat_template` the template that was used (None: the tokenizer's own).
 
-    `stop_token_ids` are the tokens that ended the trained turns. `trust_remote_code` copies the base's own code along.
+    `stop_token_ids` are the tokens that ended the trained turns. `trust_remote_code`: what was written is opened with
+    the base's own code.
     """
 
     tokenizer: Any
@@ -46,8 +56,8 @@ class ExportOptions:
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """`tensors`: what the files hold. `digests`: sha256 of each tensor's bytes (writer only). `dropped`: names of the
-    base's tensors that the model does not hold, so that the files lack them."""
+    """`tensors`: what the files hold. `digests`: sha256 of each tensor's bytes (writer only). `dropped`: second names
+    of tied weights in the base's files, which are written once."""
 
     tensors: dict[str, TensorSpec]
     digests: dict[str, str] = field(default_factory=dict)
@@ -135,19 +145,46 @@ def _whole(tensor: Tensor, name: str, dtype: torch.dtype | None) -> Tensor:
 
 
 def finish(writer: ShardWriter, architecture: str, base: BaseModel, plan: ExportPlan, options: ExportOptions) -> None:
-    """What lies beside the weights, once they are written."""
+    """Write what is not trained: the base's other tensors, and its files, with what training changed in them."""
+    if plan.copied:
+        for name, tensor in read_whole(read_tensors(base.folder, follow_links=True), plan.copied):
+            writer.add(name, tensor)
     writer.finish()
-    folder = writer.folder
-    stops = options.stop_token_ids
+    folder, stops = writer.folder, options.stop_token_ids
+    sidecars.copy_files(folder, base, base.carried)
     sidecars.write_config(folder, base, architecture, plan.tensors, stops)
     sidecars.write_generation_config(folder, base, stops)
-    sidecars.write_tokenizer(folder, options.tokenizer, options.chat_template, stops)
-    if options.trust_remote_code:
-        sidecars.copy_code(folder, base)
+    change_tokenizer(folder, base, options.tokenizer, options.chat_template, stops)
 
 
-def save_adapter(tensors: Mapping[str, Tensor], config: Any, root: Path, model: Any, is_writer: bool) -> None:
-    """Write the adapter into `root/adapter/`, in PEFT's own format. Collective. `config` is PEFT's.
+@dataclass(frozen=True, slots=True)
+class AdapterFolder:
+    """What makes a folder of an adapter: PEFT's two files, and the tokenizer that it was trained with.
+
+    `config` is PEFT's; it will name the base by its hub id, or by an absolute path.
+    """
+
+    config: Any
+    base: BaseModel
+    options: ExportOptions
+
+    def write(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        """Write into an empty folder. `tensors`: by their names in PEFT's file."""
+        source = Path(self.base.source)
+        config = copy.copy(self.config)
+        config.base_model_name_or_path = str(source.absolute()) if source.is_dir() else self.base.source
+        config.save_pretrained(folder)
+        write_tensors(tensors, folder / ADAPTER_FILE)
+        sidecars.copy_files(folder, self.base, filter(is_tokenizer_file, self.base.carried))
+        change_tokenizer(
+            folder, self.base, self.options.tokenizer, self.options.chat_template, self.options.stop_token_ids
+        )
+
+
+def save_adapter(
+    tensors: Mapping[str, Tensor], written: AdapterFolder, root: Path, model: Any, is_writer: bool
+) -> None:
+    """Write the adapter into `root/adapter/`, in PEFT's own format. Collective.
 
     Raises: CheckpointError on every rank when it could not be written.
     """
@@ -156,19 +193,13 @@ def save_adapter(tensors: Mapping[str, Tensor], config: Any, root: Path, model: 
         full = _whole(tensor, name, None)
         if is_writer:
             whole[name] = full.to("cpu", copy=True).contiguous()  # a tied weight comes twice
-    agree(attempt(lambda: _write_adapter(whole, config, root)) if is_writer else None, model)
+    agree(attempt(lambda: _publish_adapter(whole, written, root)) if is_writer else None, model)
 
 
-def write_adapter_files(tensors: Mapping[str, Tensor], config: Any, folder: Path) -> None:
-    """PEFT's two files."""
-    save_file(dict(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(folder)
-
-
-def _write_adapter(tensors: Mapping[str, Tensor], config: Any, root: Path) -> None:
+def _publish_adapter(tensors: Mapping[str, Tensor], written: AdapterFolder, root: Path) -> None:
     final = root / ADAPTER_FOLDER
     staging = publish.staging_folder(root, ADAPTER_FOLDER)
-    write_adapter_files(tensors, config, staging)
+    written.write(tensors, staging)
     if (final / publish.DIRECTORY_MANIFEST).is_file():  # of an earlier try of this run, which died later
         shutil.rmtree(final)
     publish.publish_directory(staging, final)
@@ -219,7 +250,7 @@ class AdapterForm:
     """A LoRA adapter in PEFT's format. `names`: name in a checkpoint by name in the adapter's file."""
 
     names: Mapping[str, str]
-    config: Any
+    written: AdapterFolder
     num_bytes: int
 
     def write(self, checkpoint: Path) -> None:
@@ -227,7 +258,7 @@ class AdapterForm:
         folder = checkpoint / HF_FOLDER
         folder.mkdir()
         state = StateFiles(checkpoint)
-        write_adapter_files({name: state.read(saved) for name, saved in self.names.items()}, self.config, folder)
+        self.written.write({name: state.read(saved) for name, saved in self.names.items()}, folder)
 
 
 def model_form(causal_lm: Any, prefix: str, base: BaseModel, options: ExportOptions) -> ModelForm:

@@ -253,7 +253,8 @@ def _refuse_foreign_files(root: Path) -> None:
 def _own_names(root: Path) -> set[str]:
     """Names that a run of ours uses, where one was here: without run.json only our hidden files are ours."""
     names = {path.name for path in root.glob(f"{publish.PREFIX}*")}
-    return names | OWN_NAMES | set(publish.model_files(root)) if read_run(root) is not None else names
+    of_model = {name.partition("/")[0] for name in publish.model_files(root)}
+    return names | OWN_NAMES | of_model if read_run(root) is not None else names
 
 
 def _is_kept(path: Path) -> bool:
@@ -311,8 +312,7 @@ def _move_run(root: Path, hidden: Path) -> Path:
     for name in [*files[:-1], *sorted(OWN_NAMES - {RUN_JSON}), *aside, *files[-1:], RUN_JSON]:
         if name in (publish.MANIFEST, RUN_JSON):
             publish.sync_folder(hidden)  # what they say is ours must have gone before they do
-        if os.path.lexists(root / name):
-            (root / name).rename(hidden / name)
+        publish.move_file(root, hidden, name)
     final = root / hidden.name.removeprefix(publish.PREFIX)
     publish.sync_folder(hidden)
     hidden.rename(final)

@@ -51,7 +51,7 @@ def staging_folder(folder: Path, name: str) -> Path:
 
 
 def publish_model(staging: Path, folder: Path, check: Callable[[Path], None]) -> None:
-    """Replace the model in `folder` by the flat folder `staging` inside it. `check` re-reads what was written.
+    """Replace the model in `folder` by what lies in `staging` inside it. `check` re-reads what was written.
 
     Raises: CheckpointError from `check`, or when a file that is not ours is in the way: the model then lies whole in
     a sub-folder that the message names.
@@ -61,7 +61,7 @@ def publish_model(staging: Path, folder: Path, check: Callable[[Path], None]) ->
     files = describe_files(staging)
     assert LAST in files, f"a model has a {LAST}"
     ours = _listed_files(folder / MANIFEST)
-    foreign = sorted(name for name in files if name not in ours and os.path.lexists(folder / name))
+    foreign = sorted(name for name in files if _is_taken(folder, name, ours))
     if foreign:
         aside = folder / time.strftime("model-%Y%m%d-%H%M%S")
         publish_directory(staging, aside)
@@ -117,15 +117,50 @@ def _finish(folder: Path, move: Move) -> None:
         sync_folder(folder)
         for name in move.stale:
             (folder / name).unlink(missing_ok=True)
+            _remove_empty(folder, name)
         for name in sorted(set(move.files) - {LAST}):
-            if (staging / name).exists():
-                (staging / name).replace(folder / name)
+            move_file(staging, folder, name)
         sync_folder(folder)
         (staging / LAST).replace(folder / LAST)
         sync_folder(folder)
     (folder / JOURNAL).replace(folder / MANIFEST)
     sync_folder(folder)
     shutil.rmtree(staging, ignore_errors=not staging.exists())
+
+
+def move_file(source: Path, target: Path, name: str) -> None:
+    """Move a file, by its path in the folder, to the same place in another one, where it is not there already."""
+    if not os.path.lexists(source / name):
+        return
+    (target / name).parent.mkdir(parents=True, exist_ok=True)
+    (source / name).replace(target / name)
+    for inside in Path(name).parents[:-1]:
+        sync_folder(target / inside)
+    _remove_empty(source, name)
+
+
+def _remove_empty(folder: Path, name: str) -> None:
+    """Remove the folders that a file leaves empty, up to `folder`."""
+    for inside in Path(name).parents[:-1]:
+        if (folder / inside).is_dir() and not any((folder / inside).iterdir()):
+            (folder / inside).rmdir()
+
+
+def _is_taken(folder: Path, name: str, ours: Mapping[str, Any]) -> bool:
+    """Tell whether something that is not ours is where a model file must go."""
+    return (name not in ours and os.path.lexists(folder / name)) or _leads_away(folder, name)
+
+
+def _is_inside(name: str) -> bool:
+    """Tell whether a path names a file below the folder that it is taken from, in the one way of writing it."""
+    path = Path(name)
+    return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name and name not in ("", ".")
+
+
+def _leads_away(folder: Path, name: str) -> bool:
+    """Tell whether a folder on the way to a file is a link, or no folder."""
+    above = [folder / inside for inside in Path(name).parents[:-1]]
+    return any(path.is_symlink() or (path.exists() and not path.is_dir()) for path in above)
 
 
 def _check_complete(folder: Path, move: Move) -> None:
@@ -147,14 +182,14 @@ def _read_move(journal: Path) -> Move:
     except KeyError as error:
         raise CheckpointError(f"{journal} is not a journal of ours", found=f"no {error}") from error
     names = [move.staging, *move.files, *move.stale]
-    outside = [name for name in names if Path(name).name != name or name in ("", ".", "..")]
-    if outside or not move.staging.startswith(STAGING_PREFIX):
+    outside = [name for name in names if not _is_inside(name) or _leads_away(journal.parent, name)]
+    if outside or not move.staging.startswith(STAGING_PREFIX) or "/" in move.staging:
         raise CheckpointError(f"{journal} is not a journal of ours", found=outside or move.staging)
     return move
 
 
 def model_files(folder: Path) -> list[str]:
-    """Names in `folder` that belong to the model published there, or being moved there; the list itself comes last."""
+    """Paths in `folder` that belong to the model published there, or being moved there; the list itself comes last."""
     names = {**_listed_files(folder / MANIFEST), **_listed_files(folder / JOURNAL)}
     return [*sorted(names, key=lambda name: (name != LAST, name)), MANIFEST] if names else []
 
@@ -163,7 +198,7 @@ def _listed_files(manifest: Path) -> Mapping[str, Any]:
     if not manifest.is_file():
         return {}
     files: dict[str, Any] = read_json(manifest).get("files", {})
-    return {name: facts for name, facts in files.items() if Path(name).name == name and name not in (".", "..")}
+    return {name: facts for name, facts in files.items() if _is_inside(name)}
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,19 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-DTYPE_BITS = {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "U32": 32, "U64": 64} | {
-    name: dtype.itemsize * 8 for name, dtype in DTYPES.items()
+"""Those in which a model may be trained, or hold a buffer."""
+COPIED_DTYPES = DTYPES | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
 }
+"""Those in which tensors that are not trained are copied from the base's files."""
+DTYPE_BITS = {name: dtype.itemsize * 8 for name, dtype in COPIED_DTYPES.items()}
+COMPARED_BYTES = 1 << 24
+"""How much of two tensors is read at once to compare them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +65,8 @@ class StoredTensor:
     end: int
 
 
-def read_base_tensors(folder: Path, follow_links: bool = False) -> dict[str, TensorSpec]:
-    """What the safetensors files of a model folder hold, by name; empty when it has none. No weight is read.
+def read_base(folder: Path, follow_links: bool = False) -> dict[str, StoredTensor]:
+    """Find what the safetensors files of a model folder hold, by name; nothing when it has none. No weight is read.
 
     Every file that may be read of the folder must lie in it; `follow_links`: or be a link to anywhere.
     Raises: ModelError for a damaged file, an index or a link that leaves the folder.
@@ -65,9 +75,19 @@ def read_base_tensors(folder: Path, follow_links: bool = False) -> dict[str, Ten
         for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
             if path.suffix in READ_FORMS and not path.is_dir():
                 safe_path(folder, path.relative_to(folder).as_posix(), follow_links)
-        return {name: stored.spec for name, stored in read_tensors(folder, follow_links).items()}
+        return read_tensors(folder, follow_links)
     except CheckpointError as error:
         raise ModelError(str(error)) from error
+
+
+def read_base_tensors(folder: Path, follow_links: bool = False) -> dict[str, TensorSpec]:
+    """Find the shape and dtype of each tensor in a model folder, by name. Raises: ModelError as `read_base`."""
+    return specs_of(read_base(folder, follow_links))
+
+
+def specs_of(stored: Mapping[str, StoredTensor]) -> dict[str, TensorSpec]:
+    """Keep the shape and dtype of each tensor alone."""
+    return {name: tensor.spec for name, tensor in stored.items()}
 
 
 def read_tensors(folder: Path, follow_links: bool = False) -> dict[str, StoredTensor]:
@@ -102,9 +122,9 @@ def safe_path(folder: Path, name: str, follow_links: bool = False) -> Path:
     """
     if Path(name).is_absolute() or ".." in Path(name).parts or name in ("", "."):
         raise CheckpointError(f"{folder} names a file outside itself", found=name, expected="a file of that folder")
-    root = folder.resolve()
-    if folder.absolute().parent.name == "snapshots":  # the hub's cache: a snapshot links to the blobs beside it
-        root = folder.absolute().parent.parent.resolve()
+    root = folder.resolve()  # the folder itself may be reached by a link, to a snapshot of the hub for example
+    if root.parent.name == "snapshots":  # the hub's cache: a snapshot links to the blobs beside it
+        root = root.parent.parent
     path = folder / name
     if not follow_links and not path.resolve().is_relative_to(root):
         raise CheckpointError(
@@ -155,6 +175,48 @@ def _stored(path: Path, entry: dict[str, Any], start: int) -> StoredTensor:
     if dtype not in DTYPE_BITS or any(size < 0 for size in shape):
         raise ValueError(f"dtype {dtype}, shape {shape}")
     return StoredTensor(TensorSpec(shape, dtype), path, start + begin, start + end)
+
+
+def read_whole(stored: Mapping[str, StoredTensor], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Read tensors one by one, as they lie in the files. A name that `stored` lacks is left out."""
+    from safetensors import safe_open
+
+    for name in names:
+        if name in stored:
+            with safe_open(stored[name].path, "pt") as file:
+                yield name, file.get_tensor(name)
+
+
+def same_values(one: StoredTensor, other: StoredTensor) -> bool:
+    """Tell whether two tensors in files hold the same numbers, by reading both up to the first difference."""
+    if one.spec.shape != other.spec.shape:
+        return False
+    a_size, b_size = (DTYPE_BITS[tensor.spec.dtype] // 8 for tensor in (one, other))
+    total = math.prod(one.spec.shape)
+    step = COMPARED_BYTES // max(a_size, b_size)
+    with one.path.open("rb") as a_file, other.path.open("rb") as b_file:
+        a_file.seek(one.begin)
+        b_file.seek(other.begin)
+        for start in range(0, total, step):
+            count = min(step, total - start)
+            a, b = a_file.read(count * a_size), b_file.read(count * b_size)
+            if a != b and not torch.equal(_numbers(a, one.spec.dtype), _numbers(b, other.spec.dtype)):
+                return False
+    return True
+
+
+def _numbers(raw: bytes, dtype: str) -> Tensor:
+    return torch.frombuffer(bytearray(raw), dtype=COPIED_DTYPES[dtype]).double()
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that has the mode of any new file: the library makes one for its owner alone."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def file_digest(tensor: StoredTensor) -> str:
@@ -217,7 +279,7 @@ class ShardWriter:
         spec = self.tensors[name]
         if tuple(tensor.shape) != spec.shape:
             raise CheckpointError(f"{name} has another shape than in the base", found=tensor.shape, expected=spec.shape)
-        copy = torch.empty(spec.shape, dtype=DTYPES[spec.dtype]).copy_(tensor)
+        copy = torch.empty(spec.shape, dtype=COPIED_DTYPES[spec.dtype]).copy_(tensor)
         if spec.dtype == "F16" and not copy.isfinite().all() and tensor.isfinite().all():
             raise CheckpointError(f"{name} holds values that float16 cannot", fix="trainer.export_dtype=bf16")
         self.digests[name] = tensor_digest(copy)
@@ -245,9 +307,7 @@ class ShardWriter:
         (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _write(self, shard: int) -> None:
-        from safetensors.torch import save_file
-
-        save_file(self._held.pop(shard), self.folder / self._file_name(shard), metadata={"format": "pt"})
+        write_tensors(self._held.pop(shard), self.folder / self._file_name(shard))
 
     def _file_name(self, shard: int) -> str:
         count = len(self._missing)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from apollo_sft.checkpoint.publish import read_json
-from apollo_sft.checkpoint.sidecars import main_dtype
+from apollo_sft.checkpoint.sidecars import main_dtype, stated_dtype
 from apollo_sft.checkpoint.tensor_files import INDEX_FILE, StoredTensor, file_digest, read_tensors, safe_path
 from apollo_sft.errors import CheckpointError
 from apollo_sft.types import TensorSpec
@@ -29,10 +29,10 @@ def verify_model_folder(
     stray = {path.name for path in folder.glob("*.safetensors")} - {stored.path.name for stored in tensors.values()}
     if stray:
         raise CheckpointError(f"{folder} holds weight files that belong to no model", found=", ".join(sorted(stray)))
-    if config.get("dtype") != main_dtype(expected):
+    if stated_dtype(config) not in (main_dtype(expected), None):
         raise CheckpointError(
             f"{folder / 'config.json'} does not state the dtype of the files",
-            found=config.get("dtype"),
+            found=stated_dtype(config),
             expected=main_dtype(expected),
         )
     for name, digest in (digests or {}).items():
@@ -62,7 +62,7 @@ def _check_loads(folder: Path, trust_remote_code: bool) -> None:
 
     try:
         AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        GenerationConfig.from_pretrained(folder).validate(strict=True)
+        GenerationConfig.from_pretrained(folder)
         AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"transformers cannot open {folder}", found=f"{type(error).__name__}: {error}") from error

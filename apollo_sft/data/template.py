@@ -53,6 +53,12 @@ def resolve_template(tokenizer: Any, data: DataConfig) -> ChatTemplate:
     return _from_file(wanted)
 
 
+def is_own(tokenizer: Any, template: ChatTemplate) -> bool:
+    """Tell whether the template is the one that the tokenizer brings; of several by name, the default one."""
+    own = tokenizer.chat_template
+    return bool(template.text == (own.get("default") if isinstance(own, dict) else own))
+
+
 def _own(tokenizer: Any) -> ChatTemplate:
     own = tokenizer.chat_template
     if isinstance(own, dict) and "default" in own:

@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from apollo_sft.config.schema import DataConfig
 from apollo_sft.data.sandbox import RenderError, RunawayError, Sandbox, written_literals
 from apollo_sft.data.spans import Span, Text, UnprovableError
-from apollo_sft.data.template import ChatTemplate, resolve_template
+from apollo_sft.data.template import ChatTemplate, is_own, resolve_template
 from apollo_sft.errors import DataError
 from apollo_sft.types import Message
 
@@ -267,7 +267,7 @@ def fit_template(tokenizer: Any, data: DataConfig, add: bool) -> ChatTemplate:
     Raises: DataError naming them.
     """
     template = resolve_template(tokenizer, data)
-    if not add and template.text == tokenizer.chat_template:
+    if not add and is_own(tokenizer, template):
         return template
     unknown = unknown_tokens(tokenizer, template, data)
     if unknown and not add:

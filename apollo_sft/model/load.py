@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ MAX_JSON_BYTES = 100_000_000
 IMPLEMENTATION = re.compile(r"_?\w+_implementation(?:_internal)?")
 """Keys that name a function for attention or experts. One with a slash in it would be fetched from the hub."""
 
-HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*"]
 HUB_WEIGHTS = "*.safetensors"
 HUB_WEIGHT_INDEX = "*.safetensors.index.json"
 
@@ -223,10 +223,16 @@ def with_rows(config: Any, rows: int) -> Any:
 
 
 def load_with_weights(
-    folder: Path, config: Any, dtype: torch.dtype, trust_remote_code: bool, growth: Growth | None = None
+    folder: Path,
+    config: Any,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    growth: Growth | None = None,
+    check: Callable[[Any], None] | None = None,
 ) -> Any:
     """The whole model on the CPU with its weights in `dtype`. `config`: with `growth`, that of the grown model.
 
+    `check` sees the model as the files hold it, before it grows.
     Raises: ModelError when the folder holds no safetensors, or when weights are missing or of another shape.
     """
     from transformers import AutoModelForCausalLM
@@ -255,6 +261,8 @@ def load_with_weights(
             found=f"{len(missing)} missing or of another shape: {', '.join(missing[:5])}",
             fix="train from the complete model",
         )
+    if check is not None:
+        check(model)
     if growth is not None:
         _grow(model, growth)
     return _checked(model)

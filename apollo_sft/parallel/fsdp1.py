@@ -45,9 +45,13 @@ class Cut:
     sizes: tuple[int, ...]
     rank: int
 
+    @property
+    def start(self) -> int:
+        """The place of this rank's first value among all."""
+        return sum(self.sizes[: self.rank])
+
     def mine(self, whole: Tensor) -> Tensor:
-        start = sum(self.sizes[: self.rank])
-        return whole.reshape(-1)[start : start + self.sizes[self.rank]]
+        return whole.reshape(-1)[self.start : self.start + self.sizes[self.rank]]
 
 
 class _Root(FullyShardedDataParallel):
@@ -239,6 +243,12 @@ def outline(model: M) -> M:
     cuts = cast(_Root, model).cuts
     empty = {p: torch.empty(cut.shape, dtype=p.dtype, device="meta") for p, cut in cuts.items()}
     return cast(M, _bare(model, {p: nn.Parameter(empty[p], p.requires_grad) for p in cuts}))
+
+
+def held(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
+    """What this rank holds of each parameter, by name: the flat position of its first value, and its values."""
+    cuts = cast(_Root, model).cuts
+    return {_plain(name): (cuts[p].start, p.detach()) for name, p in model.named_parameters()}
 
 
 def _bare(module: nn.Module, parameters: dict[nn.Parameter, nn.Parameter]) -> nn.Module:

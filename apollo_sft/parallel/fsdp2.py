@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
@@ -183,6 +185,17 @@ def by_rows(model: M, gradients: bool = False) -> M:
 def outline(model: M) -> M:
     """The model for its names, shapes and buffers; no collective."""
     return model
+
+
+def held(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
+    """What this rank holds of each parameter, by name: the flat position of its first value, and its values."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        local = parameter.to_local()
+        _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+        found[name] = (offset[0] * math.prod(parameter.shape[1:]), local)  # cut by rows
+    return found
 
 
 def optimizer_by_rows(model: nn.Module, rows: nn.Module, optimizer: Optimizer) -> Optimizer:

@@ -26,6 +26,7 @@ from apollo_sft.parallel.ulysses import Ulysses
 from apollo_sft.report.log import say
 from apollo_sft.train.optim import build_optimizer, check_optimizer
 from apollo_sft.train.precision import Precision, resolve_precision
+from apollo_sft.train.weights import check_as_built, check_filled, check_read
 from apollo_sft.types import Growth
 
 M = TypeVar("M", bound=nn.Module)
@@ -45,6 +46,7 @@ class Strategy(Protocol):
     def reshard(self, model: nn.Module) -> None: ...
     def by_rows(self, model: M, gradients: bool = False) -> M: ...
     def outline(self, model: M) -> M: ...
+    def held(self, model: nn.Module) -> dict[str, tuple[int, Tensor]]: ...
     def optimizer_by_rows(self, model: nn.Module, rows: nn.Module, optimizer: Optimizer) -> Optimizer: ...
     def take_rows(self, model: nn.Module, optimizer: Optimizer, rows: nn.Module, rows_optimizer: Optimizer) -> None: ...
 
@@ -91,7 +93,8 @@ def assemble(
     stored = stored_dtype(config, world, adapter is not None)
     source = None
     if world.is_main:
-        read = load.load_with_weights(folder, hf_config, stored, trust, growth)
+        check = partial(_check_weights, folder=folder, trust_remote_code=trust)
+        read = load.load_with_weights(folder, hf_config, stored, trust, growth, check)
         source = SftModel(four_bit.quantised(config.model, read, adapter, world.device))
         prove(source, config.trainer.seed)
         if adapter is not None:
@@ -107,9 +110,16 @@ def assemble(
             lora.inject(causal_lm, adapter, precision.master)
         model = laid_out(config, SftModel(causal_lm, mesh.sp_rank, mesh.sp_size), world, mesh)
         strategy.fill(model, source, world.device, offloads(config.model))
+        check_filled(strategy.held(model), source, mesh)
     if config.model.compile:
         say(compile_layers(model.causal_lm))
     return model, optimizer_of(model, config)
+
+
+def _check_weights(loaded: Any, folder: Path, trust_remote_code: bool) -> None:
+    """What rank 0 has read is what the files hold, and what the other ranks build. Raises: ModelError."""
+    check_as_built(loaded, load.build_on_meta(loaded.config, loaded.dtype, trust_remote_code))
+    check_read(loaded, folder, loaded.config.to_dict())
 
 
 def stored_dtype(config: SftConfig, world: World, adapted: bool) -> torch.dtype:

@@ -26,9 +26,10 @@ from apollo_sft.model import attention
 from apollo_sft.model.four_bit import quantised
 from apollo_sft.model.load import build_on_meta, load_with_weights
 from apollo_sft.model.lora import inject, lora_config, merge
+from apollo_sft.train.base import load_tokenizer, open_base
 from apollo_sft.train.finish import IN_CHECKPOINT, options_of
 from apollo_sft.train.precision import DTYPES, resolve_precision
-from apollo_sft.train.preflight import load_external_lib, load_tokenizer, open_base
+from apollo_sft.train.preflight import load_external_lib
 from apollo_sft.types import BaseModel, Conversation, RowRef
 
 

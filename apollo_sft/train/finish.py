@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from apollo_sft.checkpoint.export import (
+    AdapterFolder,
     AdapterForm,
     ExportOptions,
     ModelForm,
@@ -18,12 +19,12 @@ from apollo_sft.checkpoint.export import (
 from apollo_sft.checkpoint.layout import RunFolder
 from apollo_sft.checkpoint.rounding import cast
 from apollo_sft.config.schema import SftConfig
-from apollo_sft.data.template import ChatTemplate
+from apollo_sft.data.template import ChatTemplate, is_own
 from apollo_sft.model.lora import adapter_tensors, lora_config, merge, saved_config, trained
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World
 from apollo_sft.report.console import clock
-from apollo_sft.report.log import say, warn
+from apollo_sft.report.log import say
 from apollo_sft.report.metrics import losses_by_name
 from apollo_sft.train.assemble import strategy_of
 from apollo_sft.train.merged import check_merged, live_loss, probe_of
@@ -45,19 +46,14 @@ def export(config: SftConfig, prepared: Prepared, model: SftModel, folder: RunFo
     adapter = lora_config(config.model, prepared.base.source)
     check = None if adapter is None else _merged_check(config, prepared, model, world)
     model = strategy_of(model).by_rows(model)
+    options = export_options(config, prepared)
     if adapter is not None:
-        written = saved_config(model.causal_lm)
+        written = AdapterFolder(saved_config(model.causal_lm), prepared.base, options)
         save_adapter(adapter_tensors(model.causal_lm), written, root, model, world.is_main)
         if config.trainer.export == "adapter":
             return
         merge(model.causal_lm, cast)
-    options = export_options(config, prepared)
-    result = save_model(model.causal_lm, prepared.base, root, options, world.is_main, check)
-    if result.dropped:
-        warn(
-            "tensors of the base model's files are not written: the architecture does not use them, or they are second "
-            f"copies of tied weights: {', '.join(result.dropped[:5])}"
-        )
+    save_model(model.causal_lm, prepared.base, root, options, world.is_main, check)
 
 
 def _merged_check(config: SftConfig, prepared: Prepared, model: SftModel, world: World) -> Callable[[Path], None]:
@@ -75,7 +71,7 @@ def export_options(config: SftConfig, prepared: Prepared) -> ExportOptions:
 def options_of(config: SftConfig, tokenizer: Any, template: ChatTemplate, stops: tuple[int, ...]) -> ExportOptions:
     return ExportOptions(
         tokenizer=tokenizer,
-        chat_template=None if tokenizer.chat_template == template.text else template.text,
+        chat_template=None if is_own(tokenizer, template) else template.text,
         stop_token_ids=stops,
         export_dtype=config.trainer.export_dtype,
         trust_remote_code=config.model.trust_remote_code,
@@ -86,12 +82,13 @@ def hf_form(config: SftConfig, prepared: Prepared, causal_lm: Any) -> ModelForm 
     """How checkpoints make `hf/`, or None when they do not. `causal_lm`: live, or on meta to know sizes only."""
     if "hf_model" not in config.trainer.checkpoint.save_contents:
         return None
-    adapter = lora_config(config.model, prepared.base.source)
+    adapter, options = lora_config(config.model, prepared.base.source), export_options(config, prepared)
     if adapter is None:
-        return model_form(causal_lm, IN_CHECKPOINT, prepared.base, export_options(config, prepared))
+        return model_form(causal_lm, IN_CHECKPOINT, prepared.base, options)
     found = list(trained(causal_lm))
     names = {in_file: f"{IN_CHECKPOINT}{name}" for in_file, name, _ in found}
-    return AdapterForm(names, saved_config(causal_lm), sum(p.numel() * p.element_size() for *_, p in found))
+    written = AdapterFolder(saved_config(causal_lm), prepared.base, options)
+    return AdapterForm(names, written, sum(p.numel() * p.element_size() for *_, p in found))
 
 
 def summary(reporter: Reporter, config: SftConfig) -> str:

@@ -24,10 +24,10 @@ from apollo_sft.data.template import resolve_template
 from apollo_sft.data.tokens import fit_template
 from apollo_sft.errors import CheckpointError, DataError, ModelError
 from apollo_sft.model.load import HUB_FILES, in_short
+from apollo_sft.train.base import load_tokenizer
 from apollo_sft.train.export import probed_stops
 from apollo_sft.train.generate import generate_replies, load_for_generation, render_prompt
 from apollo_sft.train.handoff_files import Subject, WrongError
-from apollo_sft.train.preflight import load_tokenizer
 from apollo_sft.types import IGNORE_INDEX, Conversation, Sample
 
 COMPARED_ROWS = 16

@@ -18,11 +18,12 @@ from apollo_sft.errors import DataError
 from apollo_sft.model.four_bit import num_bytes_read, num_weights
 from apollo_sft.model.load import check_architecture, find_model, read_config, with_rows
 from apollo_sft.parallel.mesh import Mesh, check_mesh
+from apollo_sft.train.base import growth_of
 from apollo_sft.train.flops import cost_of
 from apollo_sft.train.layouts import value_of, with_values
 from apollo_sft.train.memory import Pack, Ranks, StepMemory, meta_model, step_memory
 from apollo_sft.train.optim import build_optimizer, state_bytes
-from apollo_sft.train.preflight import growth_of, load_external_lib
+from apollo_sft.train.preflight import load_external_lib
 from apollo_sft.train.run import plan_spec
 
 CHECKPOINTING = "model.enable_gradient_checkpointing"

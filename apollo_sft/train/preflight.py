@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,32 +15,27 @@ import numpy as np
 import torch
 
 from apollo_sft.checkpoint.agree import free_bytes
+from apollo_sft.checkpoint.base_files import sort_files
 from apollo_sft.checkpoint.conversion import plan_export
 from apollo_sft.checkpoint.publish import read_json
 from apollo_sft.checkpoint.resume import whole_checkpoints
 from apollo_sft.checkpoint.state import num_bytes as checkpoint_bytes
-from apollo_sft.checkpoint.tensor_files import FOREIGN_FORMS, num_bytes, read_base_tensors, safe_path
+from apollo_sft.checkpoint.tensor_files import num_bytes, safe_path
+from apollo_sft.checkpoint.tokenizer_files import rehearse
 from apollo_sft.config.schema import SftConfig, Source
 from apollo_sft.config.sources import Entries, named, own_paths, paths_of
 from apollo_sft.data.audit import source_figures
 from apollo_sft.data.files import expand_paths, shown
 from apollo_sft.data.mixture import Mixture, Part, mixture
 from apollo_sft.data.store import SampleStore, StoreRequest, prepare_store
-from apollo_sft.data.template import ChatTemplate
+from apollo_sft.data.template import ChatTemplate, is_own
 from apollo_sft.data.tokens import fit_template
 from apollo_sft.errors import CheckpointError, ConfigError, DataError, ModelError
 from apollo_sft.model import attention, liger
-from apollo_sft.model.load import (
-    build_on_meta,
-    check_architecture,
-    check_longest,
-    find_model,
-    in_short,
-    read_config,
-    with_rows,
-)
+from apollo_sft.model.load import build_on_meta, check_longest
 from apollo_sft.model.lora import ADAPTER_FILE, check_adapter_file, check_groups, inject, lora_config
 from apollo_sft.report.log import say
+from apollo_sft.train.base import check_copied, in_words, load_tokenizer, no_weights, open_base
 from apollo_sft.train.optim import build_optimizer, state_bytes
 from apollo_sft.train.precision import DTYPES
 from apollo_sft.types import BaseModel, Growth
@@ -119,6 +116,10 @@ def prepare(config: SftConfig, weights: bool = True) -> Prepared:
     template = fit_template(tokenizer, config.data, config.model.add_special_tokens)
     if base.growth is not None:
         say(_growth_in_words(base.growth))
+    changed = None if is_own(tokenizer, template) else template.text
+    if base.growth is not None or changed is not None:
+        with _about_the_base():
+            rehearse(base, tokenizer, changed, trust)
     train, train_of = _store(config, "train", tokenizer, template)
     val, val_of = _store(config, "val", tokenizer, template) if config.data.val_files else (None, {})
     for store in (train, val):
@@ -127,51 +128,6 @@ def prepare(config: SftConfig, weights: bool = True) -> Prepared:
     sources = _mixture(train, config.data.train_files, train_of, "data.train_files")
     val_sets = None if val is None else _mixture(val, config.data.val_files, val_of, "data.val_files")
     return Prepared(base, hf_config, tokenizer, template, train, val, sources, val_sets)
-
-
-def open_base(config: SftConfig, weights: bool = True) -> tuple[BaseModel, Any]:
-    """What lies in the model folder, and transformers' config of it. Files are looked at before a library reads them.
-
-    Raises: ModelError.
-    """
-    model = config.model
-    folder = find_model(model.partial_pretrain, weights)
-    tensors = read_base_tensors(folder, model.follow_links)
-    hf_config = read_config(folder, model.trust_remote_code)
-    check_architecture(hf_config, model.trust_remote_code)
-    raw = read_json(folder / "config.json")
-    growth = growth_of(config, folder, hf_config)
-    if growth is not None:
-        raw, hf_config = _with_rows(raw, hf_config, growth.rows), with_rows(hf_config, growth.rows)
-    return BaseModel(model.partial_pretrain, folder, raw, tensors, growth), hf_config
-
-
-def growth_of(config: SftConfig, folder: Path, hf_config: Any) -> Growth | None:
-    """What `model.add_special_tokens` adds to the model in `folder`; None when nothing is missing.
-
-    Raises: ModelError, DataError.
-    """
-    if not config.model.add_special_tokens:
-        return None
-    tokenizer, held = load_tokenizer(folder, config.model.trust_remote_code), hf_config.get_text_config().vocab_size
-    before = tokenizer.get_vocab()
-    fit_template(tokenizer, config.data, add=True)
-    # By id: a word of the vocabulary that becomes a control token keeps its id, and its row.
-    added = {number: token for token, number in tokenizer.get_vocab().items() if token not in before}
-    if not added:
-        return None
-    ids = sorted(added)
-    rows = max(held, ids[-1] + 1)
-    known = min(held, max(before.values()) + 1)
-    fresh = sorted({*ids, *range(held, rows)})
-    return Growth(tuple(added[number] for number in ids), tuple(fresh), known, held, rows)
-
-
-def _with_rows(raw: dict[str, Any], hf_config: Any, rows: int) -> dict[str, Any]:
-    """config.json with so many embeddings: where a model of text and images keeps them, the one of its text."""
-    parts = [key for key in type(hf_config).sub_configs if getattr(hf_config, key, None) is hf_config.get_text_config()]
-    changed = raw | {key: raw.get(key, {}) | {"vocab_size": rows} for key in parts}
-    return changed | {"vocab_size": rows} if not parts or "vocab_size" in raw else changed
 
 
 def _growth_in_words(growth: Growth) -> str:
@@ -183,28 +139,37 @@ def _growth_in_words(growth: Growth) -> str:
     )
 
 
-def check_model(config: SftConfig) -> None:
+@contextmanager
+def _about_the_base() -> Iterator[None]:
+    """What fails is a file of the base model, not one of a checkpoint. Raises: ModelError."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise ModelError(str(error)) from error
+
+
+def check_model(config: SftConfig) -> dict[str, Any]:
     """Build the model without memory and hold it against its files and the disk: what would else fail much later.
 
+    Returns what run.json says of the base's folder: what is carried over, written as it is, left out.
     Raises: ModelError, ConfigError.
     """
     base, hf_config = open_base(config)
     liger.check_family(config.model, hf_config.model_type)
     if not base.tensors:
-        raise _no_weights(base.folder)
+        raise no_weights(base.folder)
     attention.register(attention.sdpa_kernel)  # its name must be known; nothing runs
     master = DTYPES[config.model.fsdp_config.model_dtype]
     causal_lm = build_on_meta(hf_config, master, config.model.trust_remote_code)
-    try:
+    adapter = config.model.lora_adapter_path
+    with _about_the_base():
         if (base.folder / "generation_config.json").is_file():
             read_json(base.folder / "generation_config.json")
         plan = plan_export(causal_lm, base, config.trainer.export_dtype)
         _check_layer_names(config, causal_lm)
-        adapter = config.model.lora_adapter_path
         for name in (ADAPTER_FILE, "adapter_config.json") if adapter is not None else ():
             safe_path(Path(str(adapter)), name, config.model.follow_links)
-    except CheckpointError as error:  # of these files, not of a checkpoint
-        raise ModelError(str(error)) from error
+    check_copied(base, plan.copied)
     wanted = lora_config(config.model, base.source)
     if wanted is not None and base.growth is not None:
         raise _adapter_on_grown(base.growth)
@@ -214,6 +179,11 @@ def check_model(config: SftConfig) -> None:
     if adapter is not None:
         check_adapter_file(causal_lm, adapter)
     _check_disk(config, causal_lm, sum(map(num_bytes, plan.tensors.values())), is_lora=wanted is not None)
+    left_out = sort_files(base.folder, config.model.follow_links).left_out
+    for line in in_words(base, plan.copied, left_out):
+        say(line)
+    facts = {"carried_files": base.carried, "files_left_out": left_out, "copied_tensors": plan.copied}
+    return {"base": facts | {"untied": base.untied}}
 
 
 def _check_disk(config: SftConfig, causal_lm: Any, model_bytes: int, is_lora: bool) -> None:
@@ -243,18 +213,6 @@ def _adapter_on_grown(growth: Growth) -> ConfigError:
         found=f"{', '.join(growth.tokens)}, which the base model does not know",
         fix="model.lora_rank=0; or add them once, with transformers (add_tokens, resize_token_embeddings, "
         "save_pretrained), and train that folder with the embeddings in model.modules_to_save",
-    )
-
-
-def _no_weights(folder: Path) -> ModelError:
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in FOREIGN_FORMS)
-    return ModelError(
-        f"{folder} has no weights that can be loaded",
-        found=f"only {', '.join(others[:5])}" if others else "no weight file",
-        expected="model.safetensors, or shards with model.safetensors.index.json (pickled weights are not read: "
-        "opening a pickle can run code)",
-        fix="where you trust the files, convert them once: "
-        "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)",
     )
 
 
@@ -309,31 +267,6 @@ def _mixture(store: SampleStore, entries: Entries, of_files: dict[str, int], key
     for file, count in zip(store.summary.files, of_file.tolist(), strict=True):
         sizes[of_files[file]] += count
     return mixture(parts, sizes, key)
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # foreign files in a library: it may raise anything
-        raise _no_tokenizer(folder, in_short(error)) from error
-    try:
-        special_ids = tokenizer.all_special_ids
-    except RecursionError as error:  # looking for the id of an unknown token gives that of unk_token
-        raise _no_tokenizer(folder, f"unk_token {tokenizer.unk_token!r}, which is none of its tokens") from error
-    if len(tokenizer) <= len(special_ids):  # transformers makes some from no file at all
-        raise _no_tokenizer(folder, f"a {type(tokenizer).__name__} without a vocabulary")
-    return tokenizer
-
-
-def _no_tokenizer(folder: Path, found: str) -> ModelError:
-    return ModelError(
-        f"no tokenizer can be loaded from {folder}",
-        found=found,
-        expected="tokenizer.json and tokenizer_config.json",
-        fix="put the tokenizer's files beside the model's",
-    )
 
 
 def _check_positions(config: SftConfig, hf_config: Any) -> None:

@@ -17,6 +17,7 @@ from apollo_sft.errors import DataError, ModelError
 from apollo_sft.model import attention, load, lora
 from apollo_sft.model.shrink import shrink, silent, write_model
 from apollo_sft.report.log import setup_logging
+from apollo_sft.train.base import as_files_hold
 from apollo_sft.train.checkpoints import available_memory
 from apollo_sft.train.layouts import STEPS, layouts, with_values
 from apollo_sft.train.preflight import Prepared, load_external_lib, prepare
@@ -130,8 +131,7 @@ def _adapter(config: SftConfig, base: Path, real_weights: bool, folder: Path) ->
         return {}
     adapter.lora_dropout = 0.0
     continued = config.model.lora_adapter_path if real_weights else None
-    trust = config.model.trust_remote_code
-    model = load.load_with_weights(base, load.read_config(base, trust), torch.float32, trust)
+    model = load.load_with_weights(base, as_files_hold(base, config), torch.float32, config.model.trust_remote_code)
     lora.inject(model, adapter, torch.float32, continued)
     generator = torch.Generator().manual_seed(config.trainer.seed)
     tensors = lora.adapter_tensors(model)

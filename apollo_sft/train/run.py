@@ -182,7 +182,9 @@ def _claim(
 
 def _run(config: SftConfig, world: World, folder: RunFolder | None, stop: StopFlag, pulse: Pulse) -> None:
     """Prepare, assemble, train, export. `folder` is None off rank 0."""
-    launch.on_main(world, "model", lambda: check_model(config))
+    found = launch.on_main(world, "model", lambda: check_model(config))
+    if folder is not None:
+        folder.write_run("running", **(found or {}))
     prepared = launch.once_per_host(world, "prepare", lambda: prepare(config))
     check_alike("contents", contents_of(prepared), world)
     mesh = build_mesh(world, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)

@@ -11,9 +11,9 @@ from typing import Any
 from apollo_sft.data.store_files import SampleStore
 from apollo_sft.errors import ApolloError
 from apollo_sft.report.document import Passages
+from apollo_sft.train.base import load_tokenizer
 from apollo_sft.train.inspection import at_random, usual
 from apollo_sft.train.inspection_document import sample_passage
-from apollo_sft.train.preflight import load_tokenizer
 
 DRAWN = 2
 SEED = 1

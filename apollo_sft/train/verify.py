@@ -39,6 +39,7 @@ from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import Mesh, build_mesh
 from apollo_sft.report.log import setup_logging
 from apollo_sft.train.assemble import assemble, needs_group, strategy_of
+from apollo_sft.train.base import as_files_hold
 from apollo_sft.train.layouts import BOUNDS, ORACLE_FILE, STEPS, Figures, Layout, with_values
 from apollo_sft.train.optim import build_optimizer
 from apollo_sft.train.preflight import load_external_lib, seed_everything
@@ -73,7 +74,7 @@ class Job:
         return cls(validate(raw["config"]), Path(raw["base"]), [Layout(**layout) for layout in raw["layouts"]], growth)
 
     def hf_config(self) -> Any:
-        found = silent(load.read_config(self.base, self.config.model.trust_remote_code))
+        found = silent(as_files_hold(self.base, self.config))
         return found if self.growth is None else load.with_rows(found, self.growth.rows)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from apollo_sft.checkpoint.export import ExportOptions
+from apollo_sft.checkpoint.base_files import sort_files
+from apollo_sft.checkpoint.export import AdapterFolder, ExportOptions
 from apollo_sft.checkpoint.tensor_files import read_base_tensors
 from apollo_sft.types import BaseModel
 from tests.support.models import tiny_config, tiny_model
@@ -39,12 +40,19 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def base_on_disk(folder: Path, case: str, dtype: torch.dtype = torch.float32) -> BaseModel:
     tiny_model(CASES[case](), dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return open_base(folder)
 
 
 def open_base(folder: Path) -> BaseModel:
     config = json.loads((folder / "config.json").read_text())
-    return BaseModel(str(folder), folder, config, read_base_tensors(folder))
+    carried = sort_files(folder).carried
+    return BaseModel(str(folder), folder, config, read_base_tensors(folder), carried=carried)
+
+
+def adapter_folder(base: Path, config: Any) -> AdapterFolder:
+    """What an adapter of the model in `base` is written with. `config`: PEFT's."""
+    return AdapterFolder(config, BaseModel(str(base), base, {}, {}, carried=sort_files(base).carried), options())
 
 
 def options(**changes: Any) -> ExportOptions:

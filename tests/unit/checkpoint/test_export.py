@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from apollo_sft.checkpoint import publish
 from apollo_sft.checkpoint.conversion import plan_export
@@ -19,7 +20,16 @@ from apollo_sft.checkpoint.tensor_files import read_base_tensors, read_tensors
 from apollo_sft.checkpoint.verify import verify_model_folder
 from apollo_sft.errors import CheckpointError
 from apollo_sft.types import BaseModel, TensorSpec
-from tests.support.exports import CASES, base_on_disk, check_exported, logits, open_base, open_exported, options
+from tests.support.exports import (
+    CASES,
+    base_on_disk,
+    check_exported,
+    logits,
+    open_base,
+    open_exported,
+    options,
+    tiny_tokenizer,
+)
 from tests.support.models import tiny_config, tiny_model
 
 
@@ -47,6 +57,7 @@ def test_experts_are_fused_in_memory_and_apart_in_the_files(tmp_path: Path) -> N
 @pytest.mark.parametrize("case", ["qwen3-moe", "mixtral"])
 def test_a_base_with_fused_files_is_followed(tmp_path: Path, case: str) -> None:
     tiny_model(CASES[case](), torch.float32).save_pretrained(tmp_path / "base", save_original_format=False)
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
     base = open_base(tmp_path / "base")
     assert any(name.endswith("experts.gate_up_proj") for name in base.tensors)
     model = trained(case)
@@ -84,13 +95,35 @@ def test_names_without_the_prefix_of_the_base_model_come_back(tmp_path: Path) ->
     check_exported(tmp_path / "out", base, logits(model))
 
 
-def test_what_the_model_does_not_hold_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint16])
+def test_what_the_model_does_not_hold_is_copied_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    """A layer of multi-token prediction, and a buffer of an earlier version of the architecture."""
     base_on_disk(tmp_path / "base", "llama-untied")
-    base = rewrite(tmp_path / "base", {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    more = {
+        "model.layers.2.mlp.up_proj.weight": torch.arange(64).to(dtype).reshape(2, 32),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4, dtype=torch.float64),
+    }
+    base = rewrite(tmp_path / "base", more)
     model = trained("llama-untied")
-    result = save_model(model, base, tmp_path / "out", options(), True)
-    assert result.dropped == ("model.layers.0.self_attn.rotary_emb.inv_freq",)
-    assert torch.equal(logits(open_exported(tmp_path / "out")), logits(model))
+    result = save_model(model, base, tmp_path / "out", options(max_shard_bytes=9_000), True)
+    assert result.dropped == ()
+    assert read_base_tensors(tmp_path / "out") == base.tensors
+    written = {name: stored.path for name, stored in read_tensors(tmp_path / "out").items()}
+    for name, tensor in more.items():
+        copied = load_file(written[name])[name]
+        assert torch.equal(copied.view(torch.uint8), tensor.view(torch.uint8))
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    assert torch.equal(logits(opened), logits(model))
+
+
+def test_a_forced_dtype_is_that_of_copied_tensors_too(tmp_path: Path) -> None:
+    base_on_disk(tmp_path / "base", "llama-untied")
+    more = {"mtp.weight": torch.tensor([0.1, 2.0]), "mtp.scaled": torch.ones(2).to(torch.float8_e5m2)}
+    base = rewrite(tmp_path / "base", more)
+    save_model(trained("llama-untied"), base, tmp_path / "out", options(export_dtype="bf16"), True)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written["mtp.weight"], more["mtp.weight"].bfloat16())
+    assert written["mtp.scaled"].dtype == torch.float8_e5m2, "its scale is another tensor"
 
 
 def test_buffers_persistent_or_not(tmp_path: Path) -> None:
@@ -154,7 +187,7 @@ def test_a_base_without_safetensors_files(tmp_path: Path, key: str | None, dtype
     config = {name: value for name, value in base.config.items() if name != "dtype"} | (
         {key: "bfloat16"} if key else {}
     )
-    bare = BaseModel(base.source, base.folder, config, {})
+    bare = replace(base, config=config, tensors={})
     save_model(trained("qwen3-moe"), bare, tmp_path / "out", options(), True)
     written = read_base_tensors(tmp_path / "out")
     assert {name: spec.shape for name, spec in written.items()} == {n: s.shape for n, s in base.tensors.items()}
@@ -196,61 +229,88 @@ def test_a_new_model_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
 
 
-def test_config_keeps_the_base_and_no_private_key(tmp_path: Path) -> None:
-    base = base_on_disk(tmp_path / "base", "qwen2-tied", torch.bfloat16)
-    config = base.config | {
-        "torch_dtype": "bfloat16",
-        "_name_or_path": str(tmp_path),
-        "own_key": {"_private": 1, "a": 2},
-    }
-    base = BaseModel(base.source, base.folder, config, base.tensors)
-    save_model(trained("qwen2-tied"), base, tmp_path / "out", options(export_dtype="fp32"), True)
-    written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert written["dtype"] == written["torch_dtype"] == "float32"
-    assert written["own_key"] == {"a": 2}
-    assert not [key for key in written if key.startswith("_")]
-    assert {key: written[key] for key in config if key in written and "dtype" not in key and key != "own_key"} == {
-        key: value for key, value in base.config.items() if key[0] != "_" and "dtype" not in key and key != "own_key"
-    }
-    assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.float32
+FORMS = {
+    "by transformers 4": lambda raw: json.dumps(raw, indent=2, sort_keys=True) + "\n",
+    "by hand": lambda raw: json.dumps(raw, indent=4),
+    "compact": lambda raw: json.dumps(raw, separators=(",", ":")),
+    "one line": lambda raw: json.dumps(raw, ensure_ascii=True) + "\n",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_json_that_training_does_not_change_keeps_its_bytes(tmp_path: Path, form: str) -> None:
+    base = base_on_disk(tmp_path / "base", "qwen2-tied")
+    raw = base.config | {"_name_or_path": "somewhere", "own_key": {"_private": 1, "é": [2, {"b": None}]}}
+    generation = {"eos_token_id": [9, 2], "temperature": 0.6, "top_p": 0.9, "_from_model_config": True}
+    (tmp_path / "base" / "config.json").write_text(FORMS[form](raw), encoding="utf-8")
+    (tmp_path / "base" / "generation_config.json").write_text(FORMS[form](generation), encoding="utf-8")
+    base = open_base(tmp_path / "base")
+    save_model(trained("qwen2-tied"), base, tmp_path / "out", options(chat_template=None), True)
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "base" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_json_that_training_changes_keeps_its_form(tmp_path: Path, form: str) -> None:
+    base = base_on_disk(tmp_path / "base", "qwen2-tied")
+    raw = {"zeta": "é", "torch_dtype": "float32", **base.config, "text": {"torch_dtype": "float32", "b": [1, 2]}}
+    del raw["dtype"]
+    (tmp_path / "base" / "config.json").write_text(FORMS[form](raw), encoding="utf-8")
+    base = open_base(tmp_path / "base")
+    save_model(trained("qwen2-tied"), base, tmp_path / "out", options(export_dtype="bf16"), True)
+    expected = raw | {"torch_dtype": "bfloat16", "text": {"torch_dtype": "bfloat16", "b": [1, 2]}}
+    assert (tmp_path / "out" / "config.json").read_text() == FORMS[form](expected)
+    assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_a_dtype_that_the_base_does_not_state_is_stated_only_when_it_changes(tmp_path: Path) -> None:
+    base = base_on_disk(tmp_path / "base", "qwen2-tied")
+    raw = {key: value for key, value in base.config.items() if key != "dtype"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(raw))
+    base = open_base(tmp_path / "base")
+    for dtype, stated in (("auto", None), ("bf16", "bfloat16")):
+        save_model(trained("qwen2-tied"), base, tmp_path / dtype, options(export_dtype=dtype), True)
+        assert json.loads((tmp_path / dtype / "config.json").read_text()).get("torch_dtype") == stated
 
 
 @pytest.mark.parametrize(
     ("own", "expected"),
     [
-        ({"eos_token_id": 9, "temperature": 0.6, "top_p": 0.9}, {"eos_token_id": [2, 9]}),
-        ({"eos_token_id": [9, 2], "do_sample": True, "temperature": 0.6}, {"eos_token_id": [2, 9], "temperature": 0.6}),
+        (
+            {"eos_token_id": 9, "temperature": 0.6, "top_p": 0.9},
+            {"eos_token_id": [2, 9], "temperature": 0.6, "top_p": 0.9},
+        ),
+        ({"eos_token_id": [9, 2], "do_sample": True}, {"eos_token_id": [9, 2], "do_sample": True}),
         ({"eos_token_id": 2, "repetition_penalty": 1.1}, {"eos_token_id": 2, "repetition_penalty": 1.1}),
-        ({"eos_token_id": 9, "bos_token_id": 1, "pad_token_id": -1}, {"eos_token_id": [2, 9], "bos_token_id": 1}),
-        (None, {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}),
+        ({"eos_token_id": 9, "pad_token_id": -1}, {"eos_token_id": [2, 9], "pad_token_id": -1}),
+        ({"bos_token_id": 1}, {"bos_token_id": 1, "eos_token_id": 2}),
+        (None, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}),
     ],
 )
 def test_generation_ends_where_training_ended(
-    tmp_path: Path, own: dict[str, object] | None, expected: dict[str, object], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, own: dict[str, object] | None, expected: dict[str, object]
 ) -> None:
-    base = base_on_disk(tmp_path / "base", "qwen2-tied")
+    """Nothing else changes: sampling defaults stay, as vLLM reads them with and without `do_sample`."""
+    base_on_disk(tmp_path / "base", "qwen2-tied")
     path = tmp_path / "base" / "generation_config.json"
     path.unlink(missing_ok=True)
     if own is not None:
         path.write_text(json.dumps(own))
+    base = open_base(tmp_path / "base")
     save_model(trained("qwen2-tied"), base, tmp_path / "out", options(), True)
-    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert {key: written[key] for key in expected} == expected
-    assert ("temperature" in written) == ("temperature" in expected)
-    with caplog.at_level(logging.WARNING):
-        opened = GenerationConfig.from_pretrained(tmp_path / "out")
-        opened.validate(strict=True)
-        opened.save_pretrained(tmp_path / "again")
-    assert not caplog.records
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == expected
 
 
-def test_the_base_model_code_goes_along_only_when_it_is_trusted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_all_files_have_the_mode_of_the_umask(tmp_path: Path, umask: int) -> None:
     base = base_on_disk(tmp_path / "base", "qwen2-tied")
-    (tmp_path / "base" / "modeling_own.py").write_text("# code\n")
-    save_model(trained("qwen2-tied"), base, tmp_path / "plain", options(), True)
-    save_model(trained("qwen2-tied"), base, tmp_path / "trusted", options(trust_remote_code=True), True)
-    assert not (tmp_path / "plain" / "modeling_own.py").exists()
-    assert (tmp_path / "trusted" / "modeling_own.py").read_text() == "# code\n"
+    before = os.umask(umask)
+    try:
+        save_model(trained("qwen2-tied"), base, tmp_path / "out", options(), True)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {0o666 & ~umask}, modes
 
 
 def test_the_tokenizer_in_use_is_not_changed(tmp_path: Path) -> None:

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from apollo_sft.checkpoint.sidecars import write_tokenizer
+from apollo_sft.checkpoint.base_files import sort_files
+from apollo_sft.checkpoint.sidecars import copy_files
+from apollo_sft.checkpoint.tokenizer_files import change_tokenizer
+from apollo_sft.types import BaseModel
 
 SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "tokenizers"
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -23,13 +26,18 @@ def test_ids_and_template_survive(tmp_path: Path, name: str, template: str | Non
         pytest.skip("../shared/tokenizers is not here")
     before = AutoTokenizer.from_pretrained(folder)
     own = before.chat_template
-    write_tokenizer(tmp_path, before, template)
+    base = BaseModel(str(folder), folder, {}, {}, carried=sort_files(folder).carried)
+    copy_files(tmp_path, base, base.carried)
+    change_tokenizer(tmp_path, base, before, template, ())
+    if template is None:
+        for copied in base.carried:
+            assert (tmp_path / copied).read_bytes() == (folder / copied).read_bytes()
     after = AutoTokenizer.from_pretrained(tmp_path)
     assert after(TEXTS)["input_ids"] == before(TEXTS)["input_ids"]
     assert after.chat_template == (template or own)
     assert before.chat_template == own
     assert (after.eos_token, after.pad_token) == (before.eos_token, before.pad_token)
-    write_tokenizer(tmp_path, before, TEMPLATE, (7,))
+    change_tokenizer(tmp_path, base, before, TEMPLATE, (7,))
     told = AutoTokenizer.from_pretrained(tmp_path)
     assert (told.eos_token_id, told.pad_token) == (7, before.pad_token)
     assert told(TEXTS)["input_ids"] == before(TEXTS)["input_ids"]

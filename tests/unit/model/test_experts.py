@@ -16,6 +16,7 @@ from apollo_sft.errors import ConfigError
 from apollo_sft.model import experts, lora
 from apollo_sft.train.flops import cost_of
 from apollo_sft.train.optim import build_optimizer
+from tests.support.exports import adapter_folder
 from tests.support.models import save_tiny_model, tiny_config, tiny_model
 
 CHOSEN = {"num_experts_per_tok": 2}
@@ -85,7 +86,8 @@ def test_merged_and_read_by_peft_and_continued(tmp_path: Path, family: str) -> N
     adapted(model)
     with torch.no_grad():
         live = logits(model)
-        save_adapter(lora.adapter_tensors(model), lora.saved_config(model), tmp_path, model, is_writer=True)
+        written = adapter_folder(base, lora.saved_config(model))
+        save_adapter(lora.adapter_tensors(model), written, tmp_path, model, is_writer=True)
         lora.merge(model, cast)
         assert set(model.state_dict()) == names
         torch.testing.assert_close(logits(model), live, rtol=1e-5, atol=1e-5)

@@ -17,6 +17,7 @@ from apollo_sft.config.schema import ModelConfig
 from apollo_sft.errors import ConfigError, ModelError
 from apollo_sft.model import lora
 from apollo_sft.model.head import HeadSpec, attach_loss
+from tests.support.exports import adapter_folder
 from tests.support.models import save_tiny_adapter, save_tiny_model, tiny_config, tiny_model
 
 
@@ -93,16 +94,17 @@ def test_merged_says_what_base_and_adapter_say(tmp_path: Path, kind: str, tied: 
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape) * 0.2)
     live = logits(model)
-    save_adapter(lora.adapter_tensors(model), lora.saved_config(model), tmp_path, model, is_writer=True)
+    written = adapter_folder(base, lora.saved_config(model))
+    save_adapter(lora.adapter_tensors(model), written, tmp_path, model, is_writer=True)
     lora.merge(model, cast)
     assert not [name for name, _ in model.named_modules() if "lora" in name]
     torch.testing.assert_close(logits(model), live, rtol=1e-5, atol=1e-5)
     assert (logits(model) - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 0.1
     reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
     torch.testing.assert_close(logits(reloaded), live, rtol=1e-5, atol=1e-5)
-    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert written["base_model_name_or_path"] == str(base)
-    assert written["target_modules"] == sorted(written["target_modules"])
+    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == str(base)
+    assert said["target_modules"] == sorted(said["target_modules"])
     again = AutoModelForCausalLM.from_pretrained(base)
     path = str(tmp_path / "adapter")
     continued = lora.lora_config(model_config(f"model.lora_adapter_path={path}"), str(base))

@@ -14,7 +14,8 @@ from apollo_sft.config.compose import compose
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.errors import CheckpointError, ConfigError, DataError
 from apollo_sft.model import attention, load
-from apollo_sft.train.preflight import check_model, open_base, prepare
+from apollo_sft.train.base import open_base
+from apollo_sft.train.preflight import check_model, prepare
 from apollo_sft.types import BaseModel, TensorSpec
 from tests.support.data import tiny_tokenizer
 from tests.support.entry import Entry, assert_refused

@@ -1,0 +1,66 @@
+"""One process of `test_disagreeing_bases`: the loss of one step, and the folder that it leaves. Rank 0 writes."""
+
+import gc
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from apollo_sft.checkpoint.export import save_model
+from apollo_sft.config.compose import compose
+from apollo_sft.data.loader import Loader
+from apollo_sft.data.store_files import SampleStore
+from apollo_sft.model.oracle import StaysDouble
+from apollo_sft.parallel import launch
+from apollo_sft.parallel.launch import World
+from apollo_sft.parallel.mesh import build_mesh
+from apollo_sft.train.assemble import assemble, strategy_of
+from apollo_sft.train.base import open_base
+from apollo_sft.train.run import plan_spec
+from apollo_sft.train.step import train_step
+from tests.support.exports import options
+
+BATCH = 4
+
+
+def cell(folder: Path, kind: str, world: World, values: list[str], out: Path) -> dict[str, Any]:
+    """Train one step. The written folder is that of full fine-tuning."""
+    keys = [f"model.partial_pretrain={folder / kind}", "data.train_files=none", "data.val_files=null", *values]
+    keys += [f"data.train_batch_size={BATCH}", "data.micro_batch_size_per_gpu=2", "model.fsdp_config.model_dtype=fp64"]
+    config = compose(keys).config
+    mesh = build_mesh(world, config.ulysses_sequence_parallel_size)
+    base, hf_config = open_base(config)
+    model, optimizer = assemble(config, base.folder, hf_config, world, mesh)
+    spec = replace(plan_spec(config, mesh, hf_config), shuffle=False)
+    batch = Loader(SampleStore(folder / "store"), spec, mesh.dp_rank, mesh.sp_size).batch(0)
+    with StaysDouble():
+        result = train_step(model, optimizer, batch, world, None)
+    rows = strategy_of(model).by_rows(model)
+    if "model.lora_rank=2" not in values:
+        out.mkdir(exist_ok=True)
+        save_model(rows.causal_lm, base, out, options(), world.is_main)
+    return {"loss": result.loss, "untied": list(base.untied)}
+
+
+def main(out: Path, folder: Path) -> None:
+    world = launch.start("cpu", needs_group=False)
+    job = json.loads((folder / "job.json").read_text())
+    figures = {}
+    for kind in job["kinds"]:
+        for values in job["layouts"]:
+            name = f"{kind} {' '.join(values)}"
+            figures[name] = cell(folder, kind, world, values, folder / f"{world.size} {name.replace('/', '_')}")
+            gc.collect()
+    if world.is_main:
+        out.write_text(json.dumps(figures))
+    gc.collect()
+    launch.stop()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,95 @@
+"""Bases whose config.json and files disagree on the head: the files decide, on every rank, and the folder says so."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from apollo_sft.config.compose import compose
+from apollo_sft.errors import ModelError
+from apollo_sft.model.oracle import StaysDouble
+from apollo_sft.train.preflight import check_model
+from tests.support.disagreeing import HEAD, as_the_files_say, write_disagreeing
+from tests.support.oracle import oracle_loss
+from tests.support.ranks import run_ranks
+from tests.support.samples import random_samples, write_store
+
+WORKER = Path(__file__).with_name("disagreeing_worker.py")
+UNTIED = ("ties-two", "ties-vision-two")
+KINDS = (*UNTIED, "ties-equal", "ties-head", "unties-two", "unties-equal")
+LAYOUTS = [
+    ["model.strategy=fsdp2"],
+    ["model.strategy=fsdp"],
+    ["model.strategy=fsdp2", "model.lora_rank=2"],
+    ["model.strategy=fsdp", "model.lora_rank=2"],
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("disagreeing")
+    for kind in KINDS:
+        write_disagreeing(folder / kind, kind)
+    write_store(folder / "store", random_samples(4, vocab_size=90))
+    (folder / "job.json").write_text(json.dumps({"kinds": KINDS, "layouts": LAYOUTS}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> dict[str, float]:
+    """The loss before the first step, of a model that was built from the files by hand."""
+    losses = {}
+    for kind in KINDS:
+        with torch.no_grad(), StaysDouble():  # type: ignore[no-untyped-call]
+            total, targets = oracle_loss(as_the_files_say(folder / kind), random_samples(4, vocab_size=90))
+        losses[kind] = float(total) / targets
+    return losses
+
+
+@pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.long)])
+def found(request: pytest.FixtureRequest, folder: Path) -> tuple[int, dict[str, Any]]:
+    return request.param, run_ranks(WORKER, request.param, folder, str(folder))
+
+
+def test_every_layout_trains_what_the_files_hold(found: tuple[int, dict[str, Any]], expected: dict[str, float]) -> None:
+    _, figures = found
+    assert len(figures) == len(KINDS) * len(LAYOUTS)
+    off = {name: abs(cell["loss"] - expected[name.split()[0]]) for name, cell in figures.items()}
+    assert {name: value for name, value in off.items() if not value < 1e-10} == {}
+    assert expected["ties-two"] != pytest.approx(expected["ties-equal"], rel=1e-3), "the head must matter"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_config_and_files_of_the_written_folder_agree(
+    found: tuple[int, dict[str, Any]], folder: Path, kind: str
+) -> None:
+    size, figures = found
+    for values in LAYOUTS[:2]:
+        name = f"{kind} {' '.join(values)}"
+        assert bool(figures[name]["untied"]) == (kind in UNTIED)
+        out = folder / f"{size} {name}"
+        weights, before = (load_file(path / "model.safetensors") for path in (out, folder / kind))
+        raw = json.loads((out / "config.json").read_text())
+        is_tied = kind in ("ties-equal", "ties-head")
+        assert raw["tie_word_embeddings"] is raw.get("text_config", raw)["tie_word_embeddings"] is is_tied
+        once = {HEAD} if kind == "ties-equal" else set()
+        assert weights.keys() == before.keys() - once
+        model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        assert tied == is_tied
+
+
+def test_a_head_that_the_files_lack_is_refused_by_name(tmp_path: Path) -> None:
+    write_disagreeing(tmp_path / "base", "unties-one")
+    keys = [f"model.partial_pretrain={tmp_path / 'base'}", "data.train_files=none", "data.val_files=null"]
+    with pytest.raises(ModelError) as caught:
+        check_model(compose([*keys, f"trainer.default_local_dir={tmp_path / 'out'}"]).config)
+    message = str(caught.value)
+    assert "config.json says that the head is a weight of its own" in message
+    assert "no lm_head.weight in the files" in message
+    assert "tie_word_embeddings=true in config.json" in message
