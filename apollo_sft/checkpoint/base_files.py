@@ -22,7 +22,7 @@ MAX_BYTES = 200_000_000
 OTHER_WEIGHTS = "weights in another form, or of another model"
 OF_A_RUN = "a record of the run that made the base"
 OF_A_TRAINER = "the state of the training that made the base"
-OUTSIDE = "a link out of the folder"
+OUTSIDE = "a link"
 TOO_LARGE = f"larger than {MAX_BYTES // 1_000_000} MB"
 TAKEN_NAME = "a run has a file of that name"
 
@@ -69,6 +69,8 @@ def _names(folder: Path, left_out: dict[str, str]) -> Iterator[str]:
 
 
 def _why_no_folder(folder: Path, is_top: bool) -> str | None:
+    if folder.is_symlink():
+        return OUTSIDE
     if is_top and folder.name in OWN_NAMES:
         return OF_A_RUN
     return OTHER_WEIGHTS if any(path.name.endswith(WEIGHT_FORMS) for path in folder.rglob("*")) else None

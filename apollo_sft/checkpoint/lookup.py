@@ -22,6 +22,18 @@ def find_run(folder: Path) -> Path | None:
     return next((candidate for candidate in candidates if read_run(candidate) is not None), None)
 
 
+def find_base(source: str) -> Path | None:
+    """The folder of a base model as a user names it: a folder, or a hub id in the cache; None when it is not here."""
+    from huggingface_hub import snapshot_download
+
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, local_files_only=True))
+    except (OSError, ValueError):  # of what is no hub id, or is not in the cache
+        return None
+
+
 def read_config(run: Path) -> SftConfig:
     """The whole configuration of a run. Raises: ConfigError as `read_training`."""
     return config_of(_read(run))

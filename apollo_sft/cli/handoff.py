@@ -78,10 +78,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _subject(options: argparse.Namespace, overrides: list[str]) -> Subject:
-    from apollo_sft.checkpoint.lookup import find_run, read_training
+    from apollo_sft.checkpoint.lookup import find_base, find_run, read_training
     from apollo_sft.config.sources import paths_of
     from apollo_sft.data.parquet import expand_paths
     from apollo_sft.train.exam import data_keys
+    from apollo_sft.train.handoff_base import names_of
     from apollo_sft.train.handoff_files import Subject
 
     run = find_run(options.folder)
@@ -91,11 +92,13 @@ def _subject(options: argparse.Namespace, overrides: list[str]) -> Subject:
         files = tuple(expand_paths(options.data, "--data"))
     else:
         files = tuple(file for file in paths_of(data.train_files) if run is not None and Path(file).is_file())
+    base = None if run is None else find_base(read_training(run)[1])
     return Subject(
         folder=options.folder,
         data=data,
         run=run,
-        base=None if run is None else read_training(run)[1],
+        base=base,
+        of_base=names_of(base),
         files=files,
         trust_remote_code=options.trust_remote_code,
         generate=not options.no_generate,

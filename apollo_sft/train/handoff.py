@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from apollo_sft.train import handoff_base as base
 from apollo_sft.train import handoff_files as files
 from apollo_sft.train import handoff_prompts as prompts
 from apollo_sft.train.handoff_files import Subject, WrongError
@@ -21,6 +22,7 @@ CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {
     "config": (files.check_config, ("files",)),
     "weights": (files.check_weights, ("files",)),
     "names": (files.check_names, ("config", "weights")),
+    "base": (base.check_base, ("names",)),
     "dtype": (files.check_dtype, ("config", "weights")),
     "tokenizer": (prompts.check_tokenizer, ("config",)),
     "template": (prompts.check_template, ("tokenizer",)),

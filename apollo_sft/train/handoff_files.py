@@ -5,7 +5,8 @@ No weight is read. Training does not come here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,29 @@ import torch
 
 from apollo_sft.checkpoint import publish
 from apollo_sft.checkpoint.conversion import CONFIG_DTYPES, follow_names, plan_export
-from apollo_sft.checkpoint.sidecars import main_dtype
-from apollo_sft.checkpoint.tensor_files import INDEX_FILE, SINGLE_FILE, read_tensors, safe_path
+from apollo_sft.checkpoint.sidecars import main_dtype, stated_dtype
+from apollo_sft.checkpoint.tensor_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    StoredTensor,
+    read_tensors,
+    safe_path,
+    same_values,
+    specs_of,
+)
 from apollo_sft.config.schema import DataConfig
 from apollo_sft.errors import CheckpointError
 from apollo_sft.model.load import in_short
 from apollo_sft.types import BaseModel, TensorSpec
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "module.")
+"""What torch.compile, FSDP and DistributedDataParallel put before names."""
 PEFT_MARKS = ("lora_", ".base_layer.", "base_model.model.", ".modules_to_save.")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+PREDICTED = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
+"""Keys of config.json that count layers of multi-token prediction."""
+LAYER = re.compile(r"\blayers\.(\d+)\.")
 NAMED = 3
 """How many names a message lists."""
 
@@ -40,7 +54,8 @@ class WrongError(Exception):
 class Subject:
     """A folder, how it is to be checked, and what the checks have opened so far, in their order.
 
-    `data`: the keys by which rows are read and rendered. `run`: the one that wrote the folder; `base`: its base model.
+    `data`: the keys by which rows are read and rendered. `run`: the one that wrote the folder; `base`: the folder
+    of its base model, where that is on this machine; `of_base`: names of the base's tensors.
     `files`: parquet files whose rows are rendered, () for none. `max_new_tokens`: None is twice the longest reply of
     these rows. `model`: of config.json, on meta. `prompts`: some that were rendered.
     """
@@ -48,7 +63,8 @@ class Subject:
     folder: Path
     data: DataConfig
     run: Path | None = None
-    base: str | None = None
+    base: Path | None = None
+    of_base: frozenset[str] = frozenset()
     files: tuple[str, ...] = ()
     trust_remote_code: bool = False
     generate: bool = True
@@ -61,25 +77,79 @@ class Subject:
     prompts: list[str] = field(default_factory=list)
     longest_reply: int = 0
 
+    @property
+    def model_state(self) -> dict[str, torch.Tensor]:
+        """The model's parameters and buffers, on meta, by name."""
+        state: dict[str, torch.Tensor] = self.model.state_dict(keep_vars=True)
+        return state
+
+
+def is_copied(subject: Subject, name: str) -> bool:
+    """Tell whether a tensor that the model does not hold may be in the files.
+
+    It may where the base has it, where transformers passes it over for this class, or where it is of the layers of
+    multi-token prediction that config.json counts.
+    """
+    passed_over = getattr(subject.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    if name in subject.of_base or any(re.search(pattern, name) for pattern in passed_over):
+        return True
+    return counted_layers(subject.config) is not None and is_predicting(subject, name)
+
+
+def counted_layers(config: Mapping[str, Any]) -> tuple[str, int] | None:
+    """Find the key of config.json that counts layers of multi-token prediction, and their number."""
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    return next(((key, part[key]) for part in parts for key in PREDICTED if part.get(key)), None)
+
+
+def is_predicting(subject: Subject, name: str) -> bool:
+    """Tell whether a tensor is of a layer behind the last one, or of multi-token prediction by its name."""
+    layer = LAYER.search(name)
+    behind = layer is not None and int(layer[1]) >= getattr(subject.hf_config.get_text_config(), "num_hidden_layers", 0)
+    return behind or "mtp" in name or "nextn" in name
+
 
 def check_form(subject: Subject) -> str:
     """A model in safetensors: no pickle, and no adapter that somebody would have to merge."""
     names = _names(subject)
     if "adapter_config.json" in names:
-        raise WrongError(
-            "adapter_only",
-            "the folder holds an adapter, which RL and vLLM do not merge"
-            + ("; transformers adds it on top of the model" if "config.json" in names else ""),
-            "apollo-sft export RUN_FOLDER OUT merges it into its base; take the adapter's files away here",
-        )
+        _check_adapter(subject, names)
     pickles = sorted(name for name in names if name.endswith(PICKLES))
     if pickles:
         raise WrongError(
             "pickle_weights",
-            f"{_some(pickles)}: opening a pickle can run code",
+            f"{some(pickles)}: opening a pickle can run code",
             "keep safetensors only; take the file out of the folder",
         )
     return "safetensors, no pickle, no adapter"
+
+
+def _check_adapter(subject: Subject, names: set[str]) -> None:
+    """Say what an adapter in the folder means. Raises: WrongError, always."""
+    if "config.json" in names:
+        raise WrongError(
+            "adapter_beside_model",
+            "an adapter lies beside the model: transformers adds it on top, RL and vLLM do not",
+            "take adapter_config.json and adapter_model.safetensors away, unless they are to be merged",
+        )
+    base = str(_read(subject.folder / "adapter_config.json").get("base_model_name_or_path"))
+    if base.startswith(".") or (base.count("/") != 1 and not Path(base).is_absolute()):
+        raise WrongError(
+            "adapter_base_unknown",
+            f"the adapter names its base {base}, which is found from one folder only",
+            "base_model_name_or_path in adapter_config.json: a hub id, or an absolute path",
+        )
+    if "tokenizer_config.json" not in names:
+        raise WrongError(
+            "adapter_without_tokenizer",
+            "an adapter without the tokenizer and chat template that it was trained with",
+            "copy the tokenizer files beside it; runs of ours write them",
+        )
+    raise WrongError(
+        "adapter_only",
+        "the folder holds an adapter, which RL and vLLM do not merge",
+        "apollo-sft export RUN_FOLDER OUT merges it into its base",
+    )
 
 
 def check_files(subject: Subject) -> str:
@@ -94,11 +164,21 @@ def check_files(subject: Subject) -> str:
             raise WrongError(wrong, f"no {name}", fix)
     if not names & set(TOKENIZER_FILES):
         raise WrongError("missing_tokenizer", "no tokenizer.json", "copy the tokenizer's files of the base model here")
+    _check_modes(subject)
     changed = _changed(subject.folder)
     if changed:
-        what = f"changed since an export wrote them: {_some(changed)}"
+        what = f"changed since an export wrote them: {some(changed)}"
         raise WrongError("changed_files", what, "export again, unless somebody meant it", is_note=True)
     return "config, generation config, tokenizer"
+
+
+def _check_modes(subject: Subject) -> None:
+    """Who may read one file of the model may read all. Raises: WrongError."""
+    modes = {path.name: path.stat().st_mode & 0o444 for path in subject.folder.iterdir() if path.is_file()}
+    closed = sorted(name for name, mode in modes.items() if modes["config.json"] & ~mode)
+    if closed:
+        what = f"{some(closed)}: accounts that can read config.json cannot read them"
+        raise WrongError("unreadable_files", what, f"chmod --reference=config.json {closed[0]}")
 
 
 def check_config(subject: Subject) -> str:
@@ -141,7 +221,7 @@ def check_weights(subject: Subject) -> str:
     wanted = {SINGLE_FILE}
     if not (folder / SINGLE_FILE).is_file():
         if not (folder / INDEX_FILE).is_file():
-            raise WrongError("missing_index", f"{_some(shards)} without {INDEX_FILE}", "export the model again")
+            raise WrongError("missing_index", f"{some(shards)} without {INDEX_FILE}", "export the model again")
         weight_map = _read(folder / INDEX_FILE).get("weight_map")
         wanted = set(weight_map.values()) if isinstance(weight_map, dict) else set()
         for name in sorted(map(str, wanted)):
@@ -159,14 +239,14 @@ def check_weights(subject: Subject) -> str:
     except CheckpointError as error:
         raise WrongError("file_outside", str(error).splitlines()[0], "copy the file itself into the folder") from error
     try:
-        subject.tensors = {name: stored.spec for name, stored in read_tensors(folder).items()}
+        subject.tensors = specs_of(read_tensors(folder))
     except CheckpointError as error:
         named = "index_differs" if str(error).startswith(str(folder / INDEX_FILE)) else "damaged_weights"
         raise WrongError(named, _line(error), "copy or export the folder again") from error
     stray = sorted(set(shards) - wanted)
     if stray:
         raise WrongError(
-            "stray_weights", f"{_some(stray)}: no part of the model, but some readers load them", "remove them"
+            "stray_weights", f"{some(stray)}: no part of the model, but some readers load them", "remove them"
         )
     return f"{len(subject.tensors)} tensors in {len(wanted)} file{'s' * (len(wanted) > 1)}"
 
@@ -174,24 +254,33 @@ def check_weights(subject: Subject) -> str:
 def check_names(subject: Subject) -> str:
     """Every tensor has a name and a shape that the architecture's own model takes, and none is missing."""
     model, held = subject.model, subject.tensors
+    wrapped = [name for name in held if name.startswith(WRAPPERS)]
+    if wrapped:
+        raise WrongError(
+            "wrapped_names",
+            f"{some(wrapped)}: saved from a wrapper of the model, so no reader finds them",
+            "save the model that lies inside of the wrapper, or take what it adds out of the names",
+        )
     adapted = [name for name in held if any(mark in name for mark in PEFT_MARKS)]
     if adapted:
-        raise WrongError("peft_names", _some(adapted), "merge the adapter: apollo-sft export does")
-    state = model.state_dict(keep_vars=True)
+        raise WrongError("peft_names", some(adapted), "merge the adapter: apollo-sft export does")
+    state = subject.model_state
     read = follow_names(model, held)
-    unknown = [name for name in held if read[name][0] not in state]
+    unknown = [name for name in held if read[name][0] not in state and not is_copied(subject, name)]
     if unknown:
         raise WrongError(
             "unexpected_tensors",
-            f"{len(unknown)} that {type(model).__name__} does not hold: {_some(unknown)}",
+            f"{len(unknown)} that {type(model).__name__} does not hold: {some(unknown)}",
             "names must be those of the base model's own files",
         )
-    _check_tied({name: id(state[read[name][0]]) for name in held if not read[name][1]})
-    covered = {id(state[memory]) for memory, _ in read.values()}
+    used = [name for name in held if read[name][0] in state]
+    _check_tied({n: id(state[read[n][0]]) for n in used if not read[n][1]}, read_tensors(subject.folder))
+    covered = {id(state[read[name][0]]) for name in used}
     missing = [name for name, _ in model.named_parameters() if id(state[name]) not in covered]
     if missing:
-        raise WrongError("missing_tensors", f"{len(missing)}: {_some(missing)}", "export or copy the whole model")
-    for name, (memory, is_converted) in read.items():
+        raise WrongError("missing_tensors", f"{len(missing)}: {some(missing)}", "export or copy the whole model")
+    for name in used:
+        memory, is_converted = read[name]
         if not is_converted and held[name].shape != tuple(state[memory].shape):
             found = f"{name} is {held[name].shape}, and {tuple(state[memory].shape)} by config.json"
             raise WrongError("shape_differs", found, "config.json and weights must be of one model")
@@ -207,8 +296,11 @@ def check_names(subject: Subject) -> str:
 def check_dtype(subject: Subject) -> str:
     """What config.json says of the dtype is what the files have."""
     found = main_dtype(subject.tensors)
+    if stated_dtype(subject.config) is None:
+        what = f"config.json states no dtype; the files have {found}"
+        raise WrongError("dtype_not_stated", what, f'"torch_dtype": "{found}"', is_note=True)
     for key in ("dtype", "torch_dtype"):
-        stated = subject.config.get(key, found if key == "torch_dtype" or "torch_dtype" in subject.config else "none")
+        stated = subject.config.get(key) or found
         if stated != found:
             raise WrongError("dtype_differs", f"{stated} in config.json, {found} in the files", f'"{key}": "{found}"')
     others = {spec.dtype for spec in subject.tensors.values()} - {CONFIG_DTYPES.get(found, found)}
@@ -237,16 +329,21 @@ def _changed(folder: Path) -> list[str]:
     return changed
 
 
-def _check_tied(parameter_of: dict[str, int]) -> None:
+def _check_tied(parameter_of: dict[str, int], stored: Mapping[str, StoredTensor]) -> None:
     first: dict[int, str] = {}
     for name, parameter in parameter_of.items():
-        if parameter in first:
-            raise WrongError(
-                "untied_copy",
-                f"{first[parameter]} and {name} are one weight by tie_word_embeddings in config.json, two in the files",
-                "apollo-sft export writes it once; or tie_word_embeddings=false if they differ on purpose",
-            )
-        first[parameter] = name
+        if parameter not in first:
+            first[parameter] = name
+            continue
+        one = first[parameter]
+        if same_values(stored[one], stored[name]):
+            what = f"{one} and {name} are one weight by tie_word_embeddings in config.json, two in the files"
+            raise WrongError("untied_copy", what, "apollo-sft export writes it once")
+        raise WrongError(
+            "tie_differs",
+            f"config.json ties {one} and {name}, which differ: some readers use both, others one of them",
+            "tie_word_embeddings=false in config.json",
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -260,7 +357,9 @@ def _line(error: Exception) -> str:
     return " ".join(part.strip() for part in str(error).splitlines())[:300]
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """Name the first few."""
+
     def shown() -> Iterator[str]:
         yield from names[:NAMED]
         if len(names) > NAMED:

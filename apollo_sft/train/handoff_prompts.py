@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import date, datetime, time
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from apollo_sft.data.spans import Span, Text
 from apollo_sft.data.template import resolve_template
 from apollo_sft.data.tokens import fit_template
 from apollo_sft.errors import CheckpointError, DataError, ModelError
-from apollo_sft.model.load import HUB_FILES, in_short
+from apollo_sft.model.load import in_short
 from apollo_sft.train.base import load_tokenizer
 from apollo_sft.train.export import probed_stops
 from apollo_sft.train.generate import generate_replies, load_for_generation, render_prompt
@@ -168,19 +167,14 @@ def _shown(tokenizer: Any, ids: list[int] | tuple[int, ...]) -> str:
 
 def _trained_tokenizer(subject: Subject) -> tuple[Any, str]:
     """The one that training used, where the base model is still here; else the folder's own."""
-    from huggingface_hub import snapshot_download
-
     own = subject.tokenizer, "the folder's own tokenizer (the base model is not here)"
     if subject.base is None:
         return own
     try:
-        folder = Path(subject.base)
-        if not folder.is_dir():
-            folder = Path(snapshot_download(subject.base, allow_patterns=HUB_FILES, local_files_only=True))
-        tokenizer = load_tokenizer(folder, subject.trust_remote_code)
+        tokenizer = load_tokenizer(subject.base, subject.trust_remote_code)
         fit_template(tokenizer, subject.data, add=True)  # as model.add_special_tokens did, if any were missing
         return tokenizer, "the base model's tokenizer"
-    except (ModelError, DataError, OSError, ValueError):
+    except (ModelError, DataError):
         return own
 
 

@@ -10,11 +10,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import torch
+import torch.distributed as dist
+
 from apollo_sft.checkpoint.export import save_model
 from apollo_sft.config.compose import compose
 from apollo_sft.data.loader import Loader
 from apollo_sft.data.store_files import SampleStore
+from apollo_sft.errors import ModelError
+from apollo_sft.model.load import load_with_weights
 from apollo_sft.model.oracle import StaysDouble
+from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
@@ -22,6 +28,7 @@ from apollo_sft.train.assemble import assemble, strategy_of
 from apollo_sft.train.base import open_base
 from apollo_sft.train.run import plan_spec
 from apollo_sft.train.step import train_step
+from apollo_sft.train.weights import check_filled
 from tests.support.exports import options
 
 BATCH = 4
@@ -46,6 +53,30 @@ def cell(folder: Path, kind: str, world: World, values: list[str], out: Path) ->
     return {"loss": result.loss, "untied": list(base.untied)}
 
 
+def damaged(folder: Path, world: World, strategy: str) -> list[str]:
+    """What every rank says when one value of the last rank's shard of a parameter is not the one that was read."""
+    keys = [f"model.partial_pretrain={folder / 'ties-two'}", "data.train_files=none", "data.val_files=null"]
+    config = compose([*keys, f"model.strategy={strategy}"]).config
+    mesh = build_mesh(world, 1)
+    base, hf_config = open_base(config)
+    model, _ = assemble(config, base.folder, hf_config, world, mesh)
+    source = SftModel(load_with_weights(base.folder, hf_config, torch.float32, False)) if world.is_main else None
+    held = strategy_of(model).held(model)
+    check_filled(held, source, mesh)
+    name = max(held, key=lambda name: held[name][1].numel())
+    if world.rank == world.size - 1:
+        with torch.no_grad():
+            held[name][1].view(-1)[-1] += 1
+    said = [""] * world.size
+    try:
+        check_filled(held, source, mesh)
+        message = "nothing"
+    except ModelError as error:
+        message = str(error)
+    dist.all_gather_object(said, f"{name}: {message}")
+    return said
+
+
 def main(out: Path, folder: Path) -> None:
     world = launch.start("cpu", needs_group=False)
     job = json.loads((folder / "job.json").read_text())
@@ -55,6 +86,8 @@ def main(out: Path, folder: Path) -> None:
             name = f"{kind} {' '.join(values)}"
             figures[name] = cell(folder, kind, world, values, folder / f"{world.size} {name.replace('/', '_')}")
             gc.collect()
+    if world.size > 1:
+        figures |= {f"damaged {strategy}": damaged(folder, world, strategy) for strategy in ("fsdp2", "fsdp")}
     if world.is_main:
         out.write_text(json.dumps(figures))
     gc.collect()

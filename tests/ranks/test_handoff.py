@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from apollo_sft.checkpoint.tensor_files import write_tensors
 from apollo_sft.cli.main import main
 from tests.support.chain import write_chain_model
 from tests.support.data import tiny_tokenizer, write_parquet
@@ -90,7 +91,7 @@ def _weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path
     def rewrite(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
         change(tensors)
-        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+        write_tensors(tensors, folder / WEIGHTS)
 
     return rewrite
 
@@ -102,7 +103,7 @@ def _sharded(folder: Path) -> None:
     weight_map = {}
     for number, shard in enumerate((head, tensors), 1):
         name = f"model-{number:05}-of-00002.safetensors"
-        save_file(shard, folder / name, {"format": "pt"})
+        write_tensors(shard, folder / name)
         weight_map |= dict.fromkeys(shard, name)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
@@ -150,13 +151,23 @@ def _renamed(tensors: dict[str, torch.Tensor]) -> None:
     tensors[name.replace(".weight", ".base_layer.weight")] = tensors.pop(name)
 
 
+def _compiled(tensors: dict[str, torch.Tensor]) -> None:
+    for name in list(tensors):
+        tensors[f"_orig_mod.{name}"] = tensors.pop(name)
+
+
+def _stored_twice(folder: Path) -> None:
+    _json("config.json", tie_word_embeddings=True)(folder)
+    _weights(lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))(folder)
+
+
 def _pickled(folder: Path) -> None:
     torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
 
 
 def _adapter_beside(folder: Path) -> None:
     for path in save_tiny_adapter(folder).iterdir():
-        shutil.copy(path, folder / path.name)
+        shutil.copyfile(path, folder / path.name)
 
 
 def _other_shape(tensors: dict[str, torch.Tensor]) -> None:
@@ -185,16 +196,18 @@ BROKEN: dict[str, Callable[[Path], None]] = {
     "eos_differs": _json("tokenizer_config.json", eos_token="<|endoftext|>"),
     "eos_differs: config.json": _json("config.json", eos_token_id=0),
     "peft_names": _weights(_renamed),
-    "adapter_only": _adapter_beside,
+    "wrapped_names": _weights(_compiled),
+    "adapter_beside_model": _adapter_beside,
+    "unreadable_files": lambda folder: (folder / WEIGHTS).chmod(0o600),
     "dtype_differs": _json("config.json", dtype="bfloat16"),
-    "dtype_differs: nothing stated": _json("config.json", dtype=None),
-    "untied_copy": _json("config.json", tie_word_embeddings=True),
+    "tie_differs": _json("config.json", tie_word_embeddings=True),
+    "untied_copy": _stored_twice,
     "missing_shard": _sharded_then(_without("model-00002-of-00002.safetensors")),
     "missing_index": _sharded_then(_without(INDEX)),
     "index_differs": _sharded_then(_mapped("lm_head.weight", "model-00002-of-00002.safetensors")),
     "file_outside": _sharded_then(_mapped("lm_head.weight", "../elsewhere.safetensors")),
     "file_outside: by a link": _linked_out,
-    "stray_weights": _sharded_then(lambda folder: save_file({"a": torch.ones(1)}, folder / "old.safetensors")),
+    "stray_weights": _sharded_then(lambda folder: write_tensors({"a": torch.ones(1)}, folder / "old.safetensors")),
     "damaged_weights": _truncated,
     "damaged_json": _text("config.json", "{"),
     "vocab_mismatch": _with_one_token_more,
@@ -250,6 +263,7 @@ def test_an_unbroken_copy_and_shards_pass(run: Path, tmp_path: Path, capsys: pyt
 
 def test_a_missing_expert_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save_tiny_model(tmp_path / "model", tiny_config("Qwen3Moe", vocab_size=360, **MOE))
+    (folder / WEIGHTS).chmod(0o644)
     tiny_tokenizer(eos_token="<|im_end|>").save_pretrained(folder)
     _text("generation_config.json", '{"eos_token_id": 2}')(folder)
     assert _results(folder, capsys, "--no-generate")[0] == 0
@@ -276,11 +290,24 @@ def test_edited_files_are_a_note(run: Path, tmp_path: Path, capsys: pytest.Captu
     assert "generation_config.json" in _results(edited / "hf", capsys, "--no-generate")[1]["files"]["what"]
 
 
-def test_an_adapter_alone_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, found = _results(save_tiny_adapter(run.parent / "base"), capsys)
-    assert code == 2
-    assert found["form"]["name"] == "adapter_only"
-    shutil.rmtree(run.parent / "base" / "adapter")
+def test_an_adapter_alone_is_named_by_what_is_wrong_with_it(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run.parent / "base", tmp_path / "base")
+    folder = save_tiny_adapter(tmp_path / "base")
+    assert _results(folder, capsys)[1]["form"]["name"] == "adapter_without_tokenizer"
+    shutil.copy(tmp_path / "base" / "tokenizer_config.json", folder)
+    code, found = _results(folder, capsys)
+    assert (code, found["form"]["name"]) == (2, "adapter_only")
+    _json("adapter_config.json", base_model_name_or_path="../base")(folder)
+    assert _results(folder, capsys)[1]["form"]["name"] == "adapter_base_unknown"
+
+
+def test_a_dtype_that_is_not_stated_is_a_note(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _copy(run, tmp_path / "model")
+    _json("config.json", dtype=None)(folder)
+    code, found = _results(folder, capsys, "--no-generate")
+    assert (code, found["dtype"]["name"]) == (0, "dtype_not_stated")
 
 
 def test_what_rl_must_be_told_is_a_note(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -326,9 +353,7 @@ def test_a_folder_of_no_run_is_compared_on_data_that_is_given(
 def test_every_name_is_in_the_docs() -> None:
     text = (ROOT / "docs" / "handoff.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| `(\w+)` \|", text, re.M))
-    sources = "".join(
-        (ROOT / "apollo_sft" / "train" / f"handoff_{part}.py").read_text() for part in ("files", "prompts")
-    )
+    sources = "".join(path.read_text() for path in (ROOT / "apollo_sft" / "train").glob("handoff_*.py"))
     raised = set(re.findall(r'WrongError\(\s*"(\w+)"', sources)) | {name.split(":")[0] for name in BROKEN}
     assert listed == raised
 
