@@ -40,7 +40,8 @@ usual ones.
   --help              this text
 
 Exit codes: 0 done, however many are right; 2 refused."""
-OVERRIDE = re.compile(r"\+{0,2}[a-z_]+(\.[a-z_]+)*=")
+OVERRIDE = re.compile(r"\+{0,2}[a-z_]+(\.[a-z_]+)*=(?!=)")
+"""`key=value`, but not `package==version`."""
 SHOWN_CHARACTERS = 60
 
 

@@ -28,6 +28,7 @@ weights, tokenizer, chat template, stop tokens, and whether a greedy reply ends.
 compared with what training rendered, byte for byte. Every failure has a name; docs/handoff.md says what to do.
 
   --data FILE …        parquet files to compare prompts on [those of the run that wrote DIR, where they still are]
+  --for VERSION        the reader that is to open it: transformers==4.51. What it does not know is wrong then
   --no-generate        load no weights
   --max-new-tokens N   the longest reply [twice the longest of the compared rows, at most 512]
   --trust-remote-code  run the folder's own code
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> int:
         checks = [asdict(result) for result in results]
         print(json.dumps({"folder": str(options.folder), "passed": passed, "checks": checks}, ensure_ascii=False))
     else:
-        _show(Console(highlight=False), options.folder, results, passed)
+        _show(Console(highlight=False), options, results, passed)
     return 0 if passed else 2
 
 
@@ -71,6 +72,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="apollo-sft handoff", add_help=False, allow_abbrev=False)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data", nargs="+", default=[])
+    parser.add_argument("--for", dest="reader")
     parser.add_argument("--max-new-tokens", type=int)
     for flag in ("--no-generate", "--trust-remote-code", "--json"):
         parser.add_argument(flag, action="store_true")
@@ -84,6 +86,7 @@ def _subject(options: argparse.Namespace, overrides: list[str]) -> Subject:
     from apollo_sft.train.exam import data_keys
     from apollo_sft.train.handoff_base import names_of
     from apollo_sft.train.handoff_files import Subject
+    from apollo_sft.train.handoff_readers import parse_reader
 
     run = find_run(options.folder)
     composed = compose(["data.train_files=train.parquet", "data.val_files=null", *overrides])
@@ -102,11 +105,13 @@ def _subject(options: argparse.Namespace, overrides: list[str]) -> Subject:
         files=files,
         trust_remote_code=options.trust_remote_code,
         generate=not options.no_generate,
+        reader=None if options.reader is None else parse_reader(options.reader),
         max_new_tokens=options.max_new_tokens,
     )
 
 
-def _show(console: Console, folder: Path, results: list[Result], passed: bool) -> None:
+def _show(console: Console, options: argparse.Namespace, results: list[Result], passed: bool) -> None:
+    folder = options.folder
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
@@ -116,5 +121,11 @@ def _show(console: Console, folder: Path, results: list[Result], passed: bool) -
         if result.name is not None:
             table.add_row("", "", Text.assemble((result.name, "bold"), f": {result.fix}"))
     console.print(table)
+    if options.reader is not None:
+        by_library = [result for result in results if result.holds_for != "every version"]
+        own = ", ".join(result.check for result in results if result not in by_library)
+        theirs = ", ".join(result.check for result in by_library)
+        console.print(f"\nFor {options.reader}: {own}.", soft_wrap=True)
+        console.print(f"As {by_library[0].holds_for} reads the folder, which is installed: {theirs}.", soft_wrap=True)
     end = f"{folder}: RL can go on from here." if passed else f"{folder}: RL cannot go on from here as it is."
     console.print(Text(f"\n{end}", style="green" if passed else "bold red"), soft_wrap=True)

@@ -5,42 +5,57 @@ Training does not come here.
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from apollo_sft.train import handoff_base as base
 from apollo_sft.train import handoff_files as files
 from apollo_sft.train import handoff_prompts as prompts
+from apollo_sft.train import handoff_readers as readers
 from apollo_sft.train.handoff_files import Subject, WrongError
 
 State = Literal["pass", "note", "wrong", "skipped", "not checked"]
-Check = Callable[[Subject], str | None]
-CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {
-    "form": (files.check_form, ()),
-    "files": (files.check_files, ()),
-    "config": (files.check_config, ("files",)),
-    "weights": (files.check_weights, ("files",)),
-    "names": (files.check_names, ("config", "weights")),
-    "base": (base.check_base, ("names",)),
-    "dtype": (files.check_dtype, ("config", "weights")),
-    "tokenizer": (prompts.check_tokenizer, ("config",)),
-    "template": (prompts.check_template, ("tokenizer",)),
-    "stops": (prompts.check_stops, ("template",)),
-    "generation": (prompts.check_generation, ("form", "names", "dtype", "stops")),
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """`run`: what is done. `needs`: checks that must not have found anything wrong before. `by_library`: what it finds
+    is what the installed transformers makes of the folder; the others read files, and hold for every version."""
+
+    run: Callable[[Subject], str | None]
+    needs: tuple[str, ...] = ()
+    by_library: bool = False
+
+
+CHECKS: dict[str, Check] = {
+    "form": Check(files.check_form),
+    "files": Check(files.check_files),
+    "config": Check(files.check_config, ("files",), by_library=True),
+    "weights": Check(files.check_weights, ("files",)),
+    "names": Check(files.check_names, ("config", "weights"), by_library=True),
+    "base": Check(base.check_base, ("names",)),
+    "dtype": Check(files.check_dtype, ("config", "weights")),
+    "readers": Check(readers.check_readers, ("config", "weights", "names")),
+    "tokenizer": Check(prompts.check_tokenizer, ("config",), by_library=True),
+    "template": Check(prompts.check_template, ("tokenizer",), by_library=True),
+    "stops": Check(prompts.check_stops, ("template",), by_library=True),
+    "generation": Check(prompts.check_generation, ("form", "names", "dtype", "stops"), by_library=True),
 }
-"""Name: what it does, and which ones must not have found anything wrong before."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`name`: of what is wrong or worth a note, as docs/handoff.md lists it. `fix`: what to do."""
+    """`name`: of what is wrong or worth a note, as docs/handoff.md lists it. `fix`: what to do. `holds_for`: the reader
+    that the check speaks of, "every version" or the installed one."""
 
     check: str
     state: State
     what: str
     name: str | None = None
     fix: str | None = None
+    holds_for: str = "every version"
 
 
 def check_folder(subject: Subject) -> list[Result]:
@@ -49,12 +64,14 @@ def check_folder(subject: Subject) -> list[Result]:
     Raises: DataError for data that cannot be read.
     """
     results: list[Result] = []
-    for name, (check, needs) in CHECKS.items():
+    installed = f"transformers {importlib.metadata.version('transformers')}"
+    for name, check in CHECKS.items():
         bad = {result.check for result in results if result.state in ("wrong", "not checked")}
-        if bad & set(needs):
-            results.append(Result(name, "not checked", f"needs {', '.join(sorted(bad & set(needs)))}"))
+        if bad & set(check.needs):
+            found = Result(name, "not checked", f"needs {', '.join(sorted(bad & set(check.needs)))}")
         else:
-            results.append(_made(name, check, subject))
+            found = _made(name, check.run, subject)
+        results.append(replace(found, holds_for=installed) if check.by_library else found)
     return results
 
 
@@ -62,7 +79,7 @@ def passes(results: list[Result]) -> bool:
     return all(result.state not in ("wrong", "not checked") for result in results)
 
 
-def _made(name: str, check: Check, subject: Subject) -> Result:
+def _made(name: str, check: Callable[[Subject], str | None], subject: Subject) -> Result:
     try:
         what = check(subject)
     except WrongError as wrong:

@@ -14,7 +14,6 @@ from apollo_sft.checkpoint.tensor_files import StoredTensor, read_tensors, same_
 from apollo_sft.errors import CheckpointError
 from apollo_sft.train.handoff_files import Subject, WrongError, counted_layers, is_predicting, some
 
-
 TEMPLATES = ("chat_template.", "additional_chat_templates/")
 
 

@@ -56,6 +56,7 @@ class Subject:
 
     `data`: the keys by which rows are read and rendered. `run`: the one that wrote the folder; `base`: the folder
     of its base model, where that is on this machine; `of_base`: names of the base's tensors.
+    `reader`: the version of transformers that is to open the folder, None where nothing was said.
     `files`: parquet files whose rows are rendered, () for none. `max_new_tokens`: None is twice the longest reply of
     these rows. `model`: of config.json, on meta. `prompts`: some that were rendered.
     """
@@ -68,6 +69,7 @@ class Subject:
     files: tuple[str, ...] = ()
     trust_remote_code: bool = False
     generate: bool = True
+    reader: tuple[int, int] | None = None
     max_new_tokens: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
     hf_config: Any = None

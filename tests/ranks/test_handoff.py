@@ -19,7 +19,7 @@ from apollo_sft.cli.main import main
 from tests.support.chain import write_chain_model
 from tests.support.data import tiny_tokenizer, write_parquet
 from tests.support.exports import MOE
-from tests.support.models import save_tiny_adapter, save_tiny_model, tiny_config
+from tests.support.models import save_tiny_adapter, save_tiny_model, tiny_config, tiny_model
 from tests.support.runs import train_here
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +64,8 @@ def test_what_we_write_passes(
     for folder in (*folders, tmp_path / "exported"):
         code, found = _results(f"{folder}/", capsys)
         assert code == 0
-        assert {check["state"] for check in found.values()} == {"pass"}
+        assert {name for name, check in found.items() if check["state"] != "pass"} == {"readers"}
+        assert found["readers"]["name"] == "tokenizer_form", "this base was written by transformers 5"
         if folder != tmp_path / "exported":
             assert found["template"]["what"].startswith("16 prompts of 16 samples as training rendered them")
         assert found["generation"]["what"].startswith(("4 of 4", "1 of 1"))
@@ -290,6 +291,61 @@ def test_edited_files_are_a_note(run: Path, tmp_path: Path, capsys: pytest.Captu
     assert "generation_config.json" in _results(edited / "hf", capsys, "--no-generate")[1]["files"]["what"]
 
 
+def _in_the_form_of_version_4(folder: Path) -> Path:
+    raw = json.loads((folder / "config.json").read_text())
+    raw |= {"rope_theta": raw.pop("rope_parameters")["rope_theta"], "torch_dtype": raw.pop("dtype")}
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+def _experts_in_one_tensor(folder: Path) -> None:
+    """Those of a Mixtral, in the place of the model that was there."""
+    moe = tiny_config("Mixtral", vocab_size=360, num_local_experts=4, eos_token_id=2)
+    tiny_model(moe, torch.float32).save_pretrained(folder, save_original_format=False)
+    _in_the_form_of_version_4(folder)
+    (folder / WEIGHTS).chmod(0o644)
+    (folder / "run.json").unlink()
+
+
+NEWER: dict[str, Callable[[Path], None]] = {
+    "tokenizer_form": _json("tokenizer_config.json", tokenizer_class="TokenizersBackend"),
+    "tokenizer_form: list": _json("tokenizer_config.json", extra_special_tokens=["<|im_end|>"]),
+    "config_form": _json("config.json", rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "weights_form": _experts_in_one_tensor,
+    "dtype_key": _json("config.json", torch_dtype=None, dtype="float32"),
+}
+
+
+@pytest.mark.parametrize("case", NEWER)
+def test_a_form_that_a_reader_does_not_know_is_named(
+    case: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = _in_the_form_of_version_4(_copy(run, tmp_path / "model"))
+    _json("tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", extra_special_tokens=None)(folder)
+    older = ("--for", "transformers==4.51", "--no-generate")
+    code, found = _results(folder, capsys, *older)
+    assert (code, found["readers"]["state"], found["readers"]["holds_for"]) == (0, "pass", "every version")
+    NEWER[case](folder)
+    code, found = _results(folder, capsys, *older)
+    state = "note" if case == "dtype_key" else "wrong"
+    named = case.split(":")[0]
+    assert (found["readers"]["name"], found["readers"]["state"]) == (named, state)
+    assert {name for name, check in found.items() if check["state"] == "wrong"} <= {"readers"}
+    assert code == (0 if state == "note" else 2)
+    assert _results(folder, capsys, "--no-generate")[1]["readers"]["state"] == "note", "nobody named a version"
+    code, found = _results(folder, capsys, "--for", "transformers==5.0", "--no-generate")
+    assert (code, found["readers"]["state"]) == (0, "pass")
+
+
+def test_the_output_says_for_whom_each_check_holds(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["handoff", str(run), "--for", "transformers==4.51", "--no-generate"])
+    printed = capsys.readouterr().out
+    assert "For transformers==4.51: form, files, weights, base, dtype, readers." in printed
+    assert "which is installed: config, names, tokenizer, template, stops, generation." in printed
+    assert main(["handoff", str(run), "--for", "vllm==0.8"]) == 2
+    assert "--for names no version of transformers" in capsys.readouterr().err
+
+
 def test_an_adapter_alone_is_named_by_what_is_wrong_with_it(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -354,7 +410,8 @@ def test_every_name_is_in_the_docs() -> None:
     text = (ROOT / "docs" / "handoff.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| `(\w+)` \|", text, re.M))
     sources = "".join(path.read_text() for path in (ROOT / "apollo_sft" / "train").glob("handoff_*.py"))
-    raised = set(re.findall(r'WrongError\(\s*"(\w+)"', sources)) | {name.split(":")[0] for name in BROKEN}
+    raised = set(re.findall(r'WrongError\(\s*"(\w+)"', sources))
+    raised |= {name.split(":")[0] for name in (*NEWER, *BROKEN)}
     assert listed == raised
 
 
