@@ -1,17 +1,20 @@
 """The end of a LoRA run: the merged model is opened again and must say what base and adapter said."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from apollo_sft.data.store_files import SampleStore
 from apollo_sft.errors import CheckpointError
 from apollo_sft.train.merged import check_merged, probe_of
+from tests.support.data import CHATML
 from tests.support.forked import train_on_ranks
-from tests.support.runs import write_inputs
+from tests.support.runs import train_here, write_inputs
 
 FEW = (
     "trainer.total_training_steps=3",
@@ -90,3 +93,25 @@ def test_a_wrong_merge_is_not_handed_over(tmp_path: Path) -> None:
     save_file(load_file(file) | {name: load_file(inputs / "model" / file.name)[name]}, file, {"format": "pt"})
     with pytest.raises(CheckpointError, match="does not say what the model with its adapter said"):
         check_merged(out, probe, live, torch.float32, False)
+
+
+def test_an_adapter_alone_opens_from_anywhere_with_its_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base was named by a relative path, and the template is not the base's own."""
+    inputs = write_inputs(tmp_path / "inputs")
+    monkeypatch.chdir(inputs)
+    template = CHATML.replace("<|im_end|>", "<|end|>")
+    (inputs / "own.jinja").write_text(template)
+    more = ("model.lora_rank=2", "trainer.export=adapter", "data.chat_template=own.jinja")
+    train_here(inputs, tmp_path / "run", "model.partial_pretrain=./model", "trainer.total_training_steps=2", *more)
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "run" / "adapter", tmp_path / "run" / "checkpoints" / "latest" / "hf"):
+        assert AutoTokenizer.from_pretrained(folder).chat_template == template
+        written = json.loads((folder / "adapter_config.json").read_text())
+        assert written["base_model_name_or_path"] == str(inputs / "model")
+        model = AutoPeftModelForCausalLM.from_pretrained(folder)
+        assert model.peft_config["default"].r == 2
+        modes = {path.stat().st_mode & 0o777 for path in folder.iterdir() if path.name[0] != "."}
+        assert len(modes) == 1
+        assert not (folder / "config.json").exists()
