@@ -19,11 +19,14 @@ STATE_OF_TRAINERS = ("trainer_state.json", "zero_to_fp32.py", "latest", "*.tfeve
 MAX_BYTES = 200_000_000
 """A larger file that is no weights is not copied into every checkpoint."""
 
+CODE = (".py", ".pyc", ".so", ".sh")
+
 OTHER_WEIGHTS = "weights in another form, or of another model"
 OF_A_RUN = "a record of the run that made the base"
 OF_A_TRAINER = "the state of the training that made the base"
 OUTSIDE = "a link"
 TOO_LARGE = f"larger than {MAX_BYTES // 1_000_000} MB"
+UNTRUSTED = "code, which is carried with model.trust_remote_code=true"
 TAKEN_NAME = "a run has a file of that name"
 
 
@@ -38,15 +41,19 @@ class BaseFiles:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def sort_files(folder: Path, follow_links: bool = False) -> BaseFiles:
-    """Look at every file of a model folder. `follow_links`: copy also what a link leads to outside of it."""
+def sort_files(folder: Path, follow_links: bool = False, code: bool = False) -> BaseFiles:
+    """Look at every file of a model folder.
+
+    `follow_links`: copy also what a link leads to outside of it. `code`: copy code, too, which the user trusts.
+    """
     files = BaseFiles()
     carried = []
     listed = set(publish.model_files(folder))
     own_weights = {path.name for path in folder.glob("*.safetensors")} | {INDEX_FILE}
 
     for name in _names(folder, files.left_out):
-        why = _why_not(folder, name, listed, follow_links)
+        is_untrusted = name.endswith(CODE) and not code
+        why = UNTRUSTED if is_untrusted else _why_not(folder, name, listed, follow_links)
         if why is None:
             carried.append(name)
         elif name not in own_weights:

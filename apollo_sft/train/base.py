@@ -48,7 +48,7 @@ def open_base(config: SftConfig, weights: bool = True) -> tuple[BaseModel, Any]:
     growth = growth_of(config, folder, hf_config)
     if growth is not None:
         raw, hf_config = _with_rows(raw, hf_config, growth.rows), with_rows(hf_config, growth.rows)
-    carried = sort_files(folder, model.follow_links).carried
+    carried = sort_files(folder, model.follow_links, model.trust_remote_code).carried
     return BaseModel(model.partial_pretrain, folder, raw, specs_of(stored), growth, untied, carried), hf_config
 
 

@@ -31,7 +31,7 @@ def check_base(subject: Subject) -> str:
         return "nothing to compare with: the base model is not here"
 
     before = _tensors(folder)
-    carried = sort_files(folder, follow_links=True).carried
+    carried = sort_files(folder, follow_links=True, code=subject.trust_remote_code).carried
     files = [name for name in carried if not name.startswith(TEMPLATES)]  # these are compared by what they render
     lost = [name for name in files if not (subject.folder / name).is_file()]
     if lost:

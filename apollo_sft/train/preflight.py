@@ -155,12 +155,13 @@ def check_model(config: SftConfig) -> dict[str, Any]:
     Raises: ModelError, ConfigError.
     """
     base, hf_config = open_base(config)
+    trust = config.model.trust_remote_code
     liger.check_family(config.model, hf_config.model_type)
     if not base.tensors:
         raise no_weights(base.folder)
     attention.register(attention.sdpa_kernel)  # its name must be known; nothing runs
     master = DTYPES[config.model.fsdp_config.model_dtype]
-    causal_lm = build_on_meta(hf_config, master, config.model.trust_remote_code)
+    causal_lm = build_on_meta(hf_config, master, trust)
     adapter = config.model.lora_adapter_path
     with _about_the_base():
         if (base.folder / "generation_config.json").is_file():
@@ -179,7 +180,7 @@ def check_model(config: SftConfig) -> dict[str, Any]:
     if adapter is not None:
         check_adapter_file(causal_lm, adapter)
     _check_disk(config, causal_lm, sum(map(num_bytes, plan.tensors.values())), is_lora=wanted is not None)
-    left_out = sort_files(base.folder, config.model.follow_links).left_out
+    left_out = sort_files(base.folder, config.model.follow_links, trust).left_out
     for line in in_words(base, plan.copied, left_out):
         say(line)
     facts = {"carried_files": base.carried, "files_left_out": left_out, "copied_tensors": plan.copied}

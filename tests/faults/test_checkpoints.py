@@ -63,7 +63,8 @@ def test_a_checkpoint_holds_the_state_and_a_model_folder(reference: Path) -> Non
 def test_with_lora_it_holds_the_adapter(inputs: Path, tmp_path: Path) -> None:
     train_here(inputs, tmp_path, *TEN, *LORA)
     hf = tmp_path / "checkpoints" / "latest" / "hf"
-    assert names(hf) == ["adapter_config.json", "adapter_model.safetensors"]
+    tokenizer = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    assert names(hf) == ["adapter_config.json", "adapter_model.safetensors", *tokenizer]
     for name in names(hf):
         assert (hf / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
     adapted = AutoModelForCausalLM.from_pretrained(hf)

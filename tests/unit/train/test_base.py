@@ -87,13 +87,14 @@ def test_files_of_earlier_runs_and_other_models_stay_behind(tmp_path: Path) -> N
     (base / "leads").symlink_to(tmp_path)
     (base / "away.bin.txt").symlink_to(tmp_path / "nowhere.txt")
     (tmp_path / "nowhere.txt").write_text("private")
-    found, _ = open_base(config_of(base, "model.follow_links=true"))
+    found, _ = open_base(config_of(base, "model.follow_links=true", "model.trust_remote_code=true"))
     assert found.carried == ("README.md", "away.bin.txt", "code/a.py", "config.json", "generation_config.json")
     files = sort_files(base)
     assert "away.bin.txt" not in files.carried
     assert list(files.left_out) == [
         "away.bin.txt",
         "checkpoint-5/",
+        "code/a.py",
         "leads/",
         "metrics.jsonl",
         "runs/events.out.tfevents.1.host",
