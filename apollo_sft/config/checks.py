@@ -15,7 +15,9 @@ from apollo_sft.config.sources import paths_of, refused
 from apollo_sft.errors import ConfigError
 
 LOGGERS = ("console", "tensorboard", "wandb", "mlflow", "swanlab", "trackio", "file")
-LORA_NAMES = "lora_alpha target_modules target_parameters lora_dropout use_rslora use_dora modules_to_save"
+LORA_NAMES = (
+    "lora_alpha target_modules target_parameters exclude_modules lora_dropout use_rslora use_dora modules_to_save"
+)
 LORA_KEYS = tuple(f"model.{name}" for name in LORA_NAMES.split())
 UNUSED: tuple[tuple[str, Callable[[SftConfig], bool], str], ...] = (
     ("optim.stable_ratio", lambda c: c.optim.lr_scheduler != "wsd", "without optim.lr_scheduler=wsd"),
@@ -49,6 +51,7 @@ def check_combinations(config: SftConfig, given: set[str], notes: list[str]) -> 
         _files(config, given),
         refused(config.data),
         _precision(config),
+        _exclusions(config),
         _four_bits(config),
         _compiled(config),
         _loggers(config),
@@ -177,6 +180,19 @@ def _precision(config: SftConfig) -> Iterator[ConfigError]:
             "model.fsdp_config.dtype does not go with model.fsdp_config.model_dtype",
             found=f"dtype={compute}, model_dtype={master}",
             expected=f"dtype={' or '.join(allowed)} with model_dtype={master}",
+        )
+
+
+def _exclusions(config: SftConfig) -> Iterator[ConfigError]:
+    """PEFT reads `target_modules` in the same way, but knows `all-linear` there."""
+    excluded = config.model.exclude_modules
+    try:
+        re.compile(excluded if isinstance(excluded, str) else "")
+    except re.error as error:
+        yield ConfigError(
+            "model.exclude_modules is no regular expression, which one text is read as",
+            found=f"{excluded} ({error})",
+            expected=r"an expression of full names such as '.*\.layers\.0\..*', or a list of ends of names: [o_proj]",
         )
 
 

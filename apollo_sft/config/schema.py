@@ -203,6 +203,7 @@ class ModelConfig(Section):
     lora_alpha: Count
     target_modules: Annotated[Text | Strings, Field(description="a text, or a list of them")]
     target_parameters: Strings
+    exclude_modules: Annotated[Text | Strings, Field(description="a text, or a list of them")]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     use_rslora: bool
     use_dora: bool

@@ -7,7 +7,6 @@ shapes and files are PEFT's.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any, cast
@@ -19,79 +18,11 @@ from torch.distributed.tensor import DTensor, Replicate
 from apollo_sft.errors import ConfigError
 
 UP, DOWN = "gate_up_proj", "down_proj"
-ROUTER = "gate.weight"
-"""What PEFT calls the weight of a router where `all-linear` takes it in."""
 ALIGNMENT_BYTES = 16
 """Grouped products on CUDA want rows of a multiple of it."""
 
 
-def name_targets(config: Any, causal_lm: Any) -> None:
-    """Write PEFT's names of experts in one tensor into its config, in place. `all-linear` adds those of architectures
-    that PEFT does not know, and takes tensors of routers out.
-
-    Raises: ConfigError for what PEFT's adapters of tensors cannot do.
-    """
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-
-    everything = config.target_modules == "all-linear"
-    convert_peft_config_for_transformers(config, causal_lm, None)
-    names = set(config.target_parameters or ())
-    if everything:
-        names = names - {ROUTER} | _names_of_the_rest(config, causal_lm, names)
-    config.target_parameters = names or None
-    for wrong, key in ((config.lora_dropout, "lora_dropout"), (config.use_dora, "use_dora")):
-        if wrong and names:
-            raise ConfigError(
-                f"model.{key}: adapters of experts that are held in one tensor know none",
-                found=f"{', '.join(sorted(names))} among what is adapted",
-                fix=f"leave model.{key} out, or name other modules: model.target_modules=[q_proj,k_proj,v_proj,o_proj]",
-            )
-
-
-def asked_for(targets: Any, causal_lm: Any) -> set[str]:
-    """Linear modules outside of the head that `targets` names, of a model without adapters; of `all-linear` experts in
-    one tensor, too. Raises: re.error."""
-    head = causal_lm.get_output_embeddings()
-    linear = {name for name, m in causal_lm.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    if targets == "all-linear":
-        plain = (m for m in causal_lm.named_modules() if not isinstance(m[1], nn.modules.conv._ConvNd))
-        of_each = ((f"{name}.{n}", p) for name, m in plain for n, p in m.named_parameters(recurse=False))
-        return linear | {name for name, parameter in of_each if parameter.ndim == 3 and not name.endswith("_bias")}
-    if isinstance(targets, str):
-        return {name for name in linear if re.fullmatch(targets, name)}
-    return {name for name in linear if any(f".{name}".endswith(f".{target}") for target in targets)}
-
-
-def check_names(targets: Any, missed: set[str], unasked: set[str]) -> None:
-    """What became of `targets` beside adapted experts. PEFT takes names for last names where it knows the architecture.
-
-    Raises: ConfigError when others than those that are named in full are adapted.
-    """
-    in_full = targets != "all-linear" and (isinstance(targets, str) or any("." in target for target in targets))
-    if in_full and (missed or unasked):
-        raise ConfigError(
-            "model.target_modules: beside experts in one tensor, PEFT takes modules of this architecture by last names",
-            found="; ".join(
-                f"{len(names)} {what}, such as {min(names)}"
-                for what, names in (("named and not adapted", missed), ("adapted and not named", unasked))
-                if names
-            ),
-            fix="last names, model.target_modules=[q_proj,v_proj], and experts by model.target_parameters",
-        )
-
-
-def _names_of_the_rest(config: Any, causal_lm: Any, known: set[str]) -> set[str]:
-    """Experts of architectures that PEFT does not know, as it names those that it knows: gate and up, which lie in one
-    tensor, with the rank and the alpha of two, in place."""
-    found: set[str] = set()
-    for name, module in causal_lm.named_modules():
-        if _are_experts(module) and not any(f"{name}.{UP}".endswith(f".{target}") for target in known):
-            found |= {f"{name.rpartition('.')[2]}.{tensor}" for tensor in (UP, DOWN)}
-            config.rank_pattern[rf".*\.{UP}"], config.alpha_pattern[rf".*\.{UP}"] = 2 * config.r, 2 * config.lora_alpha
-    return found
-
-
-def _are_experts(module: Any) -> bool:
+def are_experts(module: Any) -> bool:
     """Whether transformers can compute it in more than one way, and so says how; gated, and without a norm behind."""
     return getattr(module, "has_gate", False) and not getattr(module, "has_post_expert_norm", True)
 
@@ -120,7 +51,7 @@ def attach(causal_lm: Any) -> None:
     for name, outermost in wrapped(causal_lm):
         names = {wrapper.parameter_name for wrapper in wrappers(outermost)}
         experts = outermost.get_base_layer()
-        if not _are_experts(experts) or names - {UP, DOWN}:
+        if not are_experts(experts) or names - {UP, DOWN}:
             raise ConfigError(
                 "model.target_modules takes in a tensor that is not one of gated experts",
                 found=f"{name}, a {type(experts).__name__}: {', '.join(sorted(names))}",

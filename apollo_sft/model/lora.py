@@ -10,7 +10,6 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from apollo_sft.config.schema import ModelConfig
 from apollo_sft.errors import ConfigError, ModelError
-from apollo_sft.model import experts
+from apollo_sft.model import experts, lora_targets
 from apollo_sft.model.four_bit import FourBitLinear, describe, four_bit_modules, num_weights
+from apollo_sft.model.lora_targets import Adapted
 
 ADAPTER = "default"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -37,30 +37,6 @@ IGNORED = (
     "ensure_weight_tying",
 )  # fmt: skip
 """Those that say nothing about what the adapter computes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Adapted:
-    """What was adapted: names of modules and tensors, those trained whole beside them, and parameters that are trained,
-    of all. `in_four_bits`: what is held so, in words. `left`: what was asked for and PEFT cannot adapt.
-    """
-
-    modules: tuple[str, ...]
-    whole: tuple[str, ...]
-    num_trainable: int
-    num_parameters: int
-    in_four_bits: str = ""
-    left: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        kinds, left = (", ".join(sorted({n.rpartition(".")[2] for n in names})) for names in (self.modules, self.left))
-        share = self.num_trainable / self.num_parameters
-        whole = f"{', '.join(self.whole)} trained whole, " if self.whole else ""
-        return (
-            f"LoRA: {len(self.modules)} modules adapted ({kinds}), {whole}"
-            f"{self.num_trainable:,} of {self.num_parameters:,} parameters trained ({share:.2%}){self.in_four_bits}"
-            + (f"; {len(self.left)} asked for and not adapted ({left})" if left else "")
-        )
 
 
 def lora_config(model: ModelConfig, source: str) -> Any | None:
@@ -90,12 +66,13 @@ def lora_config(model: ModelConfig, source: str) -> Any | None:
 def _new_config(model: ModelConfig, source: str) -> Any:
     from peft import LoraConfig
 
-    targets = model.target_modules
+    targets, excluded = model.target_modules, model.exclude_modules
     return LoraConfig(
         r=model.lora_rank,
         lora_alpha=model.lora_alpha,
         target_modules=targets if isinstance(targets, str) else list(targets),
         target_parameters=list(model.target_parameters) or None,
+        exclude_modules=excluded if isinstance(excluded, str) else list(excluded) or None,
         lora_dropout=model.lora_dropout,
         use_rslora=model.use_rslora,
         use_dora=model.use_dora,
@@ -136,7 +113,21 @@ def _saved_config(model: ModelConfig, path: str) -> Any:
             found=f"{model.lora_rank}, and {saved.r} in {path}",
             fix=f"model.lora_rank={saved.r}, or leave it out",
         )
+    _check_exclusions(model, saved.exclude_modules, path)
+    setattr(saved, lora_targets.CONTINUED, True)
     return saved
+
+
+def _check_exclusions(model: ModelConfig, saved: Any, path: str) -> None:
+    """Raises: ConfigError when the key asks for others than the adapter that is continued has."""
+    asked = model.exclude_modules
+    if asked and (asked if isinstance(asked, str) else set(asked)) != saved:
+        held = saved if isinstance(saved, str) else ", ".join(sorted(saved or ()))
+        raise ConfigError(
+            "model.exclude_modules is not that of the adapter that is continued",
+            found=f"{asked if isinstance(asked, str) else ', '.join(asked)}, and {held or 'none'} in {path}",
+            fix="leave it out: what is adapted is the adapter's",
+        )
 
 
 def _read_adapter_json(path: str) -> dict[str, Any]:
@@ -168,12 +159,12 @@ def inject(causal_lm: Any, config: Any, master: torch.dtype, adapter_path: str |
     in_four_bits = describe(causal_lm, config.modules_to_save or ())
     only_adapters = copy.deepcopy(config)
     only_adapters.modules_to_save = None
-    linear = experts.asked_for("all-linear", causal_lm)
+    linear, beside = lora_targets.asked_for("all-linear", causal_lm), lora_targets.beside_language(causal_lm)
     try:
-        asked = experts.asked_for(config.target_modules, causal_lm)
-        experts.name_targets(only_adapters, causal_lm)
-        with warnings.catch_warnings():  # PEFT looks for these patterns among modules alone, and follows them
+        asked = lora_targets.name_targets(only_adapters, causal_lm, beside)
+        with warnings.catch_warnings():  # PEFT looks for these among modules alone; it follows patterns, we exclude
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+            warnings.filterwarnings("ignore", "You have passed exclude_modules=")
             inject_adapter_in_model(only_adapters, causal_lm, ADAPTER, low_cpu_mem_usage=on_meta)
     except ConfigError:
         raise
@@ -197,11 +188,11 @@ def inject(causal_lm: Any, config: Any, master: torch.dtype, adapter_path: str |
     )
     trained = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
     whole = tuple(_trained_whole(causal_lm))
-    missed = asked - {*modules, *tensors} if tensors or config.target_modules == "all-linear" else set()
+    missed = asked - {*modules, *tensors} if tensors or lora_targets.takes_all(config.target_modules) else set()
     if tensors:
-        experts.check_names(config.target_modules, missed, linear & set(modules) - asked)
+        lora_targets.check_names(config.target_modules, missed, linear & set(modules) - asked)
     total = sum(num_weights(causal_lm).values())
-    return Adapted(modules + tensors, whole, trained, total, in_four_bits, tuple(sorted(missed)))
+    return Adapted(modules + tensors, whole, trained, total, in_four_bits, tuple(sorted(missed)), beside)
 
 
 def check_groups(causal_lm: Any, model: ModelConfig) -> None:

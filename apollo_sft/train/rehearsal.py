@@ -137,7 +137,7 @@ def _adapter(config: SftConfig, base: Path, real_weights: bool, folder: Path) ->
     tensors = lora.adapter_tensors(model)
     if continued is None:
         tensors = {n: 0.2 * torch.randn(t.shape, generator=generator) for n, t in tensors.items()}
-    adapter.save_pretrained(folder / "adapter")
+    lora.saved_config(model).save_pretrained(folder / "adapter")
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "adapter" / "adapter_model.safetensors")
     return {"model.lora_adapter_path": str(folder / "adapter")}
 
