@@ -24,8 +24,8 @@ import torch
 from memory import counted
 
 from apollo_sft.config.compose import compose
-from apollo_sft.data.loader import Loader
-from apollo_sft.data.store_files import SampleStore, StoreSummary, StoreWriter
+from apollo_sft.data.batch.loader import Loader
+from apollo_sft.data.store.store_files import SampleStore, StoreSummary, StoreWriter
 from apollo_sft.model import load
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.mesh import build_mesh

@@ -88,7 +88,7 @@ def environment(name: str, folder: Path) -> str:
 
 
 def plan_order(num_rows: int, batch: int) -> np.ndarray:
-    from apollo_sft.data.plan import PlanSpec, plan
+    from apollo_sft.data.batch.plan import PlanSpec, plan
 
     spec = PlanSpec(batch_size=batch, micro_batch_size=batch, dp_size=1, seed=1)
     lengths = np.ones(num_rows, dtype=np.int32)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from apollo_sft.data.mixture import Mixture, Part, mixture
-from apollo_sft.data.plan import PlanSpec, attention_cost, plan, steps_per_epoch
+from apollo_sft.data.batch.mixture import Mixture, Part, mixture
+from apollo_sft.data.batch.plan import PlanSpec, attention_cost, plan, steps_per_epoch
 
 CHUNK = 2**22
 LONGEST = 4096

@@ -36,10 +36,10 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     from apollo_sft.config.compose import compose
-    from apollo_sft.data.conversation import needed_columns, parse_row
-    from apollo_sft.data.parquet import read_rows
-    from apollo_sft.data.store import StoreRequest, prepare_store
-    from apollo_sft.data.template import resolve_template
+    from apollo_sft.data.read.conversation import needed_columns, parse_row
+    from apollo_sft.data.read.parquet import read_rows
+    from apollo_sft.data.render.template import resolve_template
+    from apollo_sft.data.store.open import StoreRequest, prepare_store
 
     tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
     keys = ["data.val_files=null", "data.multiturn.enable=true", "data.max_length=1000000", *given.set]

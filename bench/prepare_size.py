@@ -113,8 +113,8 @@ def one(file: Path, processes: int) -> dict[str, float]:
     from transformers import AutoTokenizer
 
     from apollo_sft.config.compose import compose
-    from apollo_sft.data.store import StoreRequest, prepare_store
-    from apollo_sft.data.template import resolve_template
+    from apollo_sft.data.render.template import resolve_template
+    from apollo_sft.data.store.open import StoreRequest, prepare_store
 
     tokenizer = AutoTokenizer.from_pretrained(file.parent / "tokenizer")
     with tempfile.TemporaryDirectory(dir=file.parent) as store_dir:

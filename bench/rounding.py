@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from apollo_sft.checkpoint.rounding import cast
+from apollo_sft.checkpoint.model_folder.rounding import cast
 from apollo_sft.config.compose import compose
-from apollo_sft.data.store import StoreRequest, prepare_store
-from apollo_sft.data.template import resolve_template
-from apollo_sft.model.oracle import oracle
+from apollo_sft.data.render.template import resolve_template
+from apollo_sft.data.store.open import StoreRequest, prepare_store
+from apollo_sft.tools.verify.oracle import oracle
 from apollo_sft.types import Sample
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from apollo_sft.checkpoint import state
+from apollo_sft.checkpoint.run_folder import state
 from apollo_sft.config.compose import compose
 from apollo_sft.prepare.demo_model import write_base_model
 from apollo_sft.prepare.word_problems import write_word_problems

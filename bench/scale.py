@@ -71,8 +71,8 @@ def measure(folder: Path, out: Path, pairs: int, every: Sequence[dict[str, int]]
     from memory import counted
 
     from apollo_sft.config.compose import compose
-    from apollo_sft.data.loader import Loader
-    from apollo_sft.data.store_files import SampleStore
+    from apollo_sft.data.batch.loader import Loader
+    from apollo_sft.data.store.store_files import SampleStore
     from apollo_sft.model import load
     from apollo_sft.parallel import launch
     from apollo_sft.parallel.mesh import build_mesh
@@ -119,9 +119,9 @@ def measure_rows(folder: Path, num_rows: int, pairs: int) -> dict[str, Any]:
     """CPU seconds of a step's loading for a token, at steps that lie far apart; memory that this process alone has."""
     from plan import private_bytes
 
-    from apollo_sft.data.loader import Loader
-    from apollo_sft.data.plan import PlanSpec
-    from apollo_sft.data.store_files import SampleStore
+    from apollo_sft.data.batch.loader import Loader
+    from apollo_sft.data.batch.plan import PlanSpec
+    from apollo_sft.data.store.store_files import SampleStore
 
     before = private_bytes()
     loader = Loader(SampleStore(folder / f"rows-{num_rows}"), PlanSpec(256, 8, 1, 1), 0)

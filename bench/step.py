@@ -30,8 +30,8 @@ from record import about_bf16, bf16_rows, over, table, verdict, write_ratios, wr
 from workload import LONGEST, SHORTEST, write_model, write_store
 
 from apollo_sft.config.compose import compose
-from apollo_sft.data.loader import Loader, StepBatch
-from apollo_sft.data.store_files import SampleStore
+from apollo_sft.data.batch.loader import Loader, StepBatch
+from apollo_sft.data.store.store_files import SampleStore
 from apollo_sft.model import attention, load
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
@@ -39,7 +39,7 @@ from apollo_sft.parallel.mesh import build_mesh
 from apollo_sft.report.sinks import RunInfo
 from apollo_sft.train.assemble import assemble
 from apollo_sft.train.meter import meter_of
-from apollo_sft.train.optim import Schedule
+from apollo_sft.train.optim.build import Schedule
 from apollo_sft.train.reporter import Reporter
 from apollo_sft.train.run import plan_spec
 from apollo_sft.train.step import train_step

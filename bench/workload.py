@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from apollo_sft.data.store_files import StoreSummary, StoreWriter, count_targets
+from apollo_sft.data.store.store_files import StoreSummary, StoreWriter, count_targets
 from apollo_sft.prepare.demo_model import train_tokenizer
 from apollo_sft.types import IGNORE_INDEX, RowRef, Sample
 

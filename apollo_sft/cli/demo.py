@@ -22,9 +22,9 @@ from transformers.utils import logging as transformers_logging
 
 from apollo_sft.cli.eval import shown
 from apollo_sft.errors import ConfigError
+from apollo_sft.model.generate import exact_match, generate_answers, is_right, load_for_generation
 from apollo_sft.prepare.demo_model import write_base_model
 from apollo_sft.prepare.word_problems import LARGEST, write_word_problems
-from apollo_sft.train.generate import exact_match, generate_answers, is_right, load_for_generation
 
 NUM_TRAIN = 8000
 NUM_HELD_OUT = 200

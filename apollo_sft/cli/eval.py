@@ -18,7 +18,7 @@ from apollo_sft.config.compose import Composed, compose
 from apollo_sft.errors import ConfigError
 
 if TYPE_CHECKING:
-    from apollo_sft.train.exam import Answered, Exam
+    from apollo_sft.tools.evaluate.questions import Answered, Exam
 
 HELP = """apollo-sft eval DIR FILE.parquet … [options] [data.key=value …]
 
@@ -109,8 +109,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _examine(folder: Path, options: argparse.Namespace, composed: Composed) -> Exam:
     from transformers.utils import logging as transformers_logging
 
-    from apollo_sft.data.parquet import column_names, expand_paths
-    from apollo_sft.train.exam import Settings, data_keys, fitting_keys, read_questions, take_exam
+    from apollo_sft.data.read.parquet import column_names, expand_paths
+    from apollo_sft.tools.evaluate.questions import Settings, data_keys, fitting_keys, read_questions, take_exam
 
     transformers_logging.disable_progress_bar()
     files = expand_paths(options.files, "FILE")
@@ -132,7 +132,7 @@ def _examine(folder: Path, options: argparse.Namespace, composed: Composed) -> E
 
 
 def _figures(exam: Exam) -> dict[str, Any]:
-    from apollo_sft.train.generate import interval
+    from apollo_sft.model.generate import interval
 
     total = len(exam.answered)
     return {

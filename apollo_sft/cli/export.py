@@ -27,8 +27,8 @@ def main(arguments: list[str]) -> int:
         print(HELP)
         return 0
     options = _parse(arguments)
-    from apollo_sft.checkpoint.lookup import find_checkpoint, find_run
-    from apollo_sft.train.export import export_checkpoint
+    from apollo_sft.checkpoint.run_folder.lookup import find_checkpoint, find_run
+    from apollo_sft.tools.export import export_checkpoint
 
     checkpoint = find_checkpoint(options.source, options.step)
     run = find_run(checkpoint)

@@ -18,8 +18,8 @@ from apollo_sft.config.compose import compose
 from apollo_sft.errors import ConfigError
 
 if TYPE_CHECKING:
-    from apollo_sft.train.handoff import Result
-    from apollo_sft.train.handoff_files import Subject
+    from apollo_sft.tools.handoff.checklist import Result
+    from apollo_sft.tools.handoff.model_files import Subject
 
 HELP = """apollo-sft handoff DIR [options] [data.key=value …]
 
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"{options.folder} is not a folder", expected="a local model folder")
     from transformers.utils import logging as transformers_logging
 
-    from apollo_sft.train.handoff import check_folder, passes
+    from apollo_sft.tools.handoff.checklist import check_folder, passes
 
     transformers_logging.disable_progress_bar()
     verbosity = transformers_logging.get_verbosity()
@@ -80,13 +80,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _subject(options: argparse.Namespace, overrides: list[str]) -> Subject:
-    from apollo_sft.checkpoint.lookup import find_base, find_run, read_training
+    from apollo_sft.checkpoint.run_folder.lookup import find_base, find_run, read_training
     from apollo_sft.config.sources import paths_of
-    from apollo_sft.data.parquet import expand_paths
-    from apollo_sft.train.exam import data_keys
-    from apollo_sft.train.handoff_base import names_of
-    from apollo_sft.train.handoff_files import Subject
-    from apollo_sft.train.handoff_readers import parse_reader
+    from apollo_sft.data.read.parquet import expand_paths
+    from apollo_sft.tools.evaluate.questions import data_keys
+    from apollo_sft.tools.handoff.against_base import names_of
+    from apollo_sft.tools.handoff.model_files import Subject
+    from apollo_sft.tools.handoff.readers import parse_reader
 
     run = find_run(options.folder)
     composed = compose(["data.train_files=train.parquet", "data.val_files=null", *overrides])

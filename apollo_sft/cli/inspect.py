@@ -16,7 +16,7 @@ from apollo_sft.config.schema import SftConfig
 from apollo_sft.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from apollo_sft.train.inspection import Inspection, Pick, Split
+    from apollo_sft.tools.inspect.inspection import Inspection, Pick, Split
 
 HELP = """apollo-sft inspect [options] key=value …
 
@@ -105,16 +105,16 @@ def _check_writable(path: Path | None) -> None:
 
 
 def _inspect(config: SftConfig, options: argparse.Namespace) -> int:
-    from apollo_sft.data.inspection import write_dump  # torch, after everything that can be refused without it
     from apollo_sft.report.page import html
     from apollo_sft.report.screen import screen, show
-    from apollo_sft.train.inspection import inspect_data
-    from apollo_sft.train.inspection_document import document
+    from apollo_sft.tools.inspect.counts import write_dump  # torch, after everything that can be refused without it
+    from apollo_sft.tools.inspect.inspection import inspect_data
+    from apollo_sft.tools.inspect.inspection_document import document
 
     found = inspect_data(config, options.nproc)
     split = _shown_split(found, options.val)
     asked = _picks(split, options)
-    from apollo_sft.train.inspection import usual
+    from apollo_sft.tools.inspect.inspection import usual
 
     console = screen()
     shown = asked or [(split, pick) for pick in usual(split.store)]
@@ -139,7 +139,7 @@ def _shown_split(found: Inspection, val: bool) -> Split:
 
 def _picks(split: Split, options: argparse.Namespace) -> list[tuple[Split, Pick]]:
     """The samples that were asked for. Raises: ConfigError for a row that does not exist."""
-    from apollo_sft.train.inspection import at_random, of_row, worst
+    from apollo_sft.tools.inspect.inspection import at_random, of_row, worst
 
     picks = [pick for place in options.row for pick in of_row(split.store, place)]
     picks += worst(split.store) if options.worst else []
@@ -151,7 +151,7 @@ def _picks_of_page(
     split: Split, asked: list[tuple[Split, Pick]], options: argparse.Namespace
 ) -> list[tuple[Split, Pick]]:
     """The rows that were asked for; else a usual sample first, and what was asked for, or a bit of everything."""
-    from apollo_sft.train.inspection import at_random, usual, worst
+    from apollo_sft.tools.inspect.inspection import at_random, usual, worst
 
     if options.row:
         return asked

@@ -15,7 +15,7 @@ from apollo_sft.config.schema import SftConfig
 from apollo_sft.errors import ConfigError
 
 if TYPE_CHECKING:
-    from apollo_sft.train.planning import Machine, Plan
+    from apollo_sft.tools.plan.planner import Machine, Plan
 
 HELP = """apollo-sft plan [options] key=value …
 
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
     composed = _composed(overrides)
     if composed is None:
         return 0
-    from apollo_sft.train.planning import Planner  # torch, after everything that can be refused without it
+    from apollo_sft.tools.plan.planner import Planner  # torch, after everything that can be refused without it
 
     machine = _machine(options, composed.config)
     plan = Planner(composed.config, machine).plan()
@@ -126,7 +126,7 @@ def _bytes(text: str) -> int:
 
 def _machine(options: argparse.Namespace, config: SftConfig) -> Machine:
     """Raises: ConfigError when the GPUs cannot be spread over the nodes."""
-    from apollo_sft.train.planning import Machine
+    from apollo_sft.tools.plan.planner import Machine
 
     trainer = config.trainer
     nodes = options.nodes or trainer.nnodes

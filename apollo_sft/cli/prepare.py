@@ -14,7 +14,7 @@ from apollo_sft.prepare.hub import hub_source
 from apollo_sft.prepare.next_step import commands, training_keys
 from apollo_sft.prepare.output import Output
 from apollo_sft.prepare.preparation import Say, Task, check_columns, prepare, preview
-from apollo_sft.prepare.sources import Source, column_names, local_source
+from apollo_sft.prepare.raw_sources import Source, column_names, local_source
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 

@@ -50,6 +50,6 @@ def main(arguments: list[str]) -> int:
 
 
 def _trained_samples(run: RunRecord) -> Passages | None:
-    from apollo_sft.train.run_samples import trained_samples
+    from apollo_sft.tools.inspect.run_samples import trained_samples
 
     return trained_samples(run.folder, run.audit.get("train", {}), run.config)

@@ -13,7 +13,7 @@ from apollo_sft.cli.arguments import Parser
 from apollo_sft.errors import ApolloError, ConfigError
 
 if TYPE_CHECKING:
-    from apollo_sft.data.stores import Entry
+    from apollo_sft.tools.store_list import Entry
 
 HELP = """apollo-sft store list [options]
 apollo-sft store prune KEY … | --older-than AGE | --unfinished | --all [options]
@@ -43,8 +43,8 @@ def main(arguments: list[str]) -> int:
         print(HELP)
         return 0
     options = _parse(arguments)
-    from apollo_sft.data.store import store_root
-    from apollo_sft.data.stores import entries
+    from apollo_sft.data.store.open import store_root
+    from apollo_sft.tools.store_list import entries
 
     root = store_root(options.dir)
     try:
@@ -88,7 +88,7 @@ def _age(text: str) -> float:
 
 
 def _prune(root: Path, found: list[Entry], options: argparse.Namespace) -> int:
-    from apollo_sft.data.stores import hashes, remove
+    from apollo_sft.tools.store_list import hashes, remove
 
     chosen = _chosen(found, options)
     gone: list[Entry] = []

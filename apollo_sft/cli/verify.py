@@ -24,7 +24,7 @@ from rich.text import Text
 from apollo_sft import __main__ as entry
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.errors import ConfigError
-from apollo_sft.train.layouts import BOUNDS, ORACLE_FILE, STEPS, Figures, Layout, fits, worlds
+from apollo_sft.tools.verify.layouts import BOUNDS, ORACLE_FILE, STEPS, Figures, Layout, fits, worlds
 
 RANKS = 4
 ORACLE, TITLE = -1, -2
@@ -111,7 +111,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="apollo-verify-") as name, _term_interrupts():
         folder = Path(name)
         with console.status("reading your rows, making the model"):
-            from apollo_sft.train.rehearsal import rehearse  # torch, after everything that can be refused without it
+            from apollo_sft.tools.verify.setup import rehearse  # torch, after everything that can be refused without it
 
             rehearsal = rehearse(composed.config, ranks, real_weights, folder)
         _say_what(console, rehearsal.description)
@@ -212,7 +212,7 @@ def _worker(folder: Path, processes: int, stream: BinaryIO) -> Iterator[subproce
     command = [sys.executable, "-m"]
     if processes > 1:
         command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    command += ["apollo_sft.train.verify", str(folder)]
+    command += ["apollo_sft.tools.verify.worker", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with subprocess.Popen(command, env=environment, stdout=stream, stderr=stream) as worker:
         try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from apollo_sft.model.final_answers import BOX, MARKER, THOUSANDS, braced
 from apollo_sft.prepare.rejection import RejectedRow
-from apollo_sft.train.boxes import BOX, MARKER, THOUSANDS, braced
 
 
 def final_answer(text: str) -> str | None:

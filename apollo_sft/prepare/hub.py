@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined] # of httpx, or of its successor
 
 from apollo_sft.errors import DataError
-from apollo_sft.prepare.sources import Source, files_of_split
+from apollo_sft.prepare.raw_sources import Source, files_of_split
 
 CONVERTED = "refs/convert/parquet"
 """Where the hub keeps a parquet copy of data sets in other forms."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from apollo_sft.data.parquet import Row
+from apollo_sft.data.read.parquet import Row
+from apollo_sft.model.final_answers import MARKER
 from apollo_sft.prepare.answers import last_boxed, marked
 from apollo_sft.prepare.columns import ANSWER, QUESTION, Finder
 from apollo_sft.prepare.preparation import Task
 from apollo_sft.prepare.records import BOXED_INSTRUCTION, QUESTION_SCHEMA, Instruction, Origin, question_row
 from apollo_sft.prepare.rejection import RejectedRow
-from apollo_sft.train.boxes import MARKER
 
 DATA_SOURCE = "DigitalLearningGmbH/MATH-lighteval"
 

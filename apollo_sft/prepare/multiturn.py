@@ -9,11 +9,11 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from apollo_sft.data.parquet import Row
+from apollo_sft.data.read.parquet import Row
 from apollo_sft.errors import ConfigError
 from apollo_sft.prepare.preparation import Task
+from apollo_sft.prepare.raw_sources import Source
 from apollo_sft.prepare.records import CHAT_SCHEMA, Origin, chat_row
-from apollo_sft.prepare.sources import Source
 from apollo_sft.prepare.word_problems import NAMES, THINGS
 from apollo_sft.types import Message
 

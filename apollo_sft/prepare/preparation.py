@@ -14,13 +14,13 @@ from typing import Any
 import pyarrow as pa
 
 from apollo_sft.checkpoint.publish import describe_file
-from apollo_sft.data.parquet import Columns, Row, read_rows
+from apollo_sft.data.read.parquet import Columns, Row, read_rows
 from apollo_sft.errors import DataError
 from apollo_sft.prepare.columns import has_any
 from apollo_sft.prepare.output import Output, SplitWriter
+from apollo_sft.prepare.raw_sources import Source, column_names
 from apollo_sft.prepare.records import Origin
 from apollo_sft.prepare.rejection import RejectedRow
-from apollo_sft.prepare.sources import Source, column_names
 
 Say = Callable[[str], None]
 PREVIEWED = 2

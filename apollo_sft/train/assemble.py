@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from apollo_sft.config.schema import ModelConfig, SftConfig
 from apollo_sft.errors import ConfigError
 from apollo_sft.model import attention, four_bit, liger, load, lora
-from apollo_sft.model.compile import check_compile, compile_layers
+from apollo_sft.model.compiled_layers import check_compile, compile_layers
 from apollo_sft.model.proof import prove
 from apollo_sft.model.sft_model import SftModel, enable_checkpointing
 from apollo_sft.parallel import fsdp1, fsdp2
@@ -24,7 +24,7 @@ from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import Mesh
 from apollo_sft.parallel.ulysses import Ulysses
 from apollo_sft.report.log import say
-from apollo_sft.train.optim import build_optimizer, check_optimizer
+from apollo_sft.train.optim.build import build_optimizer, check_optimizer
 from apollo_sft.train.precision import Precision, resolve_precision
 from apollo_sft.train.weights import check_as_built, check_filled, check_read
 from apollo_sft.types import Growth

@@ -17,18 +17,19 @@ from rich.filesize import decimal
 from torch import Tensor
 from torch.optim import Optimizer
 
-from apollo_sft.checkpoint import publish, resume
+from apollo_sft.checkpoint import publish
 from apollo_sft.checkpoint.agree import agree, attempt, check_room, explained
-from apollo_sft.checkpoint.export import AdapterForm, ModelForm
-from apollo_sft.checkpoint.resume import PARTS, read_facts
-from apollo_sft.checkpoint.state import num_bytes, read_state, snapshot, write_state
+from apollo_sft.checkpoint.model_folder.write import AdapterForm, ModelForm
+from apollo_sft.checkpoint.run_folder import resume
+from apollo_sft.checkpoint.run_folder.resume import PARTS, read_facts
+from apollo_sft.checkpoint.run_folder.state import num_bytes, read_state, snapshot, write_state
 from apollo_sft.config.schema import TrainerConfig
 from apollo_sft.errors import CheckpointError, ConfigError
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.report.log import say
 from apollo_sft.report.metrics import Record
 from apollo_sft.train.assemble import strategy_of
-from apollo_sft.train.optim import fill_state, state_bytes
+from apollo_sft.train.optim.build import fill_state, state_bytes
 from apollo_sft.train.step import Vote
 
 WAIT = timedelta(days=7)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from apollo_sft.checkpoint.export import (
+from apollo_sft.checkpoint.model_folder.rounding import cast
+from apollo_sft.checkpoint.model_folder.write import (
     AdapterFolder,
     AdapterForm,
     ExportOptions,
@@ -16,10 +17,9 @@ from apollo_sft.checkpoint.export import (
     save_adapter,
     save_model,
 )
-from apollo_sft.checkpoint.layout import RunFolder
-from apollo_sft.checkpoint.rounding import cast
+from apollo_sft.checkpoint.run_folder.folder import RunFolder
 from apollo_sft.config.schema import SftConfig
-from apollo_sft.data.template import ChatTemplate, is_own
+from apollo_sft.data.render.template import ChatTemplate, is_own
 from apollo_sft.model.lora import adapter_tensors, lora_config, merge, saved_config, trained
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World
@@ -29,7 +29,7 @@ from apollo_sft.report.metrics import losses_by_name
 from apollo_sft.train.assemble import strategy_of
 from apollo_sft.train.merged import check_merged, live_loss, probe_of
 from apollo_sft.train.precision import resolve_precision
-from apollo_sft.train.preflight import Prepared
+from apollo_sft.train.prepare_run import Prepared
 from apollo_sft.train.reporter import Reporter
 
 IN_CHECKPOINT = "model/causal_lm."

@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from torch.optim import Optimizer
 
 from apollo_sft.config.schema import SftConfig
-from apollo_sft.data.loader import Loader
-from apollo_sft.data.plan import steps_per_epoch
+from apollo_sft.data.batch.loader import Loader
+from apollo_sft.data.batch.plan import steps_per_epoch
 from apollo_sft.errors import Preempted
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World, any_rank
 from apollo_sft.parallel.pulse import Pulse
 from apollo_sft.report.metrics import Record
 from apollo_sft.train.checkpoints import Checkpoints
-from apollo_sft.train.evaluate import validation_record
 from apollo_sft.train.generations import Generations
 from apollo_sft.train.meter import Meter
-from apollo_sft.train.optim import Schedule
+from apollo_sft.train.optim.build import Schedule
 from apollo_sft.train.reporter import Reporter
 from apollo_sft.train.signals import StopFlag
 from apollo_sft.train.step import Vote, train_step
+from apollo_sft.train.validation import validation_record
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from apollo_sft.checkpoint.sidecars import main_dtype
-from apollo_sft.checkpoint.tensor_files import read_tensors
-from apollo_sft.data.loader import pack
-from apollo_sft.data.store import SampleStore
+from apollo_sft.checkpoint.model_folder.sidecars import main_dtype
+from apollo_sft.checkpoint.model_folder.tensor_files import read_tensors
+from apollo_sft.data.batch.loader import pack
+from apollo_sft.data.store.open import SampleStore
 from apollo_sft.errors import CheckpointError
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.fsdp2 import sum_over_ranks

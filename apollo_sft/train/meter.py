@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from apollo_sft.checkpoint.layout import RunFolder
+from apollo_sft.checkpoint.run_folder.folder import RunFolder
 from apollo_sft.config.schema import SftConfig
-from apollo_sft.data.loader import StepBatch
+from apollo_sft.data.batch.loader import StepBatch
+from apollo_sft.model.flops import Cost, cost_of
 from apollo_sft.parallel.launch import World
 from apollo_sft.report.log import say
 from apollo_sft.report.metrics import Record, StepFacts, source_record, train_record
-from apollo_sft.train.flops import Cost, cost_of
 from apollo_sft.train.precision import resolve_precision
 from apollo_sft.train.step import StepResult
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from apollo_sft.checkpoint.agree import explained
-from apollo_sft.checkpoint.layout import RunFolder, Status, status_of
+from apollo_sft.checkpoint.run_folder.folder import RunFolder, Status, status_of
 from apollo_sft.config.compose import recorded, to_yaml
 from apollo_sft.config.schema import SftConfig
-from apollo_sft.data.loader import Loader
-from apollo_sft.data.mixture import Mixture
-from apollo_sft.data.plan import PlanSpec, attention_cost, steps_per_epoch
+from apollo_sft.data.batch.loader import Loader
+from apollo_sft.data.batch.mixture import Mixture
+from apollo_sft.data.batch.plan import PlanSpec, attention_cost, steps_per_epoch
 from apollo_sft.errors import AlreadyDone, ApolloError, Stopped, TrainingError
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
@@ -32,18 +32,8 @@ from apollo_sft.train.finish import export, hf_form, summary
 from apollo_sft.train.generations import generations_of
 from apollo_sft.train.loop import Run, run_loop
 from apollo_sft.train.meter import meter_of
-from apollo_sft.train.opening import (
-    announce,
-    check_alike,
-    check_shared,
-    check_world,
-    config_text,
-    contents_of,
-    schedule_of,
-    start_of,
-)
-from apollo_sft.train.optim import Schedule
-from apollo_sft.train.preflight import (
+from apollo_sft.train.optim.build import Schedule
+from apollo_sft.train.prepare_run import (
     Prepared,
     check_model,
     load_external_lib,
@@ -53,6 +43,16 @@ from apollo_sft.train.preflight import (
 )
 from apollo_sft.train.reporter import Reporter
 from apollo_sft.train.signals import BEFORE_TRAINING, StopFlag
+from apollo_sft.train.start_checks import (
+    announce,
+    check_alike,
+    check_shared,
+    check_world,
+    config_text,
+    contents_of,
+    schedule_of,
+    start_of,
+)
 from apollo_sft.train.upload import check_destination, upload
 
 

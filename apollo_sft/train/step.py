@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
-from apollo_sft.data.loader import StepBatch
+from apollo_sft.data.batch.loader import StepBatch
 from apollo_sft.errors import TrainingError
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World

@@ -11,8 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from apollo_sft.checkpoint.conversion import follow_names, plan_export
-from apollo_sft.checkpoint.tensor_files import StoredTensor, read_tensors, read_whole, same_values, specs_of
+from apollo_sft.checkpoint.model_folder.conversion import follow_names, plan_export
+from apollo_sft.checkpoint.model_folder.tensor_files import (
+    StoredTensor,
+    read_tensors,
+    read_whole,
+    same_values,
+    specs_of,
+)
 from apollo_sft.errors import ModelError
 from apollo_sft.model import attention
 from apollo_sft.model.load import build_on_meta

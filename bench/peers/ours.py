@@ -15,7 +15,7 @@ import torch
 from turns import Turns
 
 from apollo_sft.config.compose import compose
-from apollo_sft.train import preflight, run
+from apollo_sft.train import prepare_run, run
 from apollo_sft.train.reporter import Reporter
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     turns, out = Turns(options["every"]), Path(options["out"])
-    loop, record, store, export = run.run_loop, Reporter.record, preflight.prepare_store, run.export
+    loop, record, store, export = run.run_loop, Reporter.record, prepare_run.prepare_store, run.export
     times: dict[str, float] = {}
 
     def timed_loop(*arguments: Any) -> None:
@@ -45,7 +45,7 @@ def main() -> None:
         turns.facts["preparation_rows_per_second"] = options["rows"] / (sum(os.times()[:4]) - began)
         return made
 
-    run.run_loop, run.export, preflight.prepare_store = timed_loop, timed_export, timed_store
+    run.run_loop, run.export, prepare_run.prepare_store = timed_loop, timed_export, timed_store
     Reporter.record = timed_record  # type: ignore[method-assign]
     composed = compose(
         [

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from apollo_sft.train.generate import generate_answers, is_right, load_for_generation, reply_of, stop_ids
+from apollo_sft.model.generate import generate_answers, is_right, load_for_generation, reply_of, stop_ids
 
 MAX_ANSWER_TOKENS = 40
 QUESTIONS_AT_ONCE = 100

@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import AutoTokenizer
 
-from apollo_sft.checkpoint.lookup import find_run, read_config
+from apollo_sft.checkpoint.run_folder.lookup import find_run, read_config
 from apollo_sft.cli.demo import Demo, training_command
-from apollo_sft.data.store_files import SampleStore
+from apollo_sft.data.store.store_files import SampleStore
 from apollo_sft.errors import ConfigError, DataError, ModelError
 from apollo_sft.prepare.demo_model import write_base_model
 from apollo_sft.prepare.word_problems import write_word_problems
-from apollo_sft.train.preflight import prepare
+from apollo_sft.train.prepare_run import prepare
 from apollo_sft.types import IGNORE_INDEX
 
 LARGEST = 10

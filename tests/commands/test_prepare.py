@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from apollo_sft.cli.main import main
+from apollo_sft.model.generate import exact_match
 from apollo_sft.prepare.records import BOXED_INSTRUCTION, GSM8K_INSTRUCTION
-from apollo_sft.train.generate import exact_match
 from tests.commands.test_documented import ROOT, documented, run
 from tests.support.data import write_parquet
 from tests.support.sources import chat_rows, gsm8k_rows, read, write_sources

@@ -31,9 +31,9 @@ def copy(tmp_path: Path) -> Path:
     [
         (None, ""),
         ("config/aliases.py", "import torch"),
-        ("data/loader.py", "from apollo_sft.model import head"),
-        ("checkpoint/layout.py", "from apollo_sft.train import loop"),
-        ("train/optim.py", "from apollo_sft.cli import main"),
+        ("data/batch/loader.py", "from apollo_sft.model import head"),
+        ("checkpoint/run_folder/folder.py", "from apollo_sft.train import loop"),
+        ("train/optim/build.py", "from apollo_sft.cli import main"),
         ("errors.py", "from apollo_sft.config import schema"),
     ],
 )

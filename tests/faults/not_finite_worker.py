@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from apollo_sft.config.compose import compose
-from apollo_sft.data.loader import Loader, StepBatch
-from apollo_sft.data.store_files import SampleStore
+from apollo_sft.data.batch.loader import Loader, StepBatch
+from apollo_sft.data.store.store_files import SampleStore
 from apollo_sft.errors import TrainingError
 from apollo_sft.model import load
 from apollo_sft.model.sft_model import SftModel

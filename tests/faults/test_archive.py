@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from apollo_sft.checkpoint import publish
-from apollo_sft.checkpoint.layout import RunFolder, read_run
+from apollo_sft.checkpoint.run_folder.folder import RunFolder, read_run
 from tests.support.file_operations import LOSSES, FileOperations
 from tests.support.interrupted import bury_owner
 

@@ -14,14 +14,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from apollo_sft.checkpoint import publish, state
-from apollo_sft.checkpoint.resume import check_files, read_facts
+from apollo_sft.checkpoint import publish
+from apollo_sft.checkpoint.run_folder import state
+from apollo_sft.checkpoint.run_folder.resume import check_files, read_facts
 from apollo_sft.config.compose import compose
 from apollo_sft.errors import AlreadyDone, CheckpointError, ConfigError
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.train import checkpoints as checkpoints_module
 from apollo_sft.train.checkpoints import Checkpoints
-from apollo_sft.train.optim import build_optimizer
+from apollo_sft.train.optim.build import build_optimizer
 from apollo_sft.train.step import Vote
 from tests.support.models import tiny_config, tiny_model
 from tests.support.runs import read_metrics, series, train_here, without_clock, write_inputs

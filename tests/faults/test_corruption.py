@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from apollo_sft.checkpoint import publish, resume
+from apollo_sft.checkpoint import publish
+from apollo_sft.checkpoint.run_folder import resume
 from apollo_sft.errors import ApolloError
 from tests.support.interrupted import differences, go_on, train_into, unfinished, write_dropout_inputs
 from tests.support.reliability import record

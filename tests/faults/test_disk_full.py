@@ -21,7 +21,8 @@ from pathlib import Path
 
 import pytest
 
-from apollo_sft.checkpoint import publish, resume
+from apollo_sft.checkpoint import publish
+from apollo_sft.checkpoint.run_folder import resume
 from apollo_sft.errors import ApolloError, CheckpointError
 from tests.support.file_operations import FileOperations
 from tests.support.interrupted import differences, go_on, train_into, whole_steps, write_dropout_inputs

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from apollo_sft.config.compose import compose
-from apollo_sft.data import sandbox
+from apollo_sft.data.render import sandbox
 from apollo_sft.errors import ApolloError
-from apollo_sft.train.preflight import prepare
+from apollo_sft.train.prepare_run import prepare
 from tests.support.reliability import record
 from tests.support.runs import arguments, write_inputs
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from apollo_sft.data import sandbox
-from apollo_sft.data.conversation import Conversation
-from apollo_sft.data.render import Renderer
-from apollo_sft.data.sandbox import RunawayError, Sandbox
-from apollo_sft.data.template import ChatTemplate, resolve_template
+from apollo_sft.data.read.conversation import Conversation
+from apollo_sft.data.render import sandbox
+from apollo_sft.data.render.render import Renderer
+from apollo_sft.data.render.sandbox import RunawayError, Sandbox
+from apollo_sft.data.render.template import ChatTemplate, resolve_template
 from apollo_sft.errors import DataError
 from apollo_sft.types import RowRef
 from tests.support.data import CHATML, chat, data_config, tiny_tokenizer
@@ -106,7 +106,7 @@ def test_the_rows_after_a_hostile_one_are_not_tried() -> None:
 
 IN_C = """
 from apollo_sft.data import sandbox
-from apollo_sft.data.template import ChatTemplate
+from apollo_sft.data.render.template import ChatTemplate
 sandbox.KILL_SECONDS = 3
 text = "{% set n = 1000000 // messages|length %}{% set a = [1] * n %}{% set b = [a] * n %}{{ b.count([1] * n) }}"
 hostile = sandbox.Sandbox(ChatTemplate(text, "test"), {})

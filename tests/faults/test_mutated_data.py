@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from apollo_sft.data.store import StoreRequest, prepare_store
-from apollo_sft.data.template import resolve_template
+from apollo_sft.data.render.template import resolve_template
+from apollo_sft.data.store.open import StoreRequest, prepare_store
 from apollo_sft.errors import DataError
 from tests.support.data import data_config, tiny_tokenizer
 from tests.support.forked import train_on_ranks

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from apollo_sft.checkpoint.layout import RunFolder
+from apollo_sft.checkpoint.run_folder.folder import RunFolder
 from tests.support.entry import Entry, assert_refused
 from tests.support.models import save_tiny_adapter, save_tiny_model, tiny_config
 from tests.support.reliability import record

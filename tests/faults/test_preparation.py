@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from apollo_sft.data.store_files import SampleStore
-from apollo_sft.data.workers import ROWS_OF_A_PROCESS, num_processes
+from apollo_sft.data.store.store_files import SampleStore
+from apollo_sft.data.store.workers import ROWS_OF_A_PROCESS, num_processes
 from apollo_sft.errors import Preempted
 from tests.support.data import write_parquet
 from tests.support.processes import descendants, kill, ranks, wait_until_gone
@@ -57,7 +57,7 @@ def has_parts(store: Path) -> bool:
 def workers(root: int) -> list[int]:
     """Processes below `root` that tokenise."""
     lines = {pid: Path(f"/proc/{pid}/cmdline") for pid in descendants(root)}
-    return [pid for pid, path in lines.items() if b"apollo_sft.data.workers" in path.read_bytes()]
+    return [pid for pid, path in lines.items() if b"apollo_sft.data.store.workers" in path.read_bytes()]
 
 
 def contents(store: Path) -> dict[str, bytes]:

@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from apollo_sft.checkpoint import resume
 from apollo_sft.checkpoint.publish import DIRECTORY_MANIFEST, describe_files
-from apollo_sft.checkpoint.state import read_state, snapshot, write_state
-from apollo_sft.data.store_files import SampleStore
+from apollo_sft.checkpoint.run_folder import resume
+from apollo_sft.checkpoint.run_folder.state import read_state, snapshot, write_state
+from apollo_sft.data.store.store_files import SampleStore
 from apollo_sft.errors import CheckpointError
 from tests.support.entry import Entry, assert_refused
 from tests.support.models import save_tiny_adapter

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 
 from apollo_sft.config.compose import compose
-from apollo_sft.data.loader import pack
+from apollo_sft.data.batch.loader import pack
 from apollo_sft.model import attention, load
-from apollo_sft.model.oracle import StaysDouble
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
+from apollo_sft.tools.verify.oracle import StaysDouble
 from apollo_sft.train.assemble import assemble
 from tests.support.architectures import (
     Gradients,

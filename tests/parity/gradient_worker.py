@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from apollo_sft.config.compose import compose
 from apollo_sft.config.schema import SftConfig
-from apollo_sft.data.loader import Loader
-from apollo_sft.data.store_files import SampleStore
+from apollo_sft.data.batch.loader import Loader
+from apollo_sft.data.store.store_files import SampleStore
 from apollo_sft.model import attention, load
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel import launch

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.distributed as dist
 
-from apollo_sft.data.loader import pack
+from apollo_sft.data.batch.loader import pack
 from apollo_sft.model import attention
 from apollo_sft.parallel.ulysses import Ulysses
 from apollo_sft.types import MicroBatch

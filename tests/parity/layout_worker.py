@@ -16,13 +16,13 @@ import torch
 
 from apollo_sft.config.compose import compose
 from apollo_sft.config.schema import SftConfig
-from apollo_sft.data.loader import Loader
-from apollo_sft.data.store_files import SampleStore
+from apollo_sft.data.batch.loader import Loader
+from apollo_sft.data.store.store_files import SampleStore
 from apollo_sft.model import attention, experts, load, lora
-from apollo_sft.model.oracle import differences, oracle
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
+from apollo_sft.tools.verify.oracle import differences, oracle
 from apollo_sft.train.assemble import assemble, needs_group, strategy_of
 from apollo_sft.train.run import plan_spec
 from apollo_sft.train.step import train_step

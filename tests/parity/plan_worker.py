@@ -13,8 +13,8 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from apollo_sft.config.compose import compose
-from apollo_sft.data.loader import StepBatch, pack
-from apollo_sft.data.store_files import SampleStore
+from apollo_sft.data.batch.loader import StepBatch, pack
+from apollo_sft.data.store.store_files import SampleStore
 from apollo_sft.model import load
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World

@@ -8,8 +8,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from apollo_sft.config.compose import compose
-from apollo_sft.data.loader import StepBatch, pack
-from apollo_sft.data.store_files import SampleStore
+from apollo_sft.data.batch.loader import StepBatch, pack
+from apollo_sft.data.store.store_files import SampleStore
 from apollo_sft.model import load
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.mesh import build_mesh

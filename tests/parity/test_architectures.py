@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from apollo_sft.data.loader import pack
+from apollo_sft.data.batch.loader import pack
 from apollo_sft.errors import ModelError
 from apollo_sft.model import attention, load
-from apollo_sft.model.oracle import StaysDouble
 from apollo_sft.model.proof import prove
 from apollo_sft.model.sft_model import SftModel
+from apollo_sft.tools.verify.oracle import StaysDouble
 from tests.support.architectures import (
     CASES,
     MUST_PASS,

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from apollo_sft.model import attention, load
-from apollo_sft.model.oracle import StaysDouble
 from apollo_sft.parallel.launch import World
+from apollo_sft.tools.verify.oracle import StaysDouble
 from apollo_sft.types import IGNORE_INDEX, Sample
 from tests.parity.gradient_worker import run_cells
 from tests.support.models import save_tiny_model, tiny_config

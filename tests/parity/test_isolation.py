@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from apollo_sft.data.loader import pack
+from apollo_sft.data.batch.loader import pack
 from apollo_sft.types import IGNORE_INDEX
 from tests.support.ranks import run_ranks
 from tests.support.samples import random_samples

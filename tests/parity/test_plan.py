@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from apollo_sft.config.compose import compose
-from apollo_sft.train.memory import Pack, Ranks, step_memory
+from apollo_sft.tools.plan.memory import Pack, Ranks, step_memory
 from apollo_sft.types import IGNORE_INDEX, RowRef, Sample
 from tests.support.documents import section, table
 from tests.support.models import save_tiny_model, tiny_config

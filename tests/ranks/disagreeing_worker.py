@@ -13,19 +13,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.distributed as dist
 
-from apollo_sft.checkpoint.export import save_model
+from apollo_sft.checkpoint.model_folder.write import save_model
 from apollo_sft.config.compose import compose
-from apollo_sft.data.loader import Loader
-from apollo_sft.data.store_files import SampleStore
+from apollo_sft.data.batch.loader import Loader
+from apollo_sft.data.store.store_files import SampleStore
 from apollo_sft.errors import ModelError
 from apollo_sft.model.load import load_with_weights
-from apollo_sft.model.oracle import StaysDouble
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
+from apollo_sft.tools.verify.oracle import StaysDouble
 from apollo_sft.train.assemble import assemble, strategy_of
-from apollo_sft.train.base import open_base
+from apollo_sft.train.base_model import open_base
 from apollo_sft.train.run import plan_spec
 from apollo_sft.train.step import train_step
 from apollo_sft.train.weights import check_filled

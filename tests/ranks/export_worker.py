@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from apollo_sft.checkpoint.export import save_model
+from apollo_sft.checkpoint.model_folder.write import save_model
 from apollo_sft.errors import CheckpointError
 from apollo_sft.parallel import fsdp2
 from tests.support.exports import CASES, base_on_disk, logits, open_base, options

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from apollo_sft.checkpoint.export import save_model
-from apollo_sft.checkpoint.resume import folder_of
-from apollo_sft.checkpoint.rounding import cast
+from apollo_sft.checkpoint.model_folder.rounding import cast
+from apollo_sft.checkpoint.model_folder.write import save_model
+from apollo_sft.checkpoint.run_folder.resume import folder_of
 from apollo_sft.config.compose import compose, recorded
-from apollo_sft.data.loader import Loader
-from apollo_sft.data.store_files import SampleStore
+from apollo_sft.data.batch.loader import Loader
+from apollo_sft.data.store.store_files import SampleStore
 from apollo_sft.model import load
 from apollo_sft.model.four_bit import four_bit_modules
 from apollo_sft.model.lora import merge
@@ -29,10 +29,10 @@ from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
 from apollo_sft.train.assemble import assemble
 from apollo_sft.train.checkpoints import Checkpoints
-from apollo_sft.train.evaluate import evaluate
 from apollo_sft.train.merged import check_merged, live_loss, probe_of
 from apollo_sft.train.run import plan_spec
 from apollo_sft.train.step import train_step
+from apollo_sft.train.validation import evaluate
 from tests.support.exports import open_base, options
 from tests.support.oracle import whole
 

@@ -13,13 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from apollo_sft.config.compose import compose
-from apollo_sft.data.loader import Loader
-from apollo_sft.data.store_files import SampleStore
+from apollo_sft.data.batch.loader import Loader
+from apollo_sft.data.store.store_files import SampleStore
 from apollo_sft.model import load
-from apollo_sft.model.oracle import StaysDouble
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
+from apollo_sft.tools.verify.oracle import StaysDouble
 from apollo_sft.train.assemble import assemble, strategy_of
 from apollo_sft.train.run import plan_spec
 from apollo_sft.train.step import train_step

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from safetensors.torch import save_file
 
-from apollo_sft.checkpoint.resume import folder_of
+from apollo_sft.checkpoint.run_folder.resume import folder_of
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from tests.ranks.strategies_worker import DOUBLE, STEPS, Training

@@ -14,19 +14,19 @@ import torch
 
 from apollo_sft.config.compose import compose
 from apollo_sft.config.schema import SftConfig
-from apollo_sft.data.loader import Loader
-from apollo_sft.data.mixture import Mixture
-from apollo_sft.data.plan import plan
-from apollo_sft.data.store_files import SampleStore
+from apollo_sft.data.batch.loader import Loader
+from apollo_sft.data.batch.mixture import Mixture
+from apollo_sft.data.batch.plan import plan
+from apollo_sft.data.store.store_files import SampleStore
 from apollo_sft.model import attention, load
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
 from apollo_sft.report.metrics import losses_by_name, source_record
 from apollo_sft.train.assemble import assemble
-from apollo_sft.train.evaluate import evaluate
 from apollo_sft.train.run import plan_spec
 from apollo_sft.train.step import train_step
+from apollo_sft.train.validation import evaluate
 from tests.support.oracle import oracle_loss
 
 STEPS = 3

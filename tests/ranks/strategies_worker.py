@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.distributed.fsdp import CPUOffload
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 
-from apollo_sft.checkpoint.export import save_model
-from apollo_sft.checkpoint.resume import folder_of
-from apollo_sft.checkpoint.rounding import cast
-from apollo_sft.checkpoint.state import snapshot
+from apollo_sft.checkpoint.model_folder.rounding import cast
+from apollo_sft.checkpoint.model_folder.write import save_model
+from apollo_sft.checkpoint.run_folder.resume import folder_of
+from apollo_sft.checkpoint.run_folder.state import snapshot
 from apollo_sft.config.compose import compose
-from apollo_sft.data.loader import Loader
-from apollo_sft.data.store_files import SampleStore
+from apollo_sft.data.batch.loader import Loader
+from apollo_sft.data.store.store_files import SampleStore
 from apollo_sft.model import load
 from apollo_sft.model.lora import merge
 from apollo_sft.parallel import fsdp1, launch
@@ -30,9 +30,9 @@ from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
 from apollo_sft.train.assemble import assemble, strategy_of
 from apollo_sft.train.checkpoints import Checkpoints
-from apollo_sft.train.evaluate import evaluate
 from apollo_sft.train.run import plan_spec
 from apollo_sft.train.step import train_step
+from apollo_sft.train.validation import evaluate
 from tests.support.exports import open_base, options
 from tests.support.oracle import whole, worst_difference
 

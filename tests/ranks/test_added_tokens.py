@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from apollo_sft.checkpoint.tensor_files import read_base_tensors
+from apollo_sft.checkpoint.model_folder.tensor_files import read_base_tensors
 from apollo_sft.cli.main import main
 from apollo_sft.types import Growth
 from tests.support.data import write_parquet

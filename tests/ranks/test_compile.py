@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from apollo_sft.errors import ConfigError
-from apollo_sft.model.compile import check_compile
+from apollo_sft.model.compiled_layers import check_compile
 from apollo_sft.parallel.launch import World
 from tests.ranks.compile_worker import CHECKPOINTING, cell
 from tests.ranks.strategies_worker import DOUBLE

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from apollo_sft.checkpoint.tensor_files import read_base_tensors
+from apollo_sft.checkpoint.model_folder.tensor_files import read_base_tensors
 from apollo_sft.cli.main import main
 from tests.support.data import tiny_tokenizer
 from tests.support.models import save_tiny_model, tiny_config

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from apollo_sft.config.compose import compose
-from apollo_sft.train.export import export_checkpoint
-from apollo_sft.train.memory import Pack, Ranks, step_memory
+from apollo_sft.tools.export import export_checkpoint
+from apollo_sft.tools.plan.memory import Pack, Ranks, step_memory
 from tests.support.exports import tiny_tokenizer
 from tests.support.models import save_tiny_adapter, save_tiny_model, tiny_config, tiny_model
 from tests.support.ranks import run_ranks

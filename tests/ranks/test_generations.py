@@ -9,7 +9,7 @@ import torch
 import transformers
 from peft import PeftModel
 
-from apollo_sft.checkpoint.lookup import find_run
+from apollo_sft.checkpoint.run_folder.lookup import find_run
 from apollo_sft.train.generations import MAX_NEW_TOKENS
 from tests.ranks.generations_worker import LAYOUTS
 from tests.support.models import save_tiny_adapter, save_tiny_model, tiny_config

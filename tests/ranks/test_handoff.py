@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from apollo_sft.checkpoint.tensor_files import write_tensors
+from apollo_sft.checkpoint.model_folder.tensor_files import write_tensors
 from apollo_sft.cli.main import main
 from tests.support.chain import write_chain_model
 from tests.support.data import tiny_tokenizer, write_parquet
@@ -409,7 +409,7 @@ def test_a_folder_of_no_run_is_compared_on_data_that_is_given(
 def test_every_name_is_in_the_docs() -> None:
     text = (ROOT / "docs" / "handoff.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| `(\w+)` \|", text, re.M))
-    sources = "".join(path.read_text() for path in (ROOT / "apollo_sft" / "train").glob("handoff_*.py"))
+    sources = "".join(path.read_text() for path in (ROOT / "apollo_sft" / "tools" / "handoff").glob("*.py"))
     raised = set(re.findall(r'WrongError\(\s*"(\w+)"', sources))
     raised |= {name.split(":")[0] for name in (*NEWER, *BROKEN)}
     assert listed == raised

@@ -9,7 +9,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from apollo_sft.data.store_files import SampleStore
+from apollo_sft.data.store.store_files import SampleStore
 from apollo_sft.errors import CheckpointError
 from apollo_sft.train.merged import check_merged, probe_of
 from tests.support.data import CHATML

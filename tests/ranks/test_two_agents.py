@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from apollo_sft.checkpoint.layout import PROBE
+from apollo_sft.checkpoint.run_folder.folder import PROBE
 from apollo_sft.prepare.demo_model import write_base_model
 from apollo_sft.prepare.word_problems import write_word_problems
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from apollo_sft.checkpoint.tensor_files import read_tensors, write_tensors
+from apollo_sft.checkpoint.model_folder.tensor_files import read_tensors, write_tensors
 from apollo_sft.cli.main import main
 from tests.support.data import write_parquet
 from tests.support.runs import finish, rows, start

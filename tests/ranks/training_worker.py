@@ -16,17 +16,17 @@ from torch import nn
 
 from apollo_sft.config.compose import compose
 from apollo_sft.config.schema import SftConfig
-from apollo_sft.data.loader import Loader
-from apollo_sft.data.store_files import SampleStore
+from apollo_sft.data.batch.loader import Loader
+from apollo_sft.data.store.store_files import SampleStore
 from apollo_sft.model import attention, load
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import Mesh, build_mesh
 from apollo_sft.train.assemble import assemble
-from apollo_sft.train.evaluate import evaluate
 from apollo_sft.train.run import plan_spec
 from apollo_sft.train.step import train_step
+from apollo_sft.train.validation import evaluate
 from tests.support.oracle import oracle_loss, whole
 
 BATCH, STEPS = 8, 3

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from apollo_sft.data.loader import pack
+from apollo_sft.data.batch.loader import pack
 from apollo_sft.model import attention, load
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.types import IGNORE_INDEX, MicroBatch, RowRef, Sample

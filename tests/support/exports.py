@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from apollo_sft.checkpoint.base_files import sort_files
-from apollo_sft.checkpoint.export import AdapterFolder, ExportOptions
-from apollo_sft.checkpoint.tensor_files import read_base_tensors
+from apollo_sft.checkpoint.model_folder.base_files import sort_files
+from apollo_sft.checkpoint.model_folder.tensor_files import read_base_tensors
+from apollo_sft.checkpoint.model_folder.write import AdapterFolder, ExportOptions
 from apollo_sft.types import BaseModel
 from tests.support.models import tiny_config, tiny_model
 

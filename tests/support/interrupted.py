@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from apollo_sft.checkpoint import publish
-from apollo_sft.checkpoint.lock import OWNER
+from apollo_sft.checkpoint.run_folder.lock import OWNER
 from apollo_sft.config.compose import Composed, compose
 from apollo_sft.errors import AlreadyDone
 from apollo_sft.train.run import train

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from apollo_sft.data.store_files import SampleStore, StoreSummary, StoreWriter
+from apollo_sft.data.store.store_files import SampleStore, StoreSummary, StoreWriter
 from apollo_sft.types import IGNORE_INDEX, RowRef, Sample
 
 

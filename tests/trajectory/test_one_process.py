@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file
 
 from apollo_sft.errors import ConfigError
-from apollo_sft.model.oracle import StaysDouble
-from apollo_sft.train.optim import Schedule
+from apollo_sft.tools.verify.oracle import StaysDouble
+from apollo_sft.train.optim.build import Schedule
 from tests.support.data import write_parquet
 from tests.support.runs import read_metrics, rows, series, status, train_here, without_clock, write_inputs
 

@@ -9,7 +9,7 @@ import yaml
 from apollo_sft.cli.main import main
 from apollo_sft.config.compose import compose, to_yaml
 from apollo_sft.errors import ConfigError
-from apollo_sft.train.exam import data_keys
+from apollo_sft.tools.evaluate.questions import data_keys
 from tests.support.chain import write_chain_model
 from tests.support.data import write_parquet
 

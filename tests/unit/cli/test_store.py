@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from apollo_sft.cli.main import main
-from apollo_sft.data.store import BUILDING, SampleStore, StoreRequest, key_lock, prepare_store
-from apollo_sft.data.store_files import LAST_USED
-from apollo_sft.data.template import resolve_template
+from apollo_sft.data.render.template import resolve_template
+from apollo_sft.data.store.open import BUILDING, SampleStore, StoreRequest, key_lock, prepare_store
+from apollo_sft.data.store.store_files import LAST_USED
 from tests.support.data import data_config, tiny_tokenizer, write_parquet
 
 DAY = 86400

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from apollo_sft.data.render import Rendered, Renderer
-from apollo_sft.data.template import ChatTemplate, resolve_template
+from apollo_sft.data.render.render import Rendered, Renderer
+from apollo_sft.data.render.template import ChatTemplate, resolve_template
 from apollo_sft.errors import DataError
 from apollo_sft.types import IGNORE_INDEX, Conversation, RowRef
 from tests.support.data import CHATML, chat, data_config, tiny_tokenizer

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from apollo_sft.data.conversation import needed_columns, parse_row
-from apollo_sft.data.parquet import read_rows
-from apollo_sft.data.render import Renderer
-from apollo_sft.data.store import StoreRequest, prepare_store
-from apollo_sft.data.template import resolve_template
+from apollo_sft.data.read.conversation import needed_columns, parse_row
+from apollo_sft.data.read.parquet import read_rows
+from apollo_sft.data.render.render import Renderer
+from apollo_sft.data.render.template import resolve_template
+from apollo_sft.data.store.open import StoreRequest, prepare_store
 from apollo_sft.types import IGNORE_INDEX, Conversation, Sample
 from tests.support.data import data_config
 

@@ -8,14 +8,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from apollo_sft.checkpoint.export import save_adapter
-from apollo_sft.checkpoint.rounding import cast
+from apollo_sft.checkpoint.model_folder.rounding import cast
+from apollo_sft.checkpoint.model_folder.write import save_adapter
 from apollo_sft.config.compose import compose
 from apollo_sft.config.schema import ModelConfig
 from apollo_sft.errors import ConfigError
 from apollo_sft.model import experts, lora
-from apollo_sft.train.flops import cost_of
-from apollo_sft.train.optim import build_optimizer
+from apollo_sft.model.flops import cost_of
+from apollo_sft.train.optim.build import build_optimizer
 from tests.support.exports import adapter_folder
 from tests.support.models import save_tiny_model, tiny_config, tiny_model
 

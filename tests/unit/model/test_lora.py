@@ -10,8 +10,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from apollo_sft.checkpoint.export import save_adapter
-from apollo_sft.checkpoint.rounding import cast
+from apollo_sft.checkpoint.model_folder.rounding import cast
+from apollo_sft.checkpoint.model_folder.write import save_adapter
 from apollo_sft.config.compose import compose
 from apollo_sft.config.schema import ModelConfig
 from apollo_sft.errors import ConfigError, ModelError

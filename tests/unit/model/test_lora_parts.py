@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from apollo_sft.checkpoint.rounding import cast
+from apollo_sft.checkpoint.model_folder.rounding import cast
 from apollo_sft.config.compose import compose
 from apollo_sft.config.schema import ModelConfig
 from apollo_sft.errors import ConfigError

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from apollo_sft.data.loader import pack
+from apollo_sft.data.batch.loader import pack
 from apollo_sft.model import attention, load, lora
 from apollo_sft.model.proof import prove
 from apollo_sft.model.sft_model import SftModel

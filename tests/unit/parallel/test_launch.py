@@ -11,7 +11,7 @@ from apollo_sft.errors import TopologyError
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.place import PORTS, expand_nodelist, read_place
-from apollo_sft.train.opening import check_world
+from apollo_sft.train.start_checks import check_world
 
 SRUN = {
     "SLURM_PROCID": "5",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from apollo_sft.errors import DataError
-from apollo_sft.prepare.sources import column_names, files_of_split, local_source, source_rows
+from apollo_sft.prepare.raw_sources import column_names, files_of_split, local_source, source_rows
 from tests.support.data import write_parquet
 
 

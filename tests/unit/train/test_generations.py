@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from apollo_sft.config.compose import compose
-from apollo_sft.data.store_files import SampleStore
+from apollo_sft.data.store.store_files import SampleStore
 from apollo_sft.report.sinks import RunInfo
 from apollo_sft.train.generations import first_prompts, position_limit
 from apollo_sft.train.reporter import Reporter

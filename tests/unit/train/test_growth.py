@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from transformers import Gemma3Config
 
-from apollo_sft.checkpoint.conversion import plan_export
+from apollo_sft.checkpoint.model_folder.conversion import plan_export
 from apollo_sft.config.compose import compose
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.errors import CheckpointError, ConfigError, DataError
 from apollo_sft.model import attention, load
-from apollo_sft.train.base import open_base
-from apollo_sft.train.preflight import check_model, prepare
+from apollo_sft.train.base_model import open_base
+from apollo_sft.train.prepare_run import check_model, prepare
 from apollo_sft.types import BaseModel, TensorSpec
 from tests.support.data import tiny_tokenizer
 from tests.support.entry import Entry, assert_refused

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from apollo_sft.config.compose import compose
-from apollo_sft.data.loader import Loader
-from apollo_sft.data.plan import PlanSpec
+from apollo_sft.data.batch.loader import Loader
+from apollo_sft.data.batch.plan import PlanSpec
 from apollo_sft.train.loop import Run
-from apollo_sft.train.optim import Schedule
+from apollo_sft.train.optim.build import Schedule
 from tests.support.samples import random_samples, write_store
 
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from apollo_sft.config.compose import compose
-from apollo_sft.data.loader import Loader, StepBatch
-from apollo_sft.data.plan import PlanSpec
-from apollo_sft.data.store import SampleStore
+from apollo_sft.data.batch.loader import Loader, StepBatch
+from apollo_sft.data.batch.plan import PlanSpec
+from apollo_sft.data.store.open import SampleStore
 from apollo_sft.errors import ConfigError
+from apollo_sft.model.flops import cost_of
 from apollo_sft.model.load import build_on_meta, read_config
-from apollo_sft.train.flops import cost_of
 from apollo_sft.train.meter import Meter, Profile, known_peak
 from apollo_sft.train.precision import DTYPES
 from apollo_sft.train.step import StepResult, Vote

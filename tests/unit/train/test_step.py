@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from apollo_sft.data.loader import Loader, StepBatch
-from apollo_sft.data.plan import PlanSpec
+from apollo_sft.data.batch.loader import Loader, StepBatch
+from apollo_sft.data.batch.plan import PlanSpec
 from apollo_sft.errors import TrainingError
 from apollo_sft.model import attention
 from apollo_sft.model.sft_model import SftModel

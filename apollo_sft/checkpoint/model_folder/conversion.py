@@ -1,0 +1,295 @@
+"""From the names that transformers holds in memory back to the names of the base model's own files.
+
+transformers 5 converts while it loads: it renames, and it fuses (all experts of a layer become one tensor). The plan
+here follows each name of the base's files through that conversion, so that what is written back is what was read. It
+is made on meta tensors: names, shapes and dtypes are known before a run starts.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apollo_sft.checkpoint.model_folder.tensor_files import DTYPE_NAMES, DTYPES
+from apollo_sft.errors import CheckpointError
+from apollo_sft.types import BaseModel, TensorSpec
+
+FORCED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+CONFIG_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+FLOATS = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors that are converted together: `sources` are names in memory, `targets` names in the files.
+
+    `split` makes, of the full sources in order, the tensors by target name.
+    """
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    split: Callable[[list[Tensor]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPlan:
+    """What the files will hold.
+
+    `tensors`: all of it, in the order of writing. `copied`: tensors of the base that the model does not hold, the layer
+    of multi-token prediction for example; they are written as they are. `dropped`: second names of tied weights.
+    """
+
+    groups: list[Group]
+    tensors: dict[str, TensorSpec]
+    copied: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """How one name of the base's files was read: into which name, by which converter, under which name before it."""
+
+    base_name: str
+    memory_name: str
+    pattern: str | None
+    between: str
+
+
+def plan_export(model: Any, base: BaseModel, export_dtype: str) -> ExportPlan:
+    """What will be written for `model`, a transformers model whose parameters may be sharded or on meta.
+
+    Raises: CheckpointError when the base's files cannot be written back from what the model holds in memory.
+    """
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    meta = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in state.items()}
+    wanted = dict(base.tensors) or _default_names(model, state, meta)
+    reader = _Reader(model, meta)
+    reads = [reader.follow(name) for name in sorted(wanted, key=_natural_key)]
+    groups = _direct_groups(_once([read for read in reads if read.pattern is None and read.memory_name in meta], state))
+    groups += reader.converted_groups([read for read in reads if read.pattern is not None])
+    covered = {source for group in groups for source in group.sources}
+    groups += _extra_groups(model, state, covered)
+    groups.sort(key=lambda group: _natural_key(group.targets[0]))
+    made = {name: tensor for group in groups for name, tensor in group.split([meta[s] for s in group.sources]).items()}
+    _check_shapes(made, _grown(base, model, state, reads))
+    tensors = {
+        name: TensorSpec(tuple(made[name].shape), _file_dtype(name, made[name].dtype, base, export_dtype))
+        for group in groups
+        for name in group.targets
+    }
+    copied = [read.base_name for read in reads if read.memory_name not in meta]
+    tensors |= {name: _copied_spec(base.tensors[name], export_dtype) for name in copied}
+    return ExportPlan(groups, tensors, copied, sorted(set(wanted) - set(tensors), key=_natural_key))
+
+
+def _copied_spec(spec: TensorSpec, export_dtype: str) -> TensorSpec:
+    """Give a tensor that is not trained the dtype that the user asked for, else its own."""
+    if spec.dtype in FLOATS and export_dtype in FORCED:
+        return TensorSpec(spec.shape, FORCED[export_dtype])
+    return spec
+
+
+def follow_names(model: Any, names: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """(name in memory, whether it is fused or split there) of each name in files, as transformers would load them into
+    `model`, which may be on meta. A name that is not read keeps its own, which the model does not hold."""
+    reader = _Reader(model, model.state_dict(keep_vars=True))
+    reads = [reader.follow(name) for name in names]
+    return {read.base_name: (read.memory_name, read.pattern is not None) for read in reads}
+
+
+def _file_dtype(name: str, held: torch.dtype, base: BaseModel, export_dtype: str) -> str:
+    if not held.is_floating_point:
+        return DTYPE_NAMES[held]
+    if export_dtype in FORCED:
+        return FORCED[export_dtype]
+    if export_dtype != "auto":
+        raise CheckpointError("trainer.export_dtype", found=export_dtype, expected=f"auto, {', '.join(FORCED)}")
+    if name in base.tensors:
+        dtype = base.tensors[name].dtype
+        if dtype not in FLOATS:
+            raise CheckpointError(
+                f"the base stores {name} in a quantised form that cannot be written back",
+                found=dtype,
+                fix="start from the unquantised model",
+            )
+        return dtype
+    stated = base.config.get("dtype") or base.config.get("torch_dtype")
+    return CONFIG_DTYPES.get(str(stated), "F32")
+
+
+def _grown(base: BaseModel, model: Any, state: Mapping[str, Tensor], reads: Iterable[_Read]) -> dict[str, TensorSpec]:
+    """What the base's files would hold with the tokens that are added to it."""
+    grown = dict(base.tensors)
+    if base.growth is None:
+        return grown
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    tables = {id(table) for module in ends for table in module.parameters(recurse=False)}
+    for read in reads:
+        if read.base_name in grown and id(state.get(read.memory_name)) in tables:
+            held, *rest = grown[read.base_name].shape
+            shape = (held + base.growth.rows - base.growth.held, *rest)
+            grown[read.base_name] = TensorSpec(shape, grown[read.base_name].dtype)
+    return grown
+
+
+def _check_shapes(made: Mapping[str, Tensor], base: Mapping[str, TensorSpec]) -> None:
+    for name, tensor in made.items():
+        if name in base and base[name].shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{name} does not have the shape that it has in the base's files",
+                found=tuple(tensor.shape),
+                expected=base[name].shape,
+            )
+
+
+def _once(reads: list[_Read], state: Mapping[str, Tensor]) -> list[_Read]:
+    """Without second names of a tied weight, which some bases store twice. The first is the first in the model."""
+    order = {name: at for at, name in enumerate(state)}
+    kept = {id(state[read.memory_name]): read for read in sorted(reads, key=lambda read: -order[read.memory_name])}
+    return [read for read in reads if kept[id(state[read.memory_name])] is read]
+
+
+def _direct_groups(reads: list[_Read]) -> list[Group]:
+    return [Group((read.memory_name,), (read.base_name,), _Rename(read.base_name)) for read in reads]
+
+
+def _extra_groups(model: Any, state: Mapping[str, Tensor], covered: set[str]) -> list[Group]:
+    """Persistent buffers that the base's files lack. A parameter they lack must be the same as one they hold (tied)."""
+    tied = {id(state[name]) for name in covered}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    missing = [name for name in state if name not in covered and id(state[name]) not in tied]
+    lost = [name for name in missing if name in parameters]
+    head = model.get_output_embeddings()
+    if lost and head is not None and all(state[name] is head.weight for name in lost):
+        raise CheckpointError(
+            "config.json says that the head is a weight of its own, and the files do not hold it",
+            found=f"tie_word_embeddings=false in config.json, no {', '.join(lost)} in the files",
+            fix="tie_word_embeddings=true in config.json, if the head is the embedding; else take the whole model",
+        )
+    if lost:
+        raise CheckpointError(
+            "the model holds weights that the base's files do not, so they have no name to be written under",
+            found=", ".join(lost[:5]),
+            fix="start from a model folder that transformers loads without missing or quantised weights",
+        )
+    return [Group((name,), (name,), _Rename(name)) for name in missing]
+
+
+def _default_names(model: Any, state: Mapping[str, Tensor], meta: dict[str, Tensor]) -> dict[str, TensorSpec]:
+    """The names that `save_pretrained` would write, for a model that was not read from safetensors files."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    first = {id(tensor): name for name, tensor in reversed(list(state.items()))}
+    once = {name: meta[name] for name, tensor in state.items() if first[id(tensor)] == name}
+    names = revert_weight_conversion(model, once)
+    return {name: TensorSpec(tuple(tensor.shape), DTYPE_NAMES[tensor.dtype]) for name, tensor in names.items()}
+
+
+class _Rename:
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def __call__(self, sources: list[Tensor]) -> dict[str, Tensor]:
+        return {self.target: sources[0]}
+
+
+class _Reader:
+    """transformers' own conversion of one model class, followed forwards for names and backwards for tensors."""
+
+    def __init__(self, model: Any, meta: dict[str, Tensor]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        transforms = get_model_conversion_mapping(model)
+        self.model = model
+        self.meta = meta
+        self.renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+        self.converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+        self.by_pattern = {pattern: entry for entry in self.converters for pattern in entry.source_patterns}
+
+    def follow(self, base_name: str) -> _Read:
+        """The same steps as transformers takes for one name when it loads."""
+        from transformers.core_model_loading import apply_renamings, rename_source_key
+
+        prefix = self.model.base_model_prefix
+        between = apply_renamings(base_name, self.renamings)
+        name, pattern = rename_source_key(base_name, self.renamings, self.converters, prefix, self.meta)
+        if name not in self.meta and base_name in self.meta:
+            name, pattern = rename_source_key(base_name, [], [], prefix, self.meta)
+        if name not in self.meta:
+            return _Read(base_name, name, None, between)
+        return _Read(base_name, name, pattern, between)
+
+    def converted_groups(self, reads: list[_Read]) -> list[Group]:
+        """Groups of what was fused or split while loading.
+
+        Raises: CheckpointError when the way back does not give the names that were read.
+        """
+        names = {}
+        for read in reads:
+            names[read.between] = names[f"{self.model.base_model_prefix}.{read.between}"] = read.base_name
+        groups = []
+        for converter in self._used(reads):
+            for first_name, sources in self._sources(converter, reads).items():
+                split = _Split(converter, first_name, sources, self.model, names)
+                made = split([self.meta[name] for name, _ in sources])
+                groups.append(Group(tuple(name for name, _ in sources), tuple(made), split))
+        made_names = {name for group in groups for name in group.targets}
+        unmade = sorted({read.base_name for read in reads} - made_names, key=_natural_key)
+        if unmade:
+            raise CheckpointError(
+                f"the conversion of {type(self.model).__name__} by transformers cannot be reversed",
+                found=f"nothing gives {', '.join(unmade[:5])}",
+            )
+        return groups
+
+    def _used(self, reads: list[_Read]) -> list[Any]:
+        patterns = {read.pattern for read in reads}
+        used = [entry for entry in self.converters if patterns & set(entry.source_patterns)]
+        return [entry.reverse_transform() for entry in reversed(used)]
+
+    def _sources(self, converter: Any, reads: list[_Read]) -> dict[str, list[tuple[str, str]]]:
+        """(name in memory, pattern that it matches) by the first name that the converter makes of them."""
+        sources: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        first_names = {read.memory_name for read in reads}
+        for name in sorted(self.meta, key=_natural_key):
+            made, pattern = converter.rename_source_key(name)
+            if pattern is not None:
+                sources[made].append((name, pattern))
+        return {made: found for made, found in sources.items() if first_names & {name for name, _ in found}}
+
+
+class _Split:
+    """A reversed converter applied to the tensors of one group."""
+
+    def __init__(
+        self, converter: Any, first_name: str, sources: list[tuple[str, str]], model: Any, names: Mapping[str, str]
+    ) -> None:
+        self.converter, self.first_name, self.sources = converter, first_name, sources
+        self.model, self.names = model, names
+
+    def __call__(self, sources: list[Tensor]) -> dict[str, Tensor]:
+        converter = copy.deepcopy(self.converter)
+        for (name, pattern), tensor in zip(self.sources, sources, strict=True):
+            converter.add_tensor(self.first_name, name, pattern, tensor)
+        made = converter.convert(self.first_name, model=self.model, config=self.model.config)
+        tensors = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        strange = sorted(set(tensors) - set(self.names))
+        if strange:
+            raise CheckpointError(
+                f"the conversion of {type(self.model).__name__} by transformers cannot be reversed",
+                found=f"{', '.join(strange[:5])}, which the base's files do not hold",
+            )
+        return {self.names[name]: tensor for name, tensor in tensors.items()}
+
+
+def _natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Orders `layers.2` before `layers.10`."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]

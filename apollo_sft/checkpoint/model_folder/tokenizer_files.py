@@ -1,0 +1,148 @@
+"""The base's tokenizer files, with what training changed in them: template, end token, added tokens.
+
+They are changed in the base's own form. Written anew by a library they would have the form of its version, which
+earlier versions cannot open.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from apollo_sft.checkpoint.model_folder.json_files import change_json
+from apollo_sft.checkpoint.model_folder.sidecars import copy_files
+from apollo_sft.checkpoint.publish import read_json
+from apollo_sft.errors import CheckpointError
+from apollo_sft.types import BaseModel
+
+CONFIG = "tokenizer_config.json"
+BACKEND = "tokenizer.json"
+TEMPLATE = "chat_template.jinja"
+TEMPLATE_HOLDERS = (CONFIG, "chat_template.json", "processor_config.json")
+"""JSON files that may hold the chat template under `chat_template`."""
+NAMED_TEMPLATES = "additional_chat_templates"
+END_HOLDERS = (CONFIG, "special_tokens_map.json")
+NAMES = (
+    CONFIG, BACKEND, TEMPLATE, "chat_template.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+"""Files that belong to a tokenizer; `is_tokenizer_file` knows some more by their endings."""
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Tell whether a file of a model folder, by its path in it, belongs to the tokenizer."""
+    return name in NAMES or name.endswith(".tiktoken") or name.startswith((f"{NAMED_TEMPLATES}/", "tokenization_"))
+
+
+def end_token(tokenizer: Any, chat_template: str | None, stop_token_ids: Sequence[int]) -> str | None:
+    """Name the token that the tokenizer must call its end; None when it stays.
+
+    It is the one that ended the trained turns, where that is one and the template writes no end token by name: RL
+    trainers look for the end of a reply by it.
+    """
+    template = tokenizer.chat_template if chat_template is None else chat_template
+    if len(stop_token_ids) != 1 or "eos_token" in str(template) or stop_token_ids[0] == tokenizer.eos_token_id:
+        return None
+    return str(tokenizer.convert_ids_to_tokens(stop_token_ids[0]))
+
+
+def change_tokenizer(
+    folder: Path, base: BaseModel, tokenizer: Any, chat_template: str | None, stop_token_ids: Sequence[int]
+) -> None:
+    """Change the base's tokenizer files, which were copied into `folder`.
+
+    `tokenizer`: the one that was trained with; its own template is none that training changed. `chat_template`: the
+    one that was used, None where it is the tokenizer's own. `stop_token_ids`: what ended the trained turns.
+    """
+    if base.growth is not None:
+        _add_tokens(folder, tokenizer, base.growth.tokens)
+    if chat_template is not None:
+        _set_template(folder, chat_template)
+    end = end_token(tokenizer, chat_template, stop_token_ids)
+    if end is not None:
+        _set_end(folder, end)
+
+
+def rehearse(base: BaseModel, tokenizer: Any, chat_template: str | None, trust_remote_code: bool) -> None:
+    """Change the files in a folder aside, and open the tokenizer there: it must be the one that is trained with.
+
+    Raises: CheckpointError when it is another one, so that the base's files cannot be changed as they must be.
+    """
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as aside:
+        folder = Path(aside)
+        copy_files(folder, base, base.carried)
+        change_tokenizer(folder, base, tokenizer, chat_template, ())
+        try:
+            written = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except Exception as error:  # foreign files in a library: it may raise anything
+            raise _unchangeable(base, f"{type(error).__name__}: {error}") from error
+    template = tokenizer.chat_template if chat_template is None else chat_template
+    for what, same in (
+        ("other tokens", written.get_vocab() == tokenizer.get_vocab()),
+        ("another chat template", written.chat_template == template),
+    ):
+        if not same:
+            raise _unchangeable(base, f"{what} in the changed files")
+
+
+def _unchangeable(base: BaseModel, found: str) -> CheckpointError:
+    return CheckpointError(
+        f"the tokenizer files in {base.folder} have a form in which they cannot be changed as this training needs it",
+        found=found,
+        expected="tokenizer.json and tokenizer_config.json, as transformers writes them",
+        fix="AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes them anew",
+    )
+
+
+def _set_template(folder: Path, text: str) -> None:
+    """Write the template wherever the base has one. Templates by name go: rows with tools had this one, too."""
+    shutil.rmtree(folder / NAMED_TEMPLATES, ignore_errors=not (folder / NAMED_TEMPLATES).exists())
+    holders = [name for name in TEMPLATE_HOLDERS if "chat_template" in _read(folder / name)]
+    for name in holders:
+        change_json(folder / name, _read(folder / name) | {"chat_template": text})
+
+    if (folder / TEMPLATE).is_file():
+        (folder / TEMPLATE).write_text(text, encoding="utf-8")
+    elif CONFIG not in holders:  # where every version of transformers looks
+        change_json(folder / CONFIG, _read(folder / CONFIG) | {"chat_template": text})
+
+
+def _set_end(folder: Path, token: str) -> None:
+    for name in END_HOLDERS:
+        content = _read(folder / name)
+        if name != CONFIG and not content:
+            continue
+        old = content.get("eos_token")
+        new = old | {"content": token} if isinstance(old, dict) else token
+        change_json(folder / name, content | {"eos_token": new})
+
+
+def _add_tokens(folder: Path, tokenizer: Any, tokens: Sequence[str]) -> None:
+    added = {}
+    for token in tokens:
+        number = tokenizer.convert_tokens_to_ids(token)
+        kept = tokenizer.added_tokens_decoder[number]
+        flags = {name: getattr(kept, name) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+        added[number] = {"content": token, **flags}
+
+    backend, config = _read(folder / BACKEND), _read(folder / CONFIG)
+    if backend:
+        entries = {entry["id"]: entry for entry in backend.get("added_tokens") or []}
+        entries |= {number: {"id": number, **entry} for number, entry in added.items()}
+        change_json(folder / BACKEND, backend | {"added_tokens": [entries[number] for number in sorted(entries)]})
+    if not backend or "added_tokens_decoder" in config:
+        decoder = config.get("added_tokens_decoder") or {}
+        decoder = decoder | {str(number): entry for number, entry in added.items()}
+        change_json(folder / CONFIG, config | {"added_tokens_decoder": decoder})
+    if listed := _read(folder / "added_tokens.json"):
+        listed |= {entry["content"]: number for number, entry in added.items()}
+        change_json(folder / "added_tokens.json", listed)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}

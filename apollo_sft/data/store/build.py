@@ -1,0 +1,192 @@
+"""One store: all rows once, by one process or several, and what is refused when all of them are seen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from apollo_sft.data.read.custom import custom_rows
+from apollo_sft.data.read.files import shown
+from apollo_sft.data.read.parquet import num_rows
+from apollo_sft.data.store.bad_rows import refuse_bad, refuse_too_many_bad, without_rare
+from apollo_sft.data.store.fingerprint import tokenizer_hash
+from apollo_sft.data.store.store_files import StoreSummary, StoreWriter
+from apollo_sft.data.store.tokenise import CHUNK_ROWS, Shard, StoreRequest, Stretch, Tokeniser, shard_rows
+from apollo_sft.data.store.workers import FEWEST_ROWS, MOST_ROWS, Done, Job, Progress, Workers, num_processes, take
+from apollo_sft.errors import DataError
+
+SAY_FIRST_SECONDS = 5.0
+SAY_LAST_SECONDS = 60.0
+SHARDS_OF_A_PROCESS = 4
+
+Say = Callable[[str], None]
+
+
+class Builder:
+    """Writes the store of `request` into `folder`."""
+
+    def __init__(self, request: StoreRequest, files: list[str], folder: Path, say: Say) -> None:
+        self.request = request
+        self.data = request.data
+        self.files = files
+        self.folder = folder
+        self.say = say
+        named = [shown(file) for file in files]
+        self.summary = StoreSummary(files=named)
+        self.progress = _Told(say, request.split)
+        self.writer = StoreWriter(folder, named)
+
+    def run(self, key: str) -> None:
+        """Raises: as `prepare_store`."""
+        try:
+            self._tokenise()
+            self.progress.end()
+            self._refuse()
+            self.writer.finish(key, self.summary)
+        finally:
+            self.writer.abandon()
+
+    def _tokenise(self) -> None:
+        request, limit = self.request, self.request.max_rows
+        if self.data.custom_cls.path is not None:  # one iterator of the user's, which no second process can share
+            rows = custom_rows(self.files, request.tokenizer, self.data, limit)
+            self._count(Tokeniser(request).run(rows, self.writer))
+            return
+        counts = [(file, num_rows([file])) for file in self.files]
+        total = sum(count for _, count in counts)
+        total = min(total, limit) if limit >= 0 else total
+        self.progress.total = total
+        processes = request.processes or num_processes(total)
+        if processes == 1:
+            [shard] = shards(counts, total, total) or [Shard(0, ())]
+            self._count(Tokeniser(request).run(shard_rows(shard, self.data), self.writer))
+            return
+        size = min(max(total // (SHARDS_OF_A_PROCESS * processes), FEWEST_ROWS), MOST_ROWS)
+        self._share(shards(counts, total, size), processes)
+
+    def _count(self, chunks: Iterator[StoreSummary]) -> None:
+        for chunk in chunks:
+            self._add(chunk)
+            self.progress.add(chunk.num_rows, next(iter(chunk.bad_texts.values()), None))
+
+    def _share(self, parts: Sequence[Shard], processes: int) -> None:
+        job = Job(self.request, self.files, self.folder, tokenizer_hash(self.request.tokenizer))
+        with Workers(min(processes, len(parts)), job) as workers:
+            for message in workers.results(parts):
+                if isinstance(message, Progress):
+                    self.progress.add(message.num_rows, message.bad)
+                else:
+                    self._take(message)
+
+    def _take(self, done: Done) -> None:
+        take(done, self.writer)
+        for chunk in done.chunks:
+            self._add(chunk)
+
+    def _add(self, chunk: StoreSummary) -> None:
+        self.summary.add(chunk)
+        without_rare(self.summary)
+
+    def _refuse(self) -> None:
+        summary, total = self.summary, self.progress.total
+        if total is not None and summary.num_rows != total:
+            raise DataError(
+                f"{self.request.files_key}: the files changed while they were read",
+                found=f"{summary.num_rows:,} rows, where {total:,} had been counted",
+                fix="the same command again, when nobody writes them",
+            )
+        summary.stop_tokens = dict(sorted(summary.stop_tokens.items(), key=lambda item: -item[1]))
+        if self.data.bad_rows == "error":
+            refuse_bad(summary, self.request.files_key)
+        elif not summary.num_targets:
+            refuse_too_many_bad(summary, self.request.files_key, self.data.max_bad_ratio)
+        self._refuse_over_length()
+        self._refuse_no_target()
+
+    def _refuse_over_length(self) -> None:
+        summary, data = self.summary, self.data
+        if data.truncation != "error" or not summary.rows_over_max_length:
+            return
+        raise DataError(
+            f"{summary.rows_over_max_length:,} of {summary.num_rows:,} rows are longer than data.max_length",
+            found=f"first: {summary.first_over_max_length}; longest: {summary.longest_row} "
+            f"({summary.longest_tokens:,} tokens)",
+            expected=f"at most {data.max_length:,} tokens",
+            fix=f"data.max_length={summary.longest_tokens}, or data.truncation=right or left (the side that is cut)",
+        )
+
+    def _refuse_no_target(self) -> None:
+        summary = self.summary
+        if summary.num_targets:
+            return
+        if not summary.num_rows:
+            raise DataError(f"{self.request.files_key}: there is no row", found=", ".join(self.files))
+        raise DataError(
+            f"{self.request.files_key}: no row has a token to train on",
+            found=f"{summary.num_rows:,} rows, {summary.targets_lost:,} targets cut or dropped",
+            expected="at least one target",
+            fix=f"data.max_length={summary.longest_tokens}" if summary.targets_lost else None,
+        )
+
+
+class _Told:
+    """What the person who waits is told of the progress."""
+
+    def __init__(self, say: Say, split: str) -> None:
+        self.say = say
+        self.split = split
+        self.total: int | None = None
+        self.done = 0
+        self.bad = False
+        self.start = time.monotonic()
+        self.first: tuple[float, int] | None = None
+
+    def add(self, rows: int, bad: str | None) -> None:
+        self.done += rows
+        if self.first is None:  # the rate is that of work: processes may take a while to start
+            self.said = time.monotonic()
+            self.first = (self.said, self.done)
+        if bad is not None and not self.bad:
+            self.bad = True
+            self.say(f"a row cannot be used; all others are looked at before the end. One is:\n{bad}")
+        now, (began, before) = time.monotonic(), self.first
+        if now - self.said > min(max(SAY_FIRST_SECONDS, (now - began) / 20), SAY_LAST_SECONDS):
+            self.said = now
+            self.say(progress(self.done, self.total, (self.done - before) / (now - began)))
+
+    def end(self) -> None:
+        seconds = max(time.monotonic() - self.start, 1e-9)
+        rate = f"{self.done / seconds:,.0f} rows/s"
+        self.say(f"tokenised {self.done:,} {self.split} rows in {seconds:.1f} s, {rate}")
+
+
+def progress(done: int, total: int | None, rate: float) -> str:
+    """`tokenised 12,000 of 1,000,000 rows, 5,100 rows/s, 3 min left`. `rate`: rows/s. `total` None: nobody knows."""
+    text = f"tokenised {done:,}{'' if total is None else f' of {total:,}'} rows, {rate:,.0f} rows/s"
+    return f"{text}, {duration((total - done) / rate)} left" if total is not None and rate else text
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def shards(counts: Sequence[tuple[str, int]], total: int, size: int) -> list[Shard]:
+    """The first `total` rows of these files, in shards of `size` rows, rounded up to whole chunks."""
+    size = -(-max(size, 1) // CHUNK_ROWS) * CHUNK_ROWS
+    stretches: list[list[Stretch]] = []
+    room, left = 0, total
+    for file, count in counts:
+        first, count = 0, min(count, left)
+        left -= count
+        while first < count:
+            if not room:
+                stretches.append([])
+                room = size
+            number = min(count - first, room)
+            stretches[-1].append(Stretch(file, first, number))
+            first, room = first + number, room - number
+    return [Shard(index, tuple(some)) for index, some in enumerate(stretches)]

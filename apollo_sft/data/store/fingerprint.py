@@ -1,0 +1,109 @@
+"""What a store is made of, as one key: equal keys hold equal samples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import transformers
+
+from apollo_sft.config.schema import DataConfig
+from apollo_sft.data.read.files import is_remote, remote_hash, shown
+from apollo_sft.data.render.template import ChatTemplate
+from apollo_sft.errors import DataError
+
+FORMAT = 4
+"""Raised whenever the same inputs give other samples or another layout of the files."""
+
+SETTLED_SECONDS = 2.0
+"""A younger file may still change within one tick of the clock that stamps files, so its hash is not remembered."""
+
+CONTENT_KEYS = (
+    "prompt_key",
+    "response_key",
+    "prompt_dict_keys",
+    "response_dict_keys",
+    "max_length",
+    "truncation",
+    "apply_chat_template_kwargs",
+    "template_date",
+    "history",
+    "train_on",
+    "train_key",
+    "special_tokens_in_content",
+    "bad_rows",
+)
+"""The `data` keys that change what is in a store, besides files, template and the multi-turn section."""
+
+
+def store_key(
+    files: Sequence[str], max_rows: int, tokenizer: Any, template: ChatTemplate, data: DataConfig, hashes: Path
+) -> str:
+    """The key, 32 hexadecimal digits. `hashes` is a folder where hashes of unchanged files are remembered."""
+    multiturn = data.multiturn
+    parts: dict[str, Any] = {
+        "format": FORMAT,
+        "versions": [transformers.__version__, tokenizers.__version__],
+        "files": [[shown(file), content_hash(file, hashes)] for file in files],
+        "max_rows": max_rows,
+        "tokenizer": tokenizer_hash(tokenizer),
+        "template": [template.text, template.tool_text],
+        "data": {name: getattr(data, name) for name in CONTENT_KEYS},
+        "multiturn": [multiturn.enable, multiturn.messages_key, multiturn.tools_key, multiturn.enable_thinking_key],
+    }
+    if data.custom_cls.path is not None:
+        parts["custom_cls"] = [file_hash(Path(data.custom_cls.path), hashes), data.custom_cls.name]
+    text = json.dumps(parts, sort_keys=True, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Of the whole backend, added tokens included, and of what templates and encoding read of the tokenizer."""
+    around = {
+        "special": tokenizer.special_tokens_map,
+        "split_special_tokens": bool(getattr(tokenizer, "split_special_tokens", False)),
+    }
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(json.dumps(around, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def content_hash(file: str, hashes: Path) -> str:
+    """Of a file here or in a store on the network. Raises: DataError for a file that cannot be read."""
+    return remote_hash(file) if is_remote(file) else file_hash(Path(file), hashes)
+
+
+def file_hash(path: Path, hashes: Path) -> str:
+    """SHA-256 of the whole file. Read once: afterwards the stamps that every write changes stand for it.
+
+    Raises: DataError for a file that cannot be read.
+    """
+    path = path.resolve()
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    stat = path.stat()
+    stamp = f"{path}|{stat.st_dev}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
+    known = hashes / hashlib.sha256(stamp.encode()).hexdigest()[:32]
+    if known.is_file():
+        digest = known.read_text(encoding="ascii")
+        if len(digest) == 64:
+            return digest
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: the file cannot be read", found=error.strerror) from error
+    if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED_SECONDS:
+        hashes.mkdir(parents=True, exist_ok=True)
+        known.write_text(digest, encoding="ascii")
+    return digest
+
+
+def _plain(value: Any) -> Any:
+    """Sequences and mappings of the config, whatever type they have there."""
+    return dict(value) if hasattr(value, "keys") else list(value)

@@ -1,0 +1,222 @@
+"""Processes that tokenise shards of a dataset, each into a folder of its own. They end with the one that started them.
+
+Started as new interpreters: threads of torch and of tokenizers do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from apollo_sft.data.read.files import shown
+from apollo_sft.data.store.fingerprint import tokenizer_hash
+from apollo_sft.data.store.store_files import StoreSummary, StoreWriter
+from apollo_sft.data.store.tokenise import Shard, StoreRequest, Tokeniser, shard_rows
+from apollo_sft.errors import ApolloError
+
+ROWS_OF_A_PROCESS = 20_000
+"""A process needs about as much CPU time to start as to tokenise so many short rows."""
+AHEAD = 4
+"""Shards for each process that may be begun before an earlier one is done: they wait on the disk."""
+FEWEST_ROWS = 4096
+MOST_ROWS = 65_536
+"""Of a shard. A file may have to be read up to the first row of a shard, so shards are large."""
+IMPORT_SERVE = "from apollo_sft.data.store.workers import serve"
+KEPT_FROM_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Signals to all processes of a terminal or a job: the one that is asked to stop ends the workers itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every worker is told first. Parts are written into `folder`."""
+
+    request: StoreRequest
+    files: list[str]
+    folder: Path
+    tokenizer_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """So many rows more. `bad`: the message about the first of them that cannot be used."""
+
+    num_rows: int
+    bad: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A shard is in `part`. `chunks`: what became of its rows, in order."""
+
+    index: int
+    part: Path
+    chunks: list[StoreSummary]
+
+
+def num_processes(num_rows: int) -> int:
+    """One for each core that this process may use, if there are rows for so many."""
+    return max(1, min(num_cores(), num_rows // ROWS_OF_A_PROCESS))
+
+
+def num_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Of the cores that this process may run on, as many as its container gives it time for.
+
+    Source: cpu.max in docs.kernel.org/admin-guide/cgroup-v2.html.
+    """
+    cores = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):
+        most, period = quota.read_text(encoding="ascii").split()
+        cores = min(cores, max(1, int(most) // int(period)))
+    return cores
+
+
+class Workers:
+    """`number` processes, as a context. None of them outlives it."""
+
+    def __init__(self, number: int, job: Job) -> None:
+        self._number = number
+        self._job = job
+        self._processes: dict[Connection, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Workers:
+        try:
+            for _ in range(self._number):
+                connection, process = _start()
+                self._processes[connection] = process
+            for connection in self._processes:
+                self._send(connection, self._job)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes.values():
+            process.kill()
+        for connection, process in self._processes.items():
+            process.wait()
+            connection.close()
+
+    def results(self, shards: Sequence[Shard]) -> Iterator[Progress | Done]:
+        """Every shard, in order, and what goes on meanwhile.
+
+        Raises: DataError as `Tokeniser.run`; ApolloError when a process was ended.
+        """
+        waiting, idle = deque(shards), list(self._processes)
+        held: dict[int, Done] = {}
+        following = 0
+        while following < len(shards):
+            while idle and waiting and waiting[0].index < following + AHEAD * self._number:
+                self._send(idle.pop(), waiting.popleft())
+            for connection in wait(list(self._processes)):
+                message = self._receive(connection)  # type: ignore[arg-type]
+                if isinstance(message, Done):
+                    held[message.index] = message
+                    idle.append(connection)  # type: ignore[arg-type]
+                else:
+                    yield message
+            while following in held:
+                yield held.pop(following)
+                following += 1
+
+    def _send(self, connection: Connection, message: Job | Shard) -> None:
+        try:
+            connection.send(message)
+        except OSError:
+            raise self._lost(connection) from None
+
+    def _receive(self, connection: Connection) -> Progress | Done:
+        try:
+            message = connection.recv()
+        except (EOFError, OSError):
+            raise self._lost(connection) from None
+        if isinstance(message, Exception):
+            raise message
+        assert isinstance(message, Progress | Done)
+        return message
+
+    def _lost(self, connection: Connection) -> ApolloError:
+        code = self._processes[connection].wait()
+        why = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return ApolloError(
+            "a process that tokenised rows was ended from outside",
+            found=why + (", as the system sends it when memory runs out" if code == -signal.SIGKILL else ""),
+            expected=f"{self._number} processes until all rows are done; nothing of them is used",
+            fix="the same command again; on fewer cores (taskset) if memory ran out",
+        )
+
+
+def _start() -> tuple[Connection, subprocess.Popen[bytes]]:
+    """A process that listens at the other end of the connection."""
+    mine, theirs = socket.socketpair()
+    listen = f"import sys; sys.path[:] = {sys.path!r}; {IMPORT_SERVE}; serve({theirs.fileno()})"
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_FROM_WORKERS)  # is handed down, and stays so
+    try:
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-c", listen],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+            )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return Connection(mine.detach()), process
+
+
+def serve(handle: int) -> None:
+    """The life of a worker: a job, then shards, until the other end is closed."""
+    connection = Connection(handle)
+    messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, messages), daemon=True).start()
+    try:
+        job: Job = messages.get()
+        assert tokenizer_hash(job.request.tokenizer) == job.tokenizer_hash, "it came another one"
+        tokeniser = Tokeniser(job.request)
+        while True:
+            connection.send(_tokenise(tokeniser, job, messages.get(), connection))
+    except ApolloError as error:
+        connection.send(error)
+    except Exception:
+        connection.send(RuntimeError(f"in a process that tokenises rows:\n{traceback.format_exc()}"))
+
+
+def _listen(connection: Connection, messages: queue.SimpleQueue[Any]) -> None:
+    """In a thread of its own: whatever the main thread does, the process ends when nobody is there any more."""
+    try:
+        while True:
+            messages.put(connection.recv())
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+def _tokenise(tokeniser: Tokeniser, job: Job, shard: Shard, connection: Connection) -> Done:
+    part = job.folder / f"part-{shard.index:06d}"
+    part.mkdir()
+    writer = StoreWriter(part, [shown(file) for file in job.files])
+    chunks = []
+    for summary in tokeniser.run(shard_rows(shard, job.request.data), writer):
+        chunks.append(summary)
+        connection.send(Progress(summary.num_rows, next(iter(summary.bad_texts.values()), None)))
+    writer.close(synced=False)
+    return Done(shard.index, part, chunks)
+
+
+def take(done: Done, writer: StoreWriter) -> None:
+    """Append a part to the store, and remove it."""
+    writer.take(done.part)
+    shutil.rmtree(done.part)

@@ -1,0 +1,129 @@
+"""A model folder from a checkpoint, in one process and without a GPU, by the code that ends a run.
+
+Training does not come here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apollo_sft.checkpoint import publish
+from apollo_sft.checkpoint.model_folder.reopen import verify_model_folder
+from apollo_sft.checkpoint.model_folder.rounding import cast
+from apollo_sft.checkpoint.model_folder.write import ExportOptions, model_form, save_model
+from apollo_sft.checkpoint.run_folder import resume
+from apollo_sft.checkpoint.run_folder.folder import read_run
+from apollo_sft.checkpoint.run_folder.lookup import config_of, find_run, trained_stops
+from apollo_sft.checkpoint.run_folder.state import StateFiles
+from apollo_sft.config.schema import DataConfig, SftConfig
+from apollo_sft.data.render.render import Renderer
+from apollo_sft.data.render.template import ChatTemplate
+from apollo_sft.data.render.tokens import fit_template
+from apollo_sft.errors import ConfigError, DataError
+from apollo_sft.model import attention
+from apollo_sft.model.four_bit import quantised
+from apollo_sft.model.load import build_on_meta, load_with_weights
+from apollo_sft.model.lora import inject, lora_config, merge
+from apollo_sft.train.base_model import load_tokenizer, open_base
+from apollo_sft.train.finish import IN_CHECKPOINT, options_of
+from apollo_sft.train.precision import DTYPES, resolve_precision
+from apollo_sft.train.prepare_run import load_external_lib
+from apollo_sft.types import BaseModel, Conversation, RowRef
+
+
+def export_checkpoint(checkpoint: Path, out: Path, export_dtype: str | None = None) -> list[str]:
+    """Write the model of `checkpoint` into `out`, a LoRA adapter merged into its base. Returns what to tell the user.
+
+    Nothing in `out` is replaced but an earlier model that was written so. `export_dtype`: of the files; None is what
+    the run was told. The base model must be where it was.
+    Raises: ConfigError, ModelError, CheckpointError; nothing is visible in `out` then.
+    """
+    _check_out(out)
+    notes: list[str] = []
+    resume.check_files(checkpoint)
+    facts = resume.read_facts(checkpoint)
+    if "model" not in facts["contents"]:
+        raise ConfigError(
+            f"{checkpoint} holds no weights to export",
+            found=f"trainer.checkpoint.save_contents={facts['contents']}",
+            expected="model among them",
+            fix=f"its model folder is {checkpoint / 'hf'}" if (checkpoint / "hf").is_dir() else None,
+        )
+    config = config_of(facts["config"])
+    load_external_lib(config.model.external_lib)
+    base, hf_config = open_base(config)
+    options = _options(config, base, checkpoint, export_dtype)
+    out.mkdir(parents=True, exist_ok=True)
+    notes += publish.recover(out)
+    if lora_config(config.model, base.source) is None:
+        _write_full(config, base, hf_config, checkpoint, (out, options))
+    else:
+        save_model(_merged(config, base, hf_config, checkpoint), base, out, options, is_writer=True)
+    return notes
+
+
+def probed_stops(tokenizer: Any, template: ChatTemplate, data: DataConfig) -> tuple[int, ...]:
+    """The tokens by which the template ends a reply, found out on one; () when it cannot say."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        renderer = Renderer(tokenizer, template, data)
+        renderer.render([Conversation(messages, None, {}, RowRef("a probe", 0))])
+    except DataError:
+        return ()
+    return tuple(token for token, _ in renderer.counts.stop_tokens.most_common())
+
+
+def _check_out(out: Path) -> None:
+    if read_run(out) is not None:
+        raise ConfigError(f"{out} is the folder of a run", fix="export into another folder; nothing was changed")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is not a folder", expected="a new or empty folder, or one of an earlier export")
+    if (out / publish.LAST).exists() and publish.LAST not in publish.model_files(out):
+        raise ConfigError(
+            f"{out} holds a model that no export wrote", fix="export into another folder; nothing was changed"
+        )
+
+
+def _options(config: SftConfig, base: BaseModel, checkpoint: Path, export_dtype: str | None) -> ExportOptions:
+    tokenizer = load_tokenizer(base.folder, config.model.trust_remote_code)
+    template = fit_template(tokenizer, config.data, config.model.add_special_tokens)
+    stops = trained_stops(find_run(checkpoint))
+    stops = probed_stops(tokenizer, template, config.data) if stops is None else stops
+    if export_dtype is not None:
+        trainer = config.trainer.model_copy(update={"export_dtype": export_dtype})
+        config = config.model_copy(update={"trainer": trainer})
+    return options_of(config, tokenizer, template, stops)
+
+
+def _write_full(
+    config: SftConfig, base: BaseModel, hf_config: Any, checkpoint: Path, to: tuple[Path, ExportOptions]
+) -> None:
+    """Tensor by tensor: the model is never whole in memory."""
+    out, options = to
+    attention.register(attention.sdpa_kernel)  # its name must be known; nothing runs
+    causal_lm = build_on_meta(hf_config, DTYPES[config.model.fsdp_config.model_dtype], config.model.trust_remote_code)
+    form = model_form(causal_lm, IN_CHECKPOINT, base, options)
+    staging = publish.staging_folder(out, "model")
+    form.write_to(staging, StateFiles(checkpoint))  # reads back every byte
+    check = lambda folder: verify_model_folder(folder, form.plan.tensors, None, options.trust_remote_code)  # noqa: E731
+    publish.publish_model(staging, out, check)
+
+
+@torch.no_grad()
+def _merged(config: SftConfig, base: BaseModel, hf_config: Any, checkpoint: Path) -> Any:
+    """The base with the adapter of a checkpoint added to its weights. What was held in 4 bits is so once more."""
+    attention.register(attention.sdpa_kernel)
+    master, adapter = DTYPES[config.model.fsdp_config.model_dtype], lora_config(config.model, base.source)
+    stored = resolve_precision(config.model, on_cuda=True).compute if config.model.load_in_4bit else master
+    read = load_with_weights(base.folder, hf_config, stored, config.model.trust_remote_code)
+    causal_lm = quantised(config.model, read, adapter)
+    inject(causal_lm, adapter, master)
+    state = StateFiles(checkpoint)
+    for name, parameter in causal_lm.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(state.read(f"{IN_CHECKPOINT}{name}"))
+    merge(causal_lm, cast)
+    return causal_lm

@@ -1,0 +1,81 @@
+"""What a model folder holds beside what was trained, against its base: files, tensors, layers that config.json counts.
+
+Training does not come here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from apollo_sft.checkpoint.model_folder.base_files import sort_files
+from apollo_sft.checkpoint.model_folder.conversion import follow_names
+from apollo_sft.checkpoint.model_folder.tensor_files import StoredTensor, read_tensors, same_values
+from apollo_sft.errors import CheckpointError
+from apollo_sft.tools.handoff.model_files import Subject, WrongError, counted_layers, is_predicting, some
+
+TEMPLATES = ("chat_template.", "additional_chat_templates/")
+
+
+def names_of(folder: Path | None) -> frozenset[str]:
+    """Name the tensors of the base; none where it is not here, or can no longer be read."""
+    return frozenset() if folder is None else frozenset(_tensors(folder))
+
+
+def check_base(subject: Subject) -> str:
+    """Every file and tensor of the base is there; what training does not use is as it was, bit for bit."""
+    folder = subject.base
+    stored = read_tensors(subject.folder)
+    _check_predicted(subject, {} if folder is None else _tensors(folder))
+    if folder is None:
+        return "nothing to compare with: the base model is not here"
+
+    before = _tensors(folder)
+    carried = sort_files(folder, follow_links=True, code=subject.trust_remote_code).carried
+    files = [name for name in carried if not name.startswith(TEMPLATES)]  # these are compared by what they render
+    lost = [name for name in files if not (subject.folder / name).is_file()]
+    if lost:
+        raise WrongError("lost_files", f"the base has {some(lost)}", f"copy them from {folder}, or export again")
+
+    state = subject.model_state
+    places = follow_names(subject.model, {**before, **stored})
+    held = {id(state[places[name][0]]) for name in stored if places[name][0] in state}
+    gone = [
+        name
+        for name in sorted(before.keys() - stored.keys())
+        if places[name][0] not in state or id(state[places[name][0]]) not in held  # else a tied weight's second name
+    ]
+    if gone:
+        raise WrongError("lost_tensors", f"the base has {len(gone)} more: {some(gone)}", "export again")
+
+    copied = [name for name in before if places[name][0] not in state]
+    changed = [name for name in copied if stored[name].spec == before[name].spec]
+    changed = [name for name in changed if not same_values(stored[name], before[name])]
+    if changed:
+        what = f"{some(changed)}: training does not use them, and the base has other values"
+        raise WrongError("changed_tensors", what, "export again")
+    more = f", {len(copied)} tensors that training does not use as they were" if copied else ""
+    return f"all {len(files)} files of the base{more}"
+
+
+def _tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Read what the base's files hold; nothing where they can no longer be read: that is no fault of this folder."""
+    try:
+        return read_tensors(folder, follow_links=True)
+    except CheckpointError:
+        return {}
+
+
+def _check_predicted(subject: Subject, before: Mapping[str, StoredTensor]) -> None:
+    """Layers of multi-token prediction that config.json counts are in the files, unless the base lacks them too."""
+    counted = counted_layers(subject.config)
+    if not counted or any(is_predicting(subject, name) for name in subject.tensors):
+        return
+    if before and not any(is_predicting(subject, name) for name in before):
+        return
+    key, number = counted
+    raise WrongError(
+        "missing_prediction_layers",
+        f"config.json counts {number} ({key}), and the files hold none",
+        f'"{key}": 0 in config.json, or export again from a base that has them',
+    )

@@ -1,0 +1,264 @@
+"""What `inspect` looks at: the data of a training, prepared as the training would, and counted. No weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from apollo_sft.config.schema import SftConfig
+from apollo_sft.data.batch.plan import PlanSpec, steps_per_epoch
+from apollo_sft.data.store.audit import findings, stretches, usual_sample
+from apollo_sft.data.store.store_files import Rejected, SampleStore
+from apollo_sft.errors import ConfigError, DataError
+from apollo_sft.parallel.mesh import Mesh, check_mesh
+from apollo_sft.report.log import setup_logging
+from apollo_sft.tools.inspect import counts as count
+from apollo_sft.tools.inspect.counts import FileCounts, Found, Loss, Packing
+from apollo_sft.tools.verify.layouts import with_values
+from apollo_sft.train.optim.build import Schedule
+from apollo_sft.train.prepare_run import Prepared, load_external_lib, prepare
+from apollo_sft.train.run import plan_spec
+from apollo_sft.train.start_checks import schedule_of
+from apollo_sft.types import RowRef, Sample
+
+COMPARED = 8
+"""Samples by which the tokenizer is compared with its file."""
+PROBLEMS = {
+    "refused": "refused",
+    "dropped": "dropped",
+    "cut": "cut",
+    "incomplete": "with replies that the template does not write whole",
+}
+"""What a check fails with."""
+IN_THE_LEDGER = frozenset({"unwritten_turns"})
+"""Findings that the losses say as well, row by row."""
+SHOWN = 2
+"""Samples of each kind that `worst` names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """One of the two datasets and what was found in it. `findings`: what the renderer met, in words."""
+
+    name: str
+    store: SampleStore
+    files: list[FileCounts]
+    losses: list[Loss]
+    duplicates: Found
+    unstopped: Found
+    findings: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """`refusal`: what a training with these keys would stop with; the rows that it names are then left out here."""
+
+    config: SftConfig
+    prepared: Prepared
+    processes: int
+    spec: PlanSpec
+    schedule: Schedule
+    packing: Packing
+    splits: list[Split]
+    overlap: Found | None
+    refusal: str | None
+    tokenizer_differs: str | None
+
+    @property
+    def problems(self) -> list[str]:
+        """Why a check fails: what of the data is not trained as it stands, or is validated on and trained."""
+        found = []
+        for split in self.splits:
+            for kind, words in PROBLEMS.items():
+                rows = {row for loss in split.losses if loss.kind == kind for row in loss.rows}
+                if rows:
+                    found.append(f"{split.name}: {rows_in_words(len(rows))} {words}")
+            if split.unstopped.count:
+                found.append(f"{split.name}: {split.unstopped.count:,} samples without a stop token")
+        if self.overlap is not None and self.overlap.count:
+            found.append(f"{self.overlap.count:,} validation samples are trained on too")
+        return found
+
+
+def rows_in_words(number: int) -> str:
+    return f"{number:,} {'row' if number == 1 else 'rows'}"
+
+
+def inspect_data(config: SftConfig, processes: int | None) -> Inspection:
+    """Prepare and count. `processes`: of the training; None: what the config says, or needs.
+
+    Raises: ConfigError, DataError, ModelError, TopologyError as a training. Single rows are no reason: they are
+    counted, and named in `refusal`.
+    """
+    sp_size = config.ulysses_sequence_parallel_size
+    trainer = config.trainer
+    processes = processes or (trainer.n_gpus_per_node or 0) * trainer.nnodes or sp_size
+    check_mesh(processes, sp_size, config.model.fsdp_config.fsdp_size)
+    setup_logging(is_main=True)
+    load_external_lib(config.model.external_lib)
+    prepared, refusal = _prepare(config)
+    mesh = Mesh(0, processes // sp_size, 0, sp_size, None)
+    spec = plan_spec(config, mesh, prepared.hf_config, prepared.train_sources)
+    schedule = schedule_of(config, steps_per_epoch(len(prepared.train), spec))
+    stores = [("train", prepared.train)] + ([("validation", prepared.val)] if prepared.val is not None else [])
+    scans = [count.scan(store) for _, store in stores]
+    splits = [
+        Split(
+            name,
+            store,
+            count.count_files(store),
+            _losses(store, config),
+            count.duplicates(store, scan.digests),
+            scan.unstopped,
+            findings(store.summary, without=IN_THE_LEDGER),
+        )
+        for (name, store), scan in zip(stores, scans, strict=True)
+    ]
+    overlap = None
+    if prepared.val is not None:
+        overlap = count.overlap(prepared.train, scans[0].digests, prepared.val, scans[1].digests)
+    differs = _tokenizer_differs(prepared)
+    packing = count.packing(prepared.train.lengths, spec, sp_size)
+    return Inspection(config, prepared, processes, spec, schedule, packing, splits, overlap, refusal, differs)
+
+
+def _tokenizer_differs(prepared: Prepared) -> str | None:
+    """Where tokenizer.json alone splits a sample otherwise than the tokenizer that transformers makes of the folder.
+
+    For some kinds of model it puts parts of its own in the place of the file's.
+    """
+    path = prepared.base.folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    alone = Tokenizer.from_file(str(path))
+    for index in range(min(len(prepared.train), COMPARED)):
+        text = "".join(text for text, _ in stretches(prepared.train[index], prepared.tokenizer))
+        expected = alone.encode(text, add_special_tokens=False).tokens
+        found = prepared.tokenizer(text, add_special_tokens=False).tokens()
+        at = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), None)
+        if at is not None:
+            return f"{' '.join(found[at : at + 4])} instead of {' '.join(expected[at : at + 4])}"
+    return None
+
+
+def _prepare(config: SftConfig) -> tuple[Prepared, str | None]:
+    """As a training does; where it refuses rows, without them, so that all of them can be named."""
+    try:
+        return prepare(config, weights=False), None
+    except DataError as error:
+        lenient = with_values(config, _lenient(config))
+        if lenient == config:
+            raise
+        refusal = error
+    try:
+        return prepare(lenient, weights=False), str(refusal)
+    except DataError:  # no row is left
+        raise refusal from None
+
+
+def _lenient(config: SftConfig) -> dict[str, Any]:
+    changes: dict[str, Any] = {"data.bad_rows": "skip", "data.max_bad_ratio": 1.0}
+    return changes | ({"data.truncation": "drop"} if config.data.truncation == "error" else {})
+
+
+def _losses(store: SampleStore, config: SftConfig) -> list[Loss]:
+    """The ledger. Long rows that only the inspection drops are refused by a training."""
+    found = count.losses(store.rejected())
+    if config.data.truncation == "error":
+        for loss in found:
+            if "data.truncation=drop" in loss.reason:
+                loss.kind, loss.reason = "refused", loss.reason.replace("truncation=drop", "truncation=error")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """A sample to show and why. `index` None: the row has none; `why` says what became of it."""
+
+    index: int | None
+    why: str
+    title: str = ""
+
+
+def usual(store: SampleStore) -> list[Pick]:
+    return _noted(store, [Pick(usual_sample(store), "a usual one")])
+
+
+def worst(store: SampleStore) -> list[Pick]:
+    """The longest, those with the least share of targets, and the first that are cut or incomplete."""
+    longest = np.argsort(-store.lengths, kind="stable")[:SHOWN]
+    least = np.argsort(store.num_targets / store.lengths, kind="stable")[:SHOWN]
+    picks = [Pick(int(index), "among the longest") for index in longest]
+    picks += [Pick(int(index), "among the least share of targets") for index in least]
+    for kind in ("cut", "incomplete"):
+        entries = (entry for entry in store.rejected() if count.kind_of(entry) == kind)
+        for entry in islice(entries, SHOWN):
+            of_entry = (i for i in _samples_of(store, entry.file, entry.row) if set(store[i].turns) & set(entry.turns))
+            picks += [Pick(index, entry.reason) for index in islice(of_entry, 1)]
+    return _together(picks)
+
+
+def at_random(store: SampleStore, number: int, seed: int) -> list[Pick]:
+    chosen = np.random.default_rng(seed).permutation(len(store))[:number]
+    return _noted(store, [Pick(int(index), f"drawn with --seed {seed}") for index in np.sort(chosen)])
+
+
+def of_row(store: SampleStore, place: str) -> list[Pick]:
+    """Every sample of one row, and what of it is not trained. `place`: `12`, or `FILE:12` with the end of a path.
+
+    Raises: ConfigError.
+    """
+    name, _, number = place.rpartition(":")
+    files = [file for file in store.summary.files if file.endswith(name)]
+    if not number.isdecimal() or not files:
+        raise ConfigError(
+            f"--row {place}: no such row",
+            expected="a number from 0, or FILE:NUMBER with one of " + ", ".join(store.summary.files),
+        )
+    row = int(number)
+    lost = [entry for entry in store.rejected() if (entry.file, entry.row) == (files[0], row)]
+    picks = [
+        Pick(index, "; ".join(_reasons(store[index], lost)) or "whole") for index in _samples_of(store, files[0], row)
+    ]
+    picks += [Pick(None, f"not trained: {e.reason}", f"{files[0]} row {row}") for e in lost if not e.trained]
+    if not picks:
+        raise ConfigError(f"--row {place}: no such row", found=files[0], fix="--row FILE:NUMBER for another file")
+    return picks
+
+
+def _noted(store: SampleStore, picks: list[Pick]) -> list[Pick]:
+    """With what the ledger says of each."""
+    refs = {store.ref(pick.index) for pick in picks if pick.index is not None}
+    entries = [entry for entry in store.rejected() if RowRef(entry.file, entry.row) in refs]
+    noted = []
+    for pick in picks:
+        assert pick.index is not None, "only rows that were asked for have no sample"
+        noted.append(replace(pick, why="; ".join([pick.why, *_reasons(store[pick.index], entries)])))
+    return noted
+
+
+def _reasons(sample: Sample, entries: Iterable[Rejected]) -> Iterator[str]:
+    """Why a sample is not whole."""
+    for entry in entries:
+        turns = [turn for turn in entry.turns if turn in sample.turns]
+        if entry.trained and turns and RowRef(entry.file, entry.row) == sample.ref:
+            yield f"turn {', '.join(map(str, turns))}: {entry.reason}" if entry.unwritten else entry.reason
+
+
+def _samples_of(store: SampleStore, file: str, row: int) -> list[int]:
+    source = store.summary.files.index(file)
+    found: list[int] = np.flatnonzero((store.sources == source) & (store.rows == row)).tolist()
+    return found
+
+
+def _together(picks: list[Pick]) -> list[Pick]:
+    """Each sample once, with all that is said of it."""
+    said: dict[int | None, list[str]] = {}
+    for pick in picks:
+        said.setdefault(pick.index, []).append(pick.why)
+    return [Pick(index, "; ".join(reasons)) for index, reasons in said.items()]

@@ -1,0 +1,130 @@
+"""What lies in the folder of stores, and its removal. Training does not come here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from filelock import Timeout
+
+from apollo_sft.data.store.open import BUILDING, key_lock
+from apollo_sft.data.store.store_files import LAST_USED, META, try_to_own
+
+KEY = re.compile(r"[0-9a-f]{32}")
+REMOVING = ".removing-"
+State = Literal["whole", "damaged", "unfinished", "being built"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A store, or what is left of one. `made`, `used`: seconds since 1970; `used` is when it was opened last.
+
+    `in_use`: a process builds it or has it open.
+    """
+
+    path: Path
+    key: str
+    state: State
+    in_use: bool
+    num_bytes: int
+    made: float
+    used: float
+    files: list[str] = field(default_factory=list)
+    rows: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
+def entries(root: Path) -> list[Entry]:
+    """The one that was used last first."""
+    paths = root.iterdir() if root.is_dir() else ()
+    found = [_entry(path, key[0]) for path in paths if (key := KEY.search(path.name)) and _is_ours(path, key[0])]
+    return sorted(found, key=lambda entry: (-entry.used, entry.path.name))
+
+
+def _is_ours(path: Path, key: str) -> bool:
+    """Locks stay: another process may be waiting for one."""
+    if path.name.startswith((BUILDING, REMOVING)) or path.name == key:
+        return path.is_dir()
+    return path.name == f"{key}.error"
+
+
+def _entry(path: Path, key: str) -> Entry:
+    is_locked = _is_locked(path.with_name(key))
+    stat = path.stat()
+    if path.name != key:
+        state: State = "being built" if is_locked and path.name.startswith(BUILDING) else "unfinished"
+        return Entry(path, key, state, is_locked, _num_bytes(path), stat.st_mtime, stat.st_mtime)
+    mark = path / LAST_USED
+    used = mark.stat().st_mtime if mark.is_file() else stat.st_mtime
+    in_use = is_locked or _is_open(mark)
+    try:
+        meta = json.loads((path / META).read_text(encoding="utf-8"))["summary"]
+        counts = [int(meta[name]) for name in ("num_rows", "num_samples", "num_tokens")]
+        made = (path / META).stat().st_mtime
+        return Entry(path, key, "whole", in_use, _num_bytes(path), made, used, [str(f) for f in meta["files"]], *counts)
+    except (OSError, ValueError, KeyError, TypeError):
+        return Entry(path, key, "damaged", in_use, _num_bytes(path), stat.st_mtime, used)
+
+
+def _num_bytes(path: Path) -> int:
+    """On the disk."""
+    return sum(file.lstat().st_blocks * 512 for file in (path, *path.rglob("*")))
+
+
+def _is_locked(folder: Path) -> bool:
+    lock = key_lock(folder)
+    if not Path(lock.lock_file).is_file():
+        return False
+    try:
+        with lock.acquire(blocking=False):
+            return False
+    except Timeout:
+        return True
+
+
+def _is_open(mark: Path) -> bool:
+    if not mark.is_file():
+        return False
+    handle = try_to_own(mark)
+    if handle is not None:
+        os.close(handle)
+    return handle is None
+
+
+def remove(entry: Entry) -> bool:
+    """Whether it is gone: what a process builds or has open stays. Raises: OSError."""
+    try:
+        with key_lock(entry.path.with_name(entry.key)).acquire(blocking=False):
+            return _remove_locked(entry.path)
+    except Timeout:
+        return False
+
+
+def _remove_locked(path: Path) -> bool:
+    if path.is_file():
+        path.unlink()
+        return True
+    mark = path / LAST_USED
+    handle = try_to_own(mark) if mark.is_file() else None
+    if mark.is_file() and handle is None:
+        return False
+    try:
+        hidden = path.with_name(f"{REMOVING}{path.name}") if KEY.fullmatch(path.name) else path
+        path.rename(hidden)  # at once: nobody opens a half of it
+        shutil.rmtree(hidden)
+    finally:
+        if handle is not None:
+            os.close(handle)
+    return True
+
+
+def hashes(root: Path) -> Iterator[Path]:
+    """Remembered hashes of data files."""
+    yield from (root / "hashes").glob("*")

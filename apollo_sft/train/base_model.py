@@ -1,0 +1,213 @@
+"""The base model as it lies on disk: its files, its config, and what must be changed in it before it is trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from apollo_sft.checkpoint.model_folder.base_files import sort_files
+from apollo_sft.checkpoint.model_folder.tensor_files import FOREIGN_FORMS, StoredTensor, read_base, specs_of
+from apollo_sft.checkpoint.publish import read_json
+from apollo_sft.config.schema import SftConfig
+from apollo_sft.data.render.tokens import fit_template
+from apollo_sft.errors import ModelError
+from apollo_sft.model.load import check_architecture, find_model, in_short, read_config, with_rows
+from apollo_sft.train.weights import untied_in_files
+from apollo_sft.types import BaseModel, Growth
+
+ADAPTER_CONFIG = "adapter_config.json"
+WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FSDP",
+    "module.": "DistributedDataParallel",
+    "base_model.model.": "PEFT",
+}
+"""What wrappers of a model put before the names of its weights, and who does."""
+
+
+def open_base(config: SftConfig, weights: bool = True) -> tuple[BaseModel, Any]:
+    """Read what lies in the model folder, and transformers' config of it, looking at files before a library does.
+
+    Where config.json ties the head to the embeddings and the files hold two different tensors, both are trained: the
+    config says so then. `weights` false: none is downloaded.
+    Raises: ModelError.
+    """
+    model = config.model
+    folder = find_model(model.partial_pretrain, weights)
+    _refuse_adapter(folder, config)
+    stored = read_base(folder, model.follow_links)
+    _refuse_wrapped(folder, stored)
+    hf_config = read_config(folder, model.trust_remote_code)
+    check_architecture(hf_config, model.trust_remote_code)
+    raw = read_json(folder / "config.json")
+    untied = untied_in_files(hf_config, stored, model.trust_remote_code)
+    if untied:
+        raw, hf_config = _untied(raw, hf_config)
+    growth = growth_of(config, folder, hf_config)
+    if growth is not None:
+        raw, hf_config = _with_rows(raw, hf_config, growth.rows), with_rows(hf_config, growth.rows)
+    carried = sort_files(folder, model.follow_links, model.trust_remote_code).carried
+    return BaseModel(model.partial_pretrain, folder, raw, specs_of(stored), growth, untied, carried), hf_config
+
+
+def as_files_hold(folder: Path, config: SftConfig) -> Any:
+    """Read transformers' config of a model folder as `open_base` does, without added tokens. Raises: ModelError."""
+    trust = config.model.trust_remote_code
+    hf_config = read_config(folder, trust)
+    stored = read_base(folder, config.model.follow_links)
+    return _untied({}, hf_config)[1] if untied_in_files(hf_config, stored, trust) else hf_config
+
+
+def _refuse_adapter(folder: Path, config: SftConfig) -> None:
+    """Refuse an adapter in the place of a model, or beside one. Raises: ModelError."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return
+    if (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} holds a model and an adapter, and nothing says which of the two is meant",
+            found=f"config.json and {ADAPTER_CONFIG}",
+            expected="one of them",
+            fix=f"move {ADAPTER_CONFIG} and adapter_model.safetensors to a folder of their own; to go on with that "
+            "adapter, model.lora_adapter_path names it",
+        )
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "the model that it was trained on"
+    raise ModelError(
+        f"model.partial_pretrain={config.model.partial_pretrain} is a LoRA adapter, not a model",
+        found=f"{ADAPTER_CONFIG} and no config.json",
+        expected="a folder with config.json and the weights of a whole model",
+        fix=f"model.partial_pretrain={base} model.lora_adapter_path={config.model.partial_pretrain}",
+    )
+
+
+def _refuse_wrapped(folder: Path, stored: dict[str, StoredTensor]) -> None:
+    """Refuse weights that were saved from a wrapped model: transformers finds none of them. Raises: ModelError."""
+    for prefix, who in WRAPPERS.items():
+        wrapped = [name for name in stored if name.startswith(prefix)]
+        if wrapped and len(wrapped) > len(stored) // 2:
+            raise ModelError(
+                f"the weights in {folder} have the names of a model that {who} had wrapped",
+                found=f"{len(wrapped)} of {len(stored)} names begin with {prefix}, such as {wrapped[0]}",
+                expected=wrapped[0].removeprefix(prefix),
+                fix=f"save the model that lies inside of the wrapper, or take {prefix} out of the names: load_file, "
+                "rename, save_file of safetensors.torch",
+            )
+
+
+def check_copied(base: BaseModel, copied: Sequence[str]) -> None:
+    """Refuse added tokens where a tensor that is not trained would need rows for them. Raises: ModelError."""
+    if base.growth is None or base.growth.rows == base.growth.held:
+        return
+    tables = [name for name in copied if base.tensors[name].shape[:1] == (base.growth.held,)]
+    if tables:
+        raise ModelError(
+            "model.add_special_tokens: the files hold tables of all tokens that training does not use, and cannot grow",
+            found=", ".join(tables[:3]),
+            fix="a tokenizer that has these tokens, or data.chat_template=plain",
+        )
+
+
+def in_words(base: BaseModel, copied: Sequence[str], left_out: Mapping[str, str]) -> list[str]:
+    """Say what the folder that will be written holds of the base beside what is trained, a line each."""
+    lines = []
+    if base.untied:
+        lines.append(
+            f"the base's config.json ties {' and '.join(base.untied)}, but its files hold two different tensors: both "
+            "are trained, and the config.json that is written says tie_word_embeddings=false"
+        )
+    if copied:
+        lines.append(f"written as they are in the base, since training does not use them: {_some(copied)}")
+    if left_out:
+        named = [f"{name} ({why})" for name, why in left_out.items()]
+        lines.append(f"not carried over from the base's folder: {_some(named)}")
+    return lines
+
+
+def _some(names: Sequence[str], shown: int = 4) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def growth_of(config: SftConfig, folder: Path, hf_config: Any) -> Growth | None:
+    """What `model.add_special_tokens` adds to the model in `folder`; None when nothing is missing.
+
+    Raises: ModelError, DataError.
+    """
+    if not config.model.add_special_tokens:
+        return None
+    tokenizer, held = load_tokenizer(folder, config.model.trust_remote_code), hf_config.get_text_config().vocab_size
+    before = tokenizer.get_vocab()
+    fit_template(tokenizer, config.data, add=True)
+    # By id: a word of the vocabulary that becomes a control token keeps its id, and its row.
+    added = {number: token for token, number in tokenizer.get_vocab().items() if token not in before}
+    if not added:
+        return None
+    ids = sorted(added)
+    rows = max(held, ids[-1] + 1)
+    known = min(held, max(before.values()) + 1)
+    fresh = sorted({*ids, *range(held, rows)})
+    return Growth(tuple(added[number] for number in ids), tuple(fresh), known, held, rows)
+
+
+def _with_rows(raw: dict[str, Any], hf_config: Any, rows: int) -> dict[str, Any]:
+    """Change config.json to so many embeddings: where a model of text and images keeps them, the one of its text."""
+    parts = _text_parts(hf_config)
+    changed = raw | {key: raw.get(key, {}) | {"vocab_size": rows} for key in parts}
+    return changed | {"vocab_size": rows} if not parts or "vocab_size" in raw else changed
+
+
+def _untied(raw: dict[str, Any], hf_config: Any) -> tuple[dict[str, Any], Any]:
+    """Say in config.json, and in transformers' config, that the head is a weight of its own.
+
+    In a model of text and images transformers 5 reads that from the whole config, transformers 4 from the text's.
+    """
+    own = copy.deepcopy(hf_config)
+    own.tie_word_embeddings = own.get_text_config().tie_word_embeddings = False
+    texts = {key: raw.get(key, {}) | {"tie_word_embeddings": False} for key in _text_parts(hf_config)}
+    return raw | texts | {"tie_word_embeddings": False}, own
+
+
+def _text_parts(hf_config: Any) -> list[str]:
+    """Name the entries of config.json that hold the config of the text model; none where it is the whole."""
+    text = hf_config.get_text_config()
+    return [key for key in type(hf_config).sub_configs if getattr(hf_config, key, None) is text]
+
+
+def no_weights(folder: Path) -> ModelError:
+    """Say that a folder holds no weights that are read, and what lies there instead."""
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in FOREIGN_FORMS)
+    return ModelError(
+        f"{folder} has no weights that can be loaded",
+        found=f"only {', '.join(others[:5])}" if others else "no weight file",
+        expected="model.safetensors, or shards with model.safetensors.index.json (pickled weights are not read: "
+        "opening a pickle can run code)",
+        fix="where you trust the files, convert them once: "
+        "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)",
+    )
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """Open the tokenizer of a model folder. Raises: ModelError when there is none that can be used."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # foreign files in a library: it may raise anything
+        raise _no_tokenizer(folder, in_short(error)) from error
+    try:
+        special_ids = tokenizer.all_special_ids
+    except RecursionError as error:  # looking for the id of an unknown token gives that of unk_token
+        raise _no_tokenizer(folder, f"unk_token {tokenizer.unk_token!r}, which is none of its tokens") from error
+    if len(tokenizer) <= len(special_ids):  # transformers makes some from no file at all
+        raise _no_tokenizer(folder, f"a {type(tokenizer).__name__} without a vocabulary")
+    return tokenizer
+
+
+def _no_tokenizer(folder: Path, found: str) -> ModelError:
+    return ModelError(
+        f"no tokenizer can be loaded from {folder}",
+        found=found,
+        expected="tokenizer.json and tokenizer_config.json",
+        fix="put the tokenizer's files beside the model's",
+    )

@@ -1,0 +1,128 @@
+"""The optimizers, with weight decay on matrices only, and the learning rate of every step in closed form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from apollo_sft.config.schema import OptimConfig
+from apollo_sft.errors import ConfigError
+from apollo_sft.model.experts import wrapped
+from apollo_sft.train.optim.adamw_8bit import AdamW8bit, quantised_zeros
+from apollo_sft.train.optim.muon import Muon, Together
+
+
+def check_optimizer(optim: OptimConfig, strategy: str) -> None:
+    """Raises: ConfigError when the strategy does not keep the shapes that the optimizer needs."""
+    if strategy == "fsdp" and optim.name != "adamw":
+        raise ConfigError(
+            f"optim.name={optim.name} needs matrices, which model.strategy=fsdp lays end to end",
+            found="model.strategy=fsdp on several processes",
+            fix="model.strategy=fsdp2, or optim.name=adamw",
+        )
+
+
+def build_optimizer(
+    model: nn.Module, optim: OptimConfig, num_dims: Callable[[nn.Parameter], int] = Tensor.dim
+) -> Optimizer:
+    """Over what is trainable of a causal language model. Norm gains and biases (fewer than two dims) are not decayed.
+
+    `num_dims`: of a whole parameter, where its shard has others. The learning rate is set before every step, see
+    `schedule`.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    beta1, beta2 = optim.betas
+    settings: dict[str, Any] = {"lr": optim.lr, "betas": (beta1, beta2)}
+    if optim.name == "adamw_8bit":
+        return AdamW8bit(_groups(trainable, optim, num_dims), **settings)
+    hidden = _hidden_matrices(model) if optim.name == "muon" else set()
+    rest = _groups([p for p in trainable if p not in hidden], optim, num_dims)
+    parts: list[Optimizer] = [AdamW(rest, fused=True, **settings)] if rest else []
+    matrices = [p for p in trainable if p in hidden]
+    if matrices:
+        parts.append(Muon([{"params": matrices, "weight_decay": optim.weight_decay}], lr=optim.lr))
+    return Together(parts) if hidden else parts[0]
+
+
+def _groups(
+    parameters: list[nn.Parameter], optim: OptimConfig, num_dims: Callable[[nn.Parameter], int]
+) -> list[dict[str, Any]]:
+    groups = [
+        {"params": [p for p in parameters if num_dims(p) >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in parameters if num_dims(p) < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _hidden_matrices(model: Any) -> set[nn.Parameter]:
+    """All but embeddings and the head, with what adapts them, whose rows are tokens; not the experts of a layer in one
+    tensor of three dims, which torch's Muon does not take, nor what adapts those: small matrices one upon the other."""
+    ends = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    ends += [model.get_input_embeddings(), model.get_output_embeddings(), *(outer for _, outer in wrapped(model))]
+    outside = {p for module in ends for p in module.parameters()}
+    return {p for p in model.parameters() if p.dim() == 2 and p not in outside}
+
+
+def new_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state of a parameter before the first step, as the optimizer of its group makes it there."""
+    if "momentum" in group:
+        return {"momentum_buffer": torch.zeros_like(parameter)}
+    state = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device if "fused" in group else "cpu")}
+    for name in ("exp_avg", "exp_avg_sq"):
+        state |= {name: torch.zeros_like(parameter)} if "fused" in group else quantised_zeros(parameter, name)
+    return state
+
+
+def fill_state(optimizer: Optimizer) -> None:
+    """Give every parameter the state of `new_state`."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = new_state(parameter, group)
+
+
+def state_bytes(optimizer: Optimizer, local: bool = False) -> int:
+    """Bytes of the tensors of its state, or of what this rank holds of them, before there is one; on meta too."""
+    total = 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            held = getattr(parameter, "_local_tensor", parameter) if local else parameter
+            state = new_state(torch.empty(held.shape, dtype=held.dtype, device="meta"), group)
+            total += sum(tensor.nbytes for tensor in state.values() if tensor.dim())
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Linear warm-up, then `cosine` (to the end) or `wsd` (stable, then a half cosine), down to `peak * min_ratio`.
+
+    `total_steps` are the optimizer steps that will really run; the end value is reached after the last of them.
+    `stable_ratio` is the share of the steps after warm-up that `wsd` keeps at the peak.
+    """
+
+    kind: Literal["cosine", "wsd"]
+    peak: float
+    total_steps: int
+    warmup_steps: int
+    min_ratio: float
+    stable_ratio: float
+
+    def rate(self, step: int) -> float:
+        """The learning rate that step `step` (from 0) uses. Above 0 from the first step on."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        after = self.total_steps - self.warmup_steps
+        stable = int(after * self.stable_ratio) if self.kind == "wsd" else 0
+        progress = max(0, step - self.warmup_steps - stable) / max(1, after - stable)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.peak * (self.min_ratio + (1 - self.min_ratio) * cosine)
+
+
+def warmup_steps(total_steps: int, steps: int, ratio: float) -> int:
+    """`steps` when it is given (0 or more), else that share of the run; never more than the run has."""
+    return min(total_steps, steps if steps >= 0 else int(total_steps * ratio))

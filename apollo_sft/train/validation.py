@@ -1,0 +1,79 @@
+"""Validation: the token mean over every row, whatever the batch and rank count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from apollo_sft.data.batch.loader import Loader
+from apollo_sft.data.batch.plan import steps_per_epoch
+from apollo_sft.errors import TrainingError
+from apollo_sft.model.sft_model import SftModel
+from apollo_sft.parallel.fsdp2 import sum_over_ranks
+from apollo_sft.parallel.launch import World, any_rank
+from apollo_sft.report.metrics import Record, source_record, val_record
+from apollo_sft.train.assemble import strategy_of
+from apollo_sft.train.signals import StopFlag
+
+if TYPE_CHECKING:
+    from apollo_sft.train.loop import Run
+
+
+def validation_record(run: Run, stop: StopFlag, step: int) -> Record | None:
+    """`val/…` metrics over the whole validation store; empty without one; None when a signal stopped it.
+
+    What the model says to the first prompts, after `step` steps, is reported on the way.
+    """
+    if run.val is None:
+        return {}
+
+    def stopped() -> bool:
+        return any_rank(stop.name is not None, run.world)
+
+    found = evaluate(run.model, run.val, run.world, stopped)
+    if found is None:
+        return None
+    run.reporter.replies(step, run.generations.replies(run.model, stopped))
+    loss, targets, of_sets = found
+    return val_record(loss, targets) | of_sets
+
+
+@torch.no_grad()
+def evaluate(
+    model: SftModel, loader: Loader, world: World, stopped: Callable[[], bool] = lambda: False
+) -> tuple[float, int, Record] | None:
+    """Loss and number of targets over the loader's whole store, and `val/NAME/…` of each named set in it.
+
+    The loader's plan must not shuffle or drop.
+
+    `stopped` is asked after each batch, on all ranks, and says the same on all: whether to end here, with None.
+
+    Raises: TrainingError on every rank when the loss is not finite.
+    """
+    model.eval()
+    sets = {} if loader.mixture is None else loader.mixture.in_store(loader.store.num_targets)
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    of_sets = total.new_zeros(len(sets))
+    interrupted = False
+    for batch in loader.batches(range(steps_per_epoch(len(loader.store), loader.spec))):
+        for micro_batch in batch.micro_batches:
+            total += model.loss_sum(micro_batch, world.device, of_sets)
+        if interrupted := stopped():
+            break
+    model.train()
+    strategy_of(model).reshard(model)
+    if interrupted:
+        return None
+    num_targets = int(loader.store.num_targets.sum(dtype="int64"))
+    loss = float(sum_over_ranks(total)) / num_targets
+    if not math.isfinite(loss):
+        raise TrainingError(
+            "the validation loss is not finite; the run stops",
+            found=loss,
+            fix="look at the rows of data.val_files; lower optim.lr or set optim.clip_grad",
+        )
+    sums = sum_over_ranks(of_sets).tolist() if sets else []
+    return loss, num_targets, source_record("val", sums, sets)
