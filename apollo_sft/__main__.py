@@ -10,7 +10,8 @@ import traceback
 
 from apollo_sft.config.checks import check_paths
 from apollo_sft.config.compose import YAML_PATH, Composed, compose, to_yaml
-from apollo_sft.errors import ApolloError, CheckpointError, ConfigError, Preempted, Stopped, TrainingError, redact
+from apollo_sft.errors import ApolloError, CheckpointError, ConfigError, Preempted, Stopped, TrainingError
+from apollo_sft.redact import redact
 from apollo_sft.train.signals import StopFlag, end_with_parent
 
 USAGE = """Train: python -m apollo_sft key=value …

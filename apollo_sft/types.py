@@ -12,6 +12,11 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100
 
+
+def ignore(*_: object) -> None:
+    """Do nothing: for callbacks that nobody listens to."""
+
+
 Message = dict[str, Any]
 """One chat message: `role`, `content`, and what the template reads besides (`tool_calls`, `reasoning_content`, …)."""
 

@@ -30,7 +30,7 @@ from apollo_sft.model import load
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.mesh import build_mesh
 from apollo_sft.train.assemble import assemble
-from apollo_sft.train.run import plan_spec
+from apollo_sft.train.loaders import plan_spec
 from apollo_sft.train.step import train_step
 from apollo_sft.types import IGNORE_INDEX, RowRef, Sample
 

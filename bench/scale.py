@@ -77,7 +77,7 @@ def measure(folder: Path, out: Path, pairs: int, every: Sequence[dict[str, int]]
     from apollo_sft.parallel import launch
     from apollo_sft.parallel.mesh import build_mesh
     from apollo_sft.train.assemble import assemble
-    from apollo_sft.train.run import plan_spec
+    from apollo_sft.train.loaders import plan_spec
     from apollo_sft.train.step import train_step
 
     torch.set_num_threads(1)

@@ -38,10 +38,10 @@ from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
 from apollo_sft.report.sinks import RunInfo
 from apollo_sft.train.assemble import assemble
+from apollo_sft.train.loaders import plan_spec
 from apollo_sft.train.meter import meter_of
 from apollo_sft.train.optim.build import Schedule
 from apollo_sft.train.reporter import Reporter
-from apollo_sft.train.run import plan_spec
 from apollo_sft.train.step import train_step
 from apollo_sft.types import IGNORE_INDEX, MicroBatch
 

@@ -20,7 +20,8 @@ from yaml import YAMLError
 
 from apollo_sft.cli.train import run_passing_signals
 from apollo_sft.config.compose import compose
-from apollo_sft.errors import ConfigError, redact
+from apollo_sft.errors import ConfigError
+from apollo_sft.redact import redact
 
 USAGE = """apollo-sft workflow FILE.yaml [--dry-run] [key=value …]
 

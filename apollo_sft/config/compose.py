@@ -23,7 +23,8 @@ from apollo_sft.config.aliases import REFUSED, REFUSED_SECTIONS, RENAMED, WITHOU
 from apollo_sft.config.checks import check_combinations
 from apollo_sft.config.overrides import Setting, leaves, parse
 from apollo_sft.config.schema import FileSet, SftConfig, Source
-from apollo_sft.errors import ConfigError, redact
+from apollo_sft.errors import ConfigError
+from apollo_sft.redact import redact
 
 T = TypeVar("T")
 YAML_PATH = Path(__file__).parent / "sft_trainer.yaml"

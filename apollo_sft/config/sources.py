@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from apollo_sft.config.schema import DataConfig, FileSet, Source
-from apollo_sft.errors import ConfigError, redact
+from apollo_sft.errors import ConfigError
+from apollo_sft.redact import redact
 
 Entries = Sequence[str | FileSet]
 ENDINGS = (".gz", ".zst", ".parquet", ".jsonl", ".ndjson", ".json", ".arrow", ".feather")

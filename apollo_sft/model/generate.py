@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from apollo_sft.errors import DataError, ModelError
 from apollo_sft.model.final_answers import BOX, MARKER, THOUSANDS, braced
-from apollo_sft.types import Message
+from apollo_sft.types import Message, ignore
 
 Z95 = 1.959964
 """Standard deviations on either side of the mean that hold 95 % of a normal distribution."""
@@ -82,7 +82,7 @@ def generate_replies(
     texts: Sequence[str],
     max_new_tokens: int,
     batch_size: int,
-    tell: Callable[[int], object] = int,
+    tell: Callable[[int], object] = ignore,
 ) -> list[Reply]:
     """Greedy replies to rendered prompts, in their order. `tell` hears how many are done.
 

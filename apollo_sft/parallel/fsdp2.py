@@ -133,8 +133,12 @@ def fill(model: nn.Module, source: nn.Module | None, device: torch.device, offlo
     fill_buffers(model, source, device)
 
 
+def _unchanged(name: str) -> str:
+    return name
+
+
 def fill_buffers(
-    model: nn.Module, source: nn.Module | None, device: torch.device, plain: Callable[[str], str] = str
+    model: nn.Module, source: nn.Module | None, device: torch.device, plain: Callable[[str], str] = _unchanged
 ) -> None:
     """`plain` makes of a name in `model` the one in `source`."""
     full = dict(source.named_buffers()) if source is not None else {}
@@ -206,10 +210,3 @@ def optimizer_by_rows(model: nn.Module, rows: nn.Module, optimizer: Optimizer) -
 
 def take_rows(model: nn.Module, optimizer: Optimizer, rows: nn.Module, rows_optimizer: Optimizer) -> None:
     """What was filled into `rows` and `rows_optimizer` is what the model is trained with."""
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """Element-wise sum over all ranks, in place; the identity without a process group."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values

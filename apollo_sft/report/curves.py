@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
-from apollo_sft.errors import redact
+from apollo_sft.redact import redact
 from apollo_sft.report.document import Curve, Plot
 
 HEIGHT = 220

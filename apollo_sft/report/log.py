@@ -15,7 +15,7 @@ from typing import TextIO, cast
 from rich.console import Console
 from rich.text import Text
 
-from apollo_sft.errors import redact
+from apollo_sft.redact import redact
 
 LOGGER = logging.getLogger("apollo_sft")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import groupby, pairwise
 
-from apollo_sft.errors import redact
+from apollo_sft.redact import redact
 from apollo_sft.report import curves
 from apollo_sft.report.document import (
     Bars,

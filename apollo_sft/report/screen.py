@@ -14,7 +14,7 @@ from rich.rule import Rule
 from rich.table import Table as Grid
 from rich.text import Text
 
-from apollo_sft.errors import redact
+from apollo_sft.redact import redact
 from apollo_sft.report.document import Bars, Block, Document, Facts, Figures, Notes, Passage, Passages, Table, Token
 
 TARGET_START, TARGET_END = "⟦", "⟧"

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from apollo_sft.config.overrides import leaves
-from apollo_sft.errors import ConfigError, Preempted, redact
+from apollo_sft.errors import ConfigError, Preempted
+from apollo_sft.redact import redact
 from apollo_sft.report.log import say, warn
 from apollo_sft.report.metrics import Record
 

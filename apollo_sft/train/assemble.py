@@ -2,76 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch import nn
 from torch.optim import Optimizer
 
 from apollo_sft.config.schema import ModelConfig, SftConfig
 from apollo_sft.errors import ConfigError
 from apollo_sft.model import attention, four_bit, liger, load, lora
-from apollo_sft.model.compiled_layers import check_compile, compile_layers
+from apollo_sft.model.compiled_layers import compile_layers
 from apollo_sft.model.proof import prove
 from apollo_sft.model.sft_model import SftModel, enable_checkpointing
-from apollo_sft.parallel import fsdp1, fsdp2
 from apollo_sft.parallel.fsdp2 import ShardSpec
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import Mesh
 from apollo_sft.parallel.ulysses import Ulysses
 from apollo_sft.report.log import say
-from apollo_sft.train.optim.build import build_optimizer, check_optimizer
+from apollo_sft.train.optim.build import build_optimizer
 from apollo_sft.train.precision import Precision, resolve_precision
+from apollo_sft.train.strategy import STRATEGIES, check_strategy, strategy_name, strategy_of
 from apollo_sft.train.weights import check_as_built, check_filled, check_read
 from apollo_sft.types import Growth
-
-M = TypeVar("M", bound=nn.Module)
-
-
-class Strategy(Protocol):
-    """What `parallel.fsdp2` and `parallel.fsdp1` both have; the first says what each does."""
-
-    MIXES_DTYPES: bool
-
-    def check(self, shard_size: int, compute_dtype: torch.dtype, reduces_once: bool) -> None: ...
-    def shard(self, model: M, mesh: DeviceMesh, spec: ShardSpec, head: nn.Module | None) -> M: ...
-    def fill(self, model: nn.Module, source: nn.Module | None, device: torch.device, offload: bool) -> None: ...
-    def reduce_gradients(self, model: nn.Module, wanted: bool) -> None: ...
-    def grad_norm(self, model: nn.Module, parameters: Iterable[nn.Parameter]) -> Tensor: ...
-    def num_dims(self, model: nn.Module, parameter: nn.Parameter) -> int: ...
-    def reshard(self, model: nn.Module) -> None: ...
-    def by_rows(self, model: M, gradients: bool = False) -> M: ...
-    def outline(self, model: M) -> M: ...
-    def held(self, model: nn.Module) -> dict[str, tuple[int, Tensor]]: ...
-    def optimizer_by_rows(self, model: nn.Module, rows: nn.Module, optimizer: Optimizer) -> Optimizer: ...
-    def take_rows(self, model: nn.Module, optimizer: Optimizer, rows: nn.Module, rows_optimizer: Optimizer) -> None: ...
-
-
-STRATEGIES: dict[str, Strategy] = {"fsdp2": fsdp2, "fsdp": fsdp1}
-
-
-def strategy_of(model: SftModel) -> Strategy:
-    """Its functions do nothing to a model that is not sharded."""
-    return STRATEGIES[model.strategy]
-
-
-def check_strategy(config: SftConfig, world: World) -> None:
-    """Raises: ConfigError when the strategy cannot train exactly what is asked for."""
-    fsdp, precision = config.model.fsdp_config, resolve_precision(config.model, world.device.type == "cuda")
-    reduces_once, name = fsdp.use_no_sync_for_gradient_accumulation, _strategy_name(config, world)
-    STRATEGIES[name].check(fsdp.fsdp_size, precision.compute, reduces_once)
-    check_optimizer(config.optim, name)
-    if config.model.compile:
-        check_compile(world.device, name)
-
-
-def _strategy_name(config: SftConfig, world: World) -> str:
-    """One process has nothing to shard: mixed precision and offload are FSDP2's then."""
-    return config.model.strategy if world.size > 1 else "fsdp2"
 
 
 def assemble(
@@ -84,7 +38,7 @@ def assemble(
     """
     check_strategy(config, world)
     precision = resolve_precision(config.model, world.device.type == "cuda")
-    strategy = STRATEGIES[_strategy_name(config, world)]
+    strategy = STRATEGIES[strategy_name(config, world)]
     kernel, why = attention.choose_kernel(config.model.attn_implementation, world.device)
     say(why)
     attention.register(attention.sdpa_kernel)  # the proof runs on the CPU
@@ -125,7 +79,7 @@ def _check_weights(loaded: Any, folder: Path, trust_remote_code: bool) -> None:
 def stored_dtype(config: SftConfig, world: World, adapted: bool) -> torch.dtype:
     """Of the weights that are read: frozen ones are kept as the forward needs them, where the strategy can."""
     precision = resolve_precision(config.model, world.device.type == "cuda")
-    return precision.compute if adapted and STRATEGIES[_strategy_name(config, world)].MIXES_DTYPES else precision.master
+    return precision.compute if adapted and STRATEGIES[strategy_name(config, world)].MIXES_DTYPES else precision.master
 
 
 def laid_out(config: SftConfig, model: SftModel, world: World, mesh: Mesh) -> SftModel:
@@ -138,7 +92,7 @@ def laid_out(config: SftConfig, model: SftModel, world: World, mesh: Mesh) -> Sf
     _enable_checkpointing(model, config.model)
     if mesh.shard is not None:
         precision = resolve_precision(config.model, world.device.type == "cuda")
-        name, spec = _strategy_name(config, world), _shard_spec(model, config.model, precision)
+        name, spec = strategy_name(config, world), _shard_spec(model, config.model, precision)
         model = STRATEGIES[name].shard(model, mesh.shard, spec, _own_head(model))
         model.strategy = name
     model.reduces_once = config.model.fsdp_config.use_no_sync_for_gradient_accumulation

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from apollo_sft.checkpoint import publish
 from apollo_sft.checkpoint.agree import agree, attempt, check_room, explained
+from apollo_sft.checkpoint.host_memory import MEMORY_RATIO, available_memory
 from apollo_sft.checkpoint.model_folder.write import AdapterForm, ModelForm
 from apollo_sft.checkpoint.run_folder import resume
 from apollo_sft.checkpoint.run_folder.resume import PARTS, read_facts
@@ -28,14 +29,12 @@ from apollo_sft.errors import CheckpointError, ConfigError
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.report.log import say
 from apollo_sft.report.metrics import Record
-from apollo_sft.train.assemble import strategy_of
 from apollo_sft.train.optim.build import fill_state, state_bytes
 from apollo_sft.train.step import Vote
+from apollo_sft.train.strategy import strategy_of
 
 WAIT = timedelta(days=7)
 """Of the group in which a save is agreed upon: how long the writing of another rank takes depends on the disk."""
-MEMORY_RATIO = 0.8
-"""Share of the free CPU memory of a host that copies of a model, or of parts of it, may take."""
 
 
 class Checkpoints:
@@ -253,16 +252,6 @@ class Checkpoints:
         else:
             say(f"{text}; training waits while it is written, since the CPU memory holds no copy")
         return bool(enough)
-
-
-def available_memory() -> int:
-    """Bytes of CPU memory that programs of this host may still take, as Linux estimates it.
-
-    Source: MemAvailable in proc(5).
-    """
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    (kibibytes,) = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(kibibytes) * 1024
 
 
 def _shortened(data_key: str) -> str:

@@ -26,11 +26,11 @@ from apollo_sft.parallel.launch import World
 from apollo_sft.report.console import clock
 from apollo_sft.report.log import say
 from apollo_sft.report.metrics import losses_by_name
-from apollo_sft.train.assemble import strategy_of
 from apollo_sft.train.merged import check_merged, live_loss, probe_of
 from apollo_sft.train.precision import resolve_precision
 from apollo_sft.train.prepare_run import Prepared
 from apollo_sft.train.reporter import Reporter
+from apollo_sft.train.strategy import strategy_of
 
 IN_CHECKPOINT = "model/causal_lm."
 """What stands before a parameter's name in a checkpoint."""

@@ -18,12 +18,12 @@ from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.batch.loader import pack
 from apollo_sft.data.store.audit import decoded, target_mask
 from apollo_sft.data.store.store_files import SampleStore
-from apollo_sft.errors import redact
 from apollo_sft.model.load import longest_exact_document
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World
-from apollo_sft.train.assemble import strategy_of
+from apollo_sft.redact import redact
 from apollo_sft.train.prepare_run import Prepared
+from apollo_sft.train.strategy import strategy_of
 from apollo_sft.types import IGNORE_INDEX, RowRef, Sample
 
 MAX_NEW_TOKENS = 128

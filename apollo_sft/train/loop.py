@@ -2,56 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from torch.optim import Optimizer
-
-from apollo_sft.config.schema import SftConfig
-from apollo_sft.data.batch.loader import Loader
-from apollo_sft.data.batch.plan import steps_per_epoch
 from apollo_sft.errors import Preempted
-from apollo_sft.model.sft_model import SftModel
-from apollo_sft.parallel.launch import World, any_rank
-from apollo_sft.parallel.pulse import Pulse
+from apollo_sft.parallel.launch import any_rank
 from apollo_sft.report.metrics import Record
-from apollo_sft.train.checkpoints import Checkpoints
-from apollo_sft.train.generations import Generations
-from apollo_sft.train.meter import Meter
-from apollo_sft.train.optim.build import Schedule
-from apollo_sft.train.reporter import Reporter
+from apollo_sft.train.run_state import Run
 from apollo_sft.train.signals import StopFlag
 from apollo_sft.train.step import Vote, train_step
 from apollo_sft.train.validation import validation_record
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What the loop works on."""
-
-    world: World
-    model: SftModel
-    optimizer: Optimizer
-    schedule: Schedule
-    train: Loader
-    val: Loader | None
-    config: SftConfig
-    checkpoints: Checkpoints
-    reporter: Reporter
-    pulse: Pulse
-    meter: Meter
-    generations: Generations
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self.train.store), self.train.spec)
-
-    def validates_after(self, step: int) -> bool:
-        """Whether validation follows step `step` (from 0)."""
-        if self.val is None:
-            return False
-        wanted = self.config.trainer.test_freq
-        every = self.steps_per_epoch if wanted == -1 else wanted
-        return (step + 1) % every == 0 or step + 1 == self.schedule.total_steps
 
 
 def run_loop(run: Run, stop: StopFlag, first_step: int) -> None:

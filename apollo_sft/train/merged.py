@@ -7,17 +7,16 @@ from pathlib import Path
 
 import torch
 
+from apollo_sft.checkpoint.host_memory import MEMORY_RATIO, available_memory
 from apollo_sft.checkpoint.model_folder.sidecars import main_dtype
 from apollo_sft.checkpoint.model_folder.tensor_files import read_tensors
 from apollo_sft.data.batch.loader import pack
 from apollo_sft.data.store.open import SampleStore
 from apollo_sft.errors import CheckpointError
 from apollo_sft.model.sft_model import SftModel
-from apollo_sft.parallel.fsdp2 import sum_over_ranks
-from apollo_sft.parallel.launch import World
+from apollo_sft.parallel.launch import World, sum_over_ranks
 from apollo_sft.report.log import say
-from apollo_sft.train.assemble import strategy_of
-from apollo_sft.train.checkpoints import MEMORY_RATIO, available_memory
+from apollo_sft.train.strategy import strategy_of
 from apollo_sft.types import IGNORE_INDEX, Sample
 
 MOST_TOKENS = 128

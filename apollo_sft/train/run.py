@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,24 @@ from apollo_sft.checkpoint.agree import explained
 from apollo_sft.checkpoint.run_folder.folder import RunFolder, Status, status_of
 from apollo_sft.config.compose import recorded, to_yaml
 from apollo_sft.config.schema import SftConfig
-from apollo_sft.data.batch.loader import Loader
-from apollo_sft.data.batch.mixture import Mixture
-from apollo_sft.data.batch.plan import PlanSpec, attention_cost, steps_per_epoch
+from apollo_sft.data.batch.plan import steps_per_epoch
 from apollo_sft.errors import AlreadyDone, ApolloError, Stopped, TrainingError
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
-from apollo_sft.parallel.mesh import Mesh, build_mesh
+from apollo_sft.parallel.mesh import build_mesh
 from apollo_sft.parallel.place import read_place
 from apollo_sft.parallel.pulse import Pulse
 from apollo_sft.report.log import say, setup_logging, warn
 from apollo_sft.report.sinks import RunInfo, check_backends
-from apollo_sft.train.assemble import assemble, needs_group, strategy_of
+from apollo_sft.train.assemble import assemble, needs_group
 from apollo_sft.train.checkpoints import Checkpoints
 from apollo_sft.train.finish import export, hf_form, summary
 from apollo_sft.train.generations import generations_of
-from apollo_sft.train.loop import Run, run_loop
+from apollo_sft.train.loaders import build_loaders
+from apollo_sft.train.loop import run_loop
 from apollo_sft.train.meter import meter_of
 from apollo_sft.train.optim.build import Schedule
 from apollo_sft.train.prepare_run import (
-    Prepared,
     check_model,
     load_external_lib,
     make_deterministic,
@@ -42,6 +39,7 @@ from apollo_sft.train.prepare_run import (
     seed_everything,
 )
 from apollo_sft.train.reporter import Reporter
+from apollo_sft.train.run_state import Run
 from apollo_sft.train.signals import BEFORE_TRAINING, StopFlag
 from apollo_sft.train.start_checks import (
     announce,
@@ -53,7 +51,9 @@ from apollo_sft.train.start_checks import (
     schedule_of,
     start_of,
 )
+from apollo_sft.train.strategy import strategy_of
 from apollo_sft.train.upload import check_destination, upload
+from apollo_sft.types import ignore
 
 
 def train(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str], stop: StopFlag | None = None) -> None:
@@ -125,7 +125,7 @@ def _in_folder(
 def _upload(config: SftConfig, folder: RunFolder | None, stop: StopFlag) -> None:
     """The run is finished, whatever becomes of this. run.json says whether it is still to be done."""
     assert folder is not None
-    stop.last_words = str
+    stop.last_words = ignore
     folder.write_run("finished", uploaded=False)
     stop.at_once("while the model was uploaded: it lies whole here, and the same command again uploads alone")
     upload(config.trainer)
@@ -188,7 +188,7 @@ def _run(config: SftConfig, world: World, folder: RunFolder | None, stop: StopFl
     prepared = launch.once_per_host(world, "prepare", lambda: prepare(config))
     check_alike("contents", contents_of(prepared), world)
     mesh = build_mesh(world, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
-    train_loader, val_loader = _loaders(config, prepared, mesh, pinned=world.device.type == "cuda")
+    train_loader, val_loader = build_loaders(config, prepared, mesh, pinned=world.device.type == "cuda")
     in_epoch = steps_per_epoch(len(prepared.train), train_loader.spec)
     schedule = schedule_of(config, in_epoch)
     if folder is not None:
@@ -228,37 +228,6 @@ def _run(config: SftConfig, world: World, folder: RunFolder | None, stop: StopFl
     stop.at_once("while the model was being written: its last checkpoint holds all steps")
     export(config, prepared, model, folder, world)
     say(summary(reporter, config))
-
-
-def plan_spec(config: SftConfig, mesh: Mesh, hf_config: Any, sources: Mixture | None = None) -> PlanSpec:
-    """How the steps of a training are laid out over this mesh. `sources`: those of its data, where they have names."""
-    data = config.data
-    return PlanSpec(
-        batch_size=data.train_batch_size,
-        micro_batch_size=data.micro_batch_size_per_gpu,
-        dp_size=mesh.dp_size,
-        seed=config.trainer.seed,
-        drop_last=data.drop_last,
-        max_tokens=data.max_token_len_per_gpu and data.max_token_len_per_gpu * mesh.sp_size,
-        balance=data.balance_dp_token,
-        attention_cost=attention_cost(hf_config.get_text_config().hidden_size),
-        mixture=sources,
-    )
-
-
-def _loaders(config: SftConfig, prepared: Prepared, mesh: Mesh, pinned: bool) -> tuple[Loader, Loader | None]:
-    spec = plan_spec(config, mesh, prepared.hf_config, prepared.train_sources)
-    train = Loader(prepared.train, spec, mesh.dp_rank, mesh.sp_size, pinned)
-    if prepared.val is None:
-        return train, None
-    every_row_once = replace(
-        spec,
-        batch_size=spec.micro_batch_size * mesh.dp_size,
-        shuffle=False,
-        drop_last=False,
-        mixture=prepared.val_sets,
-    )
-    return train, Loader(prepared.val, every_row_once, mesh.dp_rank, mesh.sp_size, pinned)
 
 
 def _reporter(config: SftConfig, folder: RunFolder | None, schedule: Schedule, first_step: int) -> Reporter:

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Literal
 
 from apollo_sft.errors import Preempted, Stopped
+from apollo_sft.types import ignore
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST_SECONDS = 2.0
@@ -34,7 +35,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self.last_words: Callable[[Literal["preempted", "failed"]], object] = str
+        self.last_words: Callable[[Literal["preempted", "failed"]], object] = ignore
         self._when: Literal["at once", "between steps", "stopping", "never"] = "at once"
         self._where = BEFORE_TRAINING
         self._ended = threading.Event()

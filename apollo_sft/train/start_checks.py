@@ -23,9 +23,9 @@ from apollo_sft.parallel.launch import World, answer, ask_others
 from apollo_sft.parallel.mesh import check_mesh
 from apollo_sft.parallel.ulysses import added_heads
 from apollo_sft.report.log import say, terminal, warn
-from apollo_sft.train.assemble import check_strategy
 from apollo_sft.train.optim.build import Schedule, warmup_steps
 from apollo_sft.train.prepare_run import Prepared
+from apollo_sft.train.strategy import check_strategy
 
 LINE_WIDTH = 80
 TITLE_WIDTH = 9

@@ -19,7 +19,7 @@ from apollo_sft.errors import TrainingError
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World
 from apollo_sft.report.metrics import peak_bytes
-from apollo_sft.train.assemble import strategy_of
+from apollo_sft.train.strategy import strategy_of
 
 
 class Vote(IntFlag):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,14 +11,11 @@ from apollo_sft.data.batch.loader import Loader
 from apollo_sft.data.batch.plan import steps_per_epoch
 from apollo_sft.errors import TrainingError
 from apollo_sft.model.sft_model import SftModel
-from apollo_sft.parallel.fsdp2 import sum_over_ranks
-from apollo_sft.parallel.launch import World, any_rank
+from apollo_sft.parallel.launch import World, any_rank, sum_over_ranks
 from apollo_sft.report.metrics import Record, source_record, val_record
-from apollo_sft.train.assemble import strategy_of
+from apollo_sft.train.run_state import Run
 from apollo_sft.train.signals import StopFlag
-
-if TYPE_CHECKING:
-    from apollo_sft.train.loop import Run
+from apollo_sft.train.strategy import strategy_of
 
 
 def validation_record(run: Run, stop: StopFlag, step: int) -> Record | None:

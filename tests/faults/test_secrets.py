@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from apollo_sft.errors import ConfigError, redact
+from apollo_sft.errors import ConfigError
+from apollo_sft.redact import redact
 from tests.support.runs import arguments, write_inputs
 
 OF_THE_ENVIRONMENT = {

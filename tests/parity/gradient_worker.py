@@ -23,7 +23,7 @@ from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import Mesh, build_mesh
 from apollo_sft.train.assemble import assemble
-from apollo_sft.train.run import plan_spec
+from apollo_sft.train.loaders import plan_spec
 from apollo_sft.train.step import train_step
 from tests.support.oracle import oracle_gradients, total_norm, whole, worst_difference
 

@@ -24,10 +24,11 @@ from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
 from apollo_sft.tools.verify.oracle import StaysDouble
-from apollo_sft.train.assemble import assemble, strategy_of
+from apollo_sft.train.assemble import assemble
 from apollo_sft.train.base_model import open_base
-from apollo_sft.train.run import plan_spec
+from apollo_sft.train.loaders import plan_spec
 from apollo_sft.train.step import train_step
+from apollo_sft.train.strategy import strategy_of
 from apollo_sft.train.weights import check_filled
 from tests.support.exports import options
 

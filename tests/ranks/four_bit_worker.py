@@ -29,8 +29,8 @@ from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
 from apollo_sft.train.assemble import assemble
 from apollo_sft.train.checkpoints import Checkpoints
+from apollo_sft.train.loaders import plan_spec
 from apollo_sft.train.merged import check_merged, live_loss, probe_of
-from apollo_sft.train.run import plan_spec
 from apollo_sft.train.step import train_step
 from apollo_sft.train.validation import evaluate
 from tests.support.exports import open_base, options

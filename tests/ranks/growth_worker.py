@@ -20,9 +20,10 @@ from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
 from apollo_sft.tools.verify.oracle import StaysDouble
-from apollo_sft.train.assemble import assemble, strategy_of
-from apollo_sft.train.run import plan_spec
+from apollo_sft.train.assemble import assemble
+from apollo_sft.train.loaders import plan_spec
 from apollo_sft.train.step import train_step
+from apollo_sft.train.strategy import strategy_of
 from apollo_sft.types import Growth
 from tests.support.oracle import Gradients, oracle_gradients, whole, worst_difference
 

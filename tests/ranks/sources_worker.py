@@ -24,7 +24,7 @@ from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
 from apollo_sft.report.metrics import losses_by_name, source_record
 from apollo_sft.train.assemble import assemble
-from apollo_sft.train.run import plan_spec
+from apollo_sft.train.loaders import plan_spec
 from apollo_sft.train.step import train_step
 from apollo_sft.train.validation import evaluate
 from tests.support.oracle import oracle_loss

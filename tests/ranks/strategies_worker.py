@@ -28,10 +28,11 @@ from apollo_sft.model.lora import merge
 from apollo_sft.parallel import fsdp1, launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
-from apollo_sft.train.assemble import assemble, strategy_of
+from apollo_sft.train.assemble import assemble
 from apollo_sft.train.checkpoints import Checkpoints
-from apollo_sft.train.run import plan_spec
+from apollo_sft.train.loaders import plan_spec
 from apollo_sft.train.step import train_step
+from apollo_sft.train.strategy import strategy_of
 from apollo_sft.train.validation import evaluate
 from tests.support.exports import open_base, options
 from tests.support.oracle import whole, worst_difference

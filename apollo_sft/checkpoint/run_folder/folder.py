@@ -22,7 +22,9 @@ import yaml
 from apollo_sft.checkpoint import publish
 from apollo_sft.checkpoint.run_folder import resume
 from apollo_sft.checkpoint.run_folder.lock import FolderLock
-from apollo_sft.errors import AlreadyDone, ConfigError, redact
+from apollo_sft.errors import AlreadyDone, ConfigError
+from apollo_sft.redact import redact
+from apollo_sft.types import ignore
 
 KEY = "trainer.default_local_dir"
 MARKER = "apollo-sft run"
@@ -67,7 +69,7 @@ class RunFolder:
         config: Mapping[str, Any],
         source: str | None = None,
         allow_changes: bool = False,
-        say: Callable[[str], object] = str,
+        say: Callable[[str], object] = ignore,
     ) -> RunFolder:
         """Take the folder for this run, or refuse, before anything in it was changed. Call `write_run` next.
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from apollo_sft.checkpoint import publish
 from apollo_sft.errors import ConfigError, TrainingError
+from apollo_sft.types import ignore
 
 LOCK = publish.PREFIX + "lock"
 OWNER = publish.PREFIX + "owner.json"
@@ -33,7 +34,7 @@ WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 class FolderLock:
     """The right to write into `root`, held until `release` or the end of the process. `notes`: what taking it met."""
 
-    def __init__(self, root: Path, every_seconds: float = BEAT_SECONDS, say: Callable[[str], object] = str) -> None:
+    def __init__(self, root: Path, every_seconds: float = BEAT_SECONDS, say: Callable[[str], object] = ignore) -> None:
         """`say` is told when a run of another host has to be watched: that takes `BEATS_MISSED` of its beats.
 
         Raises: ConfigError naming process, host and age when a live run holds the folder.

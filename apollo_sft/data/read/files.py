@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 from apollo_sft.config.checks import is_hub_data_set, without_file_scheme
-from apollo_sft.errors import DataError, redact
+from apollo_sft.errors import DataError
+from apollo_sft.redact import redact
 
 T = TypeVar("T")
 Row = dict[str, Any]

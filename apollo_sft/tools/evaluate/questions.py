@@ -30,7 +30,7 @@ from apollo_sft.model.generate import (
     stop_ids,
     true_answer,
 )
-from apollo_sft.types import Message, RowRef
+from apollo_sft.types import Message, RowRef, ignore
 
 REWARD = "reward_model"
 """The column of RL data whose `ground_truth` is the answer."""
@@ -164,7 +164,7 @@ def read_questions(files: Sequence[str], data: DataConfig, max_rows: int = -1) -
 
 
 def take_exam(
-    folder: str, questions: Sequence[Question], settings: Settings, tell: Callable[[int], object] = int
+    folder: str, questions: Sequence[Question], settings: Settings, tell: Callable[[int], object] = ignore
 ) -> Exam:
     """Every question rendered by the folder's own template, and replied to greedily. `tell` hears how many are done.
 

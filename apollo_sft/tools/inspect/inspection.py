@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.values import with_values
 from apollo_sft.data.batch.plan import PlanSpec, steps_per_epoch
 from apollo_sft.data.store.audit import findings, stretches, usual_sample
 from apollo_sft.data.store.store_files import Rejected, SampleStore
@@ -19,10 +20,9 @@ from apollo_sft.parallel.mesh import Mesh, check_mesh
 from apollo_sft.report.log import setup_logging
 from apollo_sft.tools.inspect import counts as count
 from apollo_sft.tools.inspect.counts import FileCounts, Found, Loss, Packing
-from apollo_sft.tools.verify.layouts import with_values
+from apollo_sft.train.loaders import plan_spec
 from apollo_sft.train.optim.build import Schedule
 from apollo_sft.train.prepare_run import Prepared, load_external_lib, prepare
-from apollo_sft.train.run import plan_spec
 from apollo_sft.train.start_checks import schedule_of
 from apollo_sft.types import RowRef, Sample
 

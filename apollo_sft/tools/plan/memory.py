@@ -26,6 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.values import with_values
 from apollo_sft.data.batch.loader import StepBatch
 from apollo_sft.model import attention, four_bit, load, lora
 from apollo_sft.model.attention import AttentionOptions, Documents
@@ -35,7 +36,6 @@ from apollo_sft.parallel.fsdp2 import fill_buffers
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
 from apollo_sft.tools.plan.allocations import HEAD, LAYERS, OPTIMIZER, SHARDING, Allocations, recorded
-from apollo_sft.tools.verify.layouts import with_values
 from apollo_sft.train.assemble import (
     exchange,
     laid_out,

@@ -12,6 +12,7 @@ import numpy as np
 from apollo_sft.checkpoint.run_folder.state import num_bytes as checkpoint_bytes
 from apollo_sft.config.schema import FileSet, SftConfig, Source
 from apollo_sft.config.sources import own_paths
+from apollo_sft.config.values import value_of, with_values
 from apollo_sft.data.batch.plan import steps_per_epoch
 from apollo_sft.data.read.parquet import expand_paths, num_rows
 from apollo_sft.errors import DataError
@@ -20,11 +21,10 @@ from apollo_sft.model.four_bit import num_bytes_read, num_weights
 from apollo_sft.model.load import check_architecture, find_model, read_config, with_rows
 from apollo_sft.parallel.mesh import Mesh, check_mesh
 from apollo_sft.tools.plan.memory import Pack, Ranks, StepMemory, meta_model, step_memory
-from apollo_sft.tools.verify.layouts import value_of, with_values
 from apollo_sft.train.base_model import growth_of
+from apollo_sft.train.loaders import plan_spec
 from apollo_sft.train.optim.build import build_optimizer, state_bytes
 from apollo_sft.train.prepare_run import load_external_lib
-from apollo_sft.train.run import plan_spec
 
 CHECKPOINTING = "model.enable_gradient_checkpointing"
 POLICY = "model.gradient_checkpointing_policy"

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from apollo_sft.config.compose import validate
 from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.values import value_of
 
 STEPS = 2
 """The second one starts from weights that AdamW has changed."""
@@ -80,18 +80,6 @@ class Figures:
     error: str = ""
 
 
-def with_values(config: SftConfig, values: Mapping[str, Any]) -> SftConfig:
-    """The config with other values, checked again. Keys are dotted. Raises: ConfigError."""
-    raw = config.model_dump()
-    for key, value in values.items():
-        *sections, name = key.split(".")
-        section = raw
-        for part in sections:
-            section = section[part]
-        section[name] = value
-    return validate(raw)
-
-
 def worlds(ranks: int) -> list[int]:
     """Numbers of processes: 1, 2, 4 … up to `ranks`, and `ranks` itself."""
     powers = [2**i for i in range(ranks.bit_length())]
@@ -119,14 +107,6 @@ def layouts(config: SftConfig, ranks: int, cap_tokens: int) -> list[Layout]:
 def own_values(config: SftConfig) -> dict[str, Any]:
     """The user's own layout, in the same keys."""
     return {key: value_of(config, key) for key in NEUTRAL}
-
-
-def value_of(config: SftConfig, key: str) -> Any:
-    """Of a dotted key."""
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def fits(config: SftConfig, processes: int) -> bool:

@@ -10,17 +10,18 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from apollo_sft.checkpoint.host_memory import available_memory
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.config.sources import paths_of
+from apollo_sft.config.values import with_values
 from apollo_sft.data.store.store_files import SampleStore, StoreSummary, StoreWriter
 from apollo_sft.errors import DataError, ModelError
 from apollo_sft.model import attention, load, lora
 from apollo_sft.report.log import setup_logging
-from apollo_sft.tools.verify.layouts import STEPS, layouts, with_values
+from apollo_sft.tools.verify.layouts import STEPS, layouts
 from apollo_sft.tools.verify.small_copy import shrink, silent, write_model
 from apollo_sft.tools.verify.worker import Job
 from apollo_sft.train.base_model import as_files_hold
-from apollo_sft.train.checkpoints import available_memory
 from apollo_sft.train.prepare_run import Prepared, load_external_lib, prepare
 from apollo_sft.types import Sample
 

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from apollo_sft.config.compose import validate
 from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.values import with_values
 from apollo_sft.data.batch.loader import Loader
 from apollo_sft.data.batch.plan import plan
 from apollo_sft.data.store.store_files import SampleStore
@@ -36,15 +37,16 @@ from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import Mesh, build_mesh
 from apollo_sft.report.log import setup_logging
-from apollo_sft.tools.verify.layouts import BOUNDS, ORACLE_FILE, STEPS, Figures, Layout, with_values
+from apollo_sft.tools.verify.layouts import BOUNDS, ORACLE_FILE, STEPS, Figures, Layout
 from apollo_sft.tools.verify.oracle import StaysDouble, differences, oracle
 from apollo_sft.tools.verify.small_copy import silent
-from apollo_sft.train.assemble import assemble, needs_group, strategy_of
+from apollo_sft.train.assemble import assemble, needs_group
 from apollo_sft.train.base_model import as_files_hold
+from apollo_sft.train.loaders import plan_spec
 from apollo_sft.train.optim.build import build_optimizer
 from apollo_sft.train.prepare_run import load_external_lib, seed_everything
-from apollo_sft.train.run import plan_spec
 from apollo_sft.train.step import StepResult, train_step
+from apollo_sft.train.strategy import strategy_of
 from apollo_sft.types import Growth
 
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from apollo_sft.config.compose import compose
 from apollo_sft.config.schema import ModelConfig
+from apollo_sft.config.values import with_values
 from apollo_sft.errors import ConfigError, ModelError
 from apollo_sft.model import attention, four_bit, load, lora
 from apollo_sft.model.flops import cost_of
 from apollo_sft.model.four_bit import FourBitLinear, four_bit_modules
 from apollo_sft.tools.plan.memory import PARAMETERS, Pack, Ranks, meta_model, step_memory
 from apollo_sft.tools.verify import setup as rehearsal
-from apollo_sft.tools.verify.layouts import with_values
 from apollo_sft.train.start_checks import start_of
 from tests.support.models import tiny_config
 

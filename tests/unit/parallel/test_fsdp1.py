@@ -7,7 +7,7 @@ from apollo_sft.config.compose import compose
 from apollo_sft.errors import ConfigError
 from apollo_sft.parallel.fsdp1 import Cut
 from apollo_sft.parallel.launch import World
-from apollo_sft.train.assemble import check_strategy
+from apollo_sft.train.strategy import check_strategy
 
 NO_SYNC = "model.fsdp_config.use_no_sync_for_gradient_accumulation=true"
 BF16 = "model.fsdp_config.dtype=bf16"

@@ -9,8 +9,8 @@ import pytest
 from apollo_sft.config.compose import compose
 from apollo_sft.data.batch.loader import Loader
 from apollo_sft.data.batch.plan import PlanSpec
-from apollo_sft.train.loop import Run
 from apollo_sft.train.optim.build import Schedule
+from apollo_sft.train.run_state import Run
 from tests.support.samples import random_samples, write_store
 
 

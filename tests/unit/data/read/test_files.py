@@ -21,7 +21,8 @@ from apollo_sft.data.read.parquet import Columns, column_names, num_rows, read_r
 from apollo_sft.data.render.template import resolve_template
 from apollo_sft.data.store.fingerprint import content_hash
 from apollo_sft.data.store.open import StoreRequest, prepare_store
-from apollo_sft.errors import DataError, redact
+from apollo_sft.errors import DataError
+from apollo_sft.redact import redact
 from tests.support.data import data_config, tiny_tokenizer
 from tests.support.stores import Store
 

@@ -1,0 +1,71 @@
+"""Take secrets out of what is shown and written.
+
+They are known by their form, by the name before them, or as values of the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+SECRETS = re.compile(
+    r"(?<=://)[^/@\s]+(?=@)"  # credentials of a URL
+    r"|\b(?:hf_|gh[opsu]_|github_pat_|glpat-|sk-|xox[bp]-|wandb_v\d_)[A-Za-z0-9_-]{16,}"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"
+    r"|(?<=\bBearer )[\w.~+/-]{8,}=*"
+)
+"""Values that are a secret wherever they stand."""
+
+
+NAMES = (
+    r"passw(?:or)?d|secret|api[_-]?key|(?:access|secret|private)[_-]?key|(?:auth|access|api|bearer|refresh)[_-]?token"
+)
+
+
+SECRET_NAME = re.compile(rf"(?:.*[^a-z])?(?:{NAMES})", re.IGNORECASE)
+
+
+NAMED = re.compile(rf"((?<![a-z])(?:{NAMES})['\"]?\s*[=:]\s*['\"]?)[^\s'\"&,}}\]]+", re.IGNORECASE)
+"""`password=…`, `"api_key": "…"`. The name has to end there: `num_memory_tokens` is none."""
+
+
+QUERY = re.compile(r"([?&][\w.-]*(?:sig|signature|token|key|credential|password|secret)=)[^&\s'\"]+", re.IGNORECASE)
+"""What signs a URL."""
+
+
+ENVIRONMENT = re.compile(r"(?:.*_)?(?:TOKEN|SECRET|PASSWORD|API_?KEY|ACCESS_KEY(?:_ID)?|SECRET_KEY|PRIVATE_KEY)")
+
+
+SHORTEST_SECRET = 8
+
+
+def redact(value: T) -> T:
+    """The text without secrets; a list or a dict with all its texts so. Everything else as it is.
+
+    Secrets are known by their form, by the name before them, or because a variable of the environment whose name says
+    so has that value.
+    """
+    if isinstance(value, str):
+        return _redact_text(value)  # type: ignore[return-value]
+    if isinstance(value, dict):
+        return {name: _redact_item(name, item) for name, item in value.items()}  # type: ignore[return-value]
+    if isinstance(value, list | tuple):
+        return type(value)(redact(item) for item in value)
+    return value
+
+
+def _redact_item(name: object, item: T) -> T | str:
+    hidden = isinstance(name, str) and isinstance(item, str | int | float) and SECRET_NAME.fullmatch(name)
+    return "***" if hidden else redact(item)
+
+
+def _redact_text(text: str) -> str:
+    for name, secret in os.environ.items():
+        if len(secret) >= SHORTEST_SECRET and secret in text and ENVIRONMENT.fullmatch(name):
+            text = text.replace(secret, "***")
+    text = QUERY.sub(r"\1***", SECRETS.sub("***", text))
+    return NAMED.sub(r"\1***", text)

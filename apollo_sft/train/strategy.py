@@ -1,0 +1,64 @@
+"""The two ways to shard, FSDP2 and FSDP1, as one set of functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from apollo_sft.config.schema import SftConfig
+from apollo_sft.model.compiled_layers import check_compile
+from apollo_sft.model.sft_model import SftModel
+from apollo_sft.parallel import fsdp1, fsdp2
+from apollo_sft.parallel.fsdp2 import ShardSpec
+from apollo_sft.parallel.launch import World
+from apollo_sft.train.optim.build import check_optimizer
+from apollo_sft.train.precision import resolve_precision
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Strategy(Protocol):
+    """What `parallel.fsdp2` and `parallel.fsdp1` both have; the first says what each does."""
+
+    MIXES_DTYPES: bool
+
+    def check(self, shard_size: int, compute_dtype: torch.dtype, reduces_once: bool) -> None: ...
+    def shard(self, model: M, mesh: DeviceMesh, spec: ShardSpec, head: nn.Module | None) -> M: ...
+    def fill(self, model: nn.Module, source: nn.Module | None, device: torch.device, offload: bool) -> None: ...
+    def reduce_gradients(self, model: nn.Module, wanted: bool) -> None: ...
+    def grad_norm(self, model: nn.Module, parameters: Iterable[nn.Parameter]) -> Tensor: ...
+    def num_dims(self, model: nn.Module, parameter: nn.Parameter) -> int: ...
+    def reshard(self, model: nn.Module) -> None: ...
+    def by_rows(self, model: M, gradients: bool = False) -> M: ...
+    def outline(self, model: M) -> M: ...
+    def held(self, model: nn.Module) -> dict[str, tuple[int, Tensor]]: ...
+    def optimizer_by_rows(self, model: nn.Module, rows: nn.Module, optimizer: Optimizer) -> Optimizer: ...
+    def take_rows(self, model: nn.Module, optimizer: Optimizer, rows: nn.Module, rows_optimizer: Optimizer) -> None: ...
+
+
+STRATEGIES: dict[str, Strategy] = {"fsdp2": fsdp2, "fsdp": fsdp1}
+
+
+def strategy_of(model: SftModel) -> Strategy:
+    """Its functions do nothing to a model that is not sharded."""
+    return STRATEGIES[model.strategy]
+
+
+def check_strategy(config: SftConfig, world: World) -> None:
+    """Raises: ConfigError when the strategy cannot train exactly what is asked for."""
+    fsdp, precision = config.model.fsdp_config, resolve_precision(config.model, world.device.type == "cuda")
+    reduces_once, name = fsdp.use_no_sync_for_gradient_accumulation, strategy_name(config, world)
+    STRATEGIES[name].check(fsdp.fsdp_size, precision.compute, reduces_once)
+    check_optimizer(config.optim, name)
+    if config.model.compile:
+        check_compile(world.device, name)
+
+
+def strategy_name(config: SftConfig, world: World) -> str:
+    """One process has nothing to shard: mixed precision and offload are FSDP2's then."""
+    return config.model.strategy if world.size > 1 else "fsdp2"
