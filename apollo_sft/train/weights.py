@@ -41,7 +41,7 @@ def untied_in_files(hf_config: Any, stored: Mapping[str, StoredTensor], trust_re
     """
     rows = hf_config.get_text_config().vocab_size
     tables = [name for name, tensor in stored.items() if len(tensor.spec.shape) == 2 and tensor.spec.shape[0] == rows]
-    if len(tables) < 2 or not hf_config.tie_word_embeddings:
+    if len(tables) < 2 or not getattr(hf_config, "tie_word_embeddings", False):
         return ()
     attention.register(attention.sdpa_kernel)  # its name must be known; nothing runs
     model = build_on_meta(hf_config, DTYPES["fp32"], trust_remote_code)
