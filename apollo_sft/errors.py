@@ -52,6 +52,10 @@ class CheckpointError(ApolloError):
     """A run folder, a checkpoint or an exported model that cannot be used, written or verified."""
 
 
+class BaseFilesError(CheckpointError):
+    """Files of the base model that are no longer where they were: what was trained is not at fault."""
+
+
 class UploadError(ApolloError):
     """The run is finished and its model whole, but it was not brought where `trainer.default_hdfs_dir` says."""
 

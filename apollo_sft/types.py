@@ -110,9 +110,10 @@ class BaseModel:
 
     `source` is what the user wrote (a path or a hub id); `folder` the local copy; `tensors` what its safetensors
     files hold, by name (empty when the base has no safetensors files). With `growth`, `config` is that of the grown
-    model, and `tensors` are still what the files hold. `untied`: names of tensors that the base's own config.json ties,
-    while its files hold a value of its own for each; `config` does not tie them. `carried`: files of the folder that
-    are copied beside the trained weights.
+    model, and `tensors` are still what the files hold.
+    `added_tokens`: what the tokenizer must know as added tokens besides its own, new ones and words of its vocabulary.
+    `untied`: names of tensors that the base's own config.json ties, while its files hold a value of its own for each;
+    `config` does not tie them. `carried`: files of the folder that are copied beside the trained weights.
     """
 
     source: str
@@ -120,5 +121,6 @@ class BaseModel:
     config: dict[str, Any]
     tensors: dict[str, TensorSpec]
     growth: Growth | None = None
+    added_tokens: tuple[str, ...] = ()
     untied: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()

@@ -70,7 +70,8 @@ def publish_model(staging: Path, folder: Path, check: Callable[[Path], None]) ->
             found=", ".join(foreign[:5]),
             fix=f"nothing was overwritten; the model lies whole in {aside}",
         )
-    move = Move(staging.name, files, sorted(set(ours) - set(files)))
+    stale = sorted(name for name in set(ours) - set(files) if not _leads_away(folder, name))
+    move = Move(staging.name, files, stale)
     _write_json(folder / JOURNAL, {"staging": move.staging, "files": move.files, "stale": move.stale})
     _finish(folder, move)
 
@@ -116,8 +117,9 @@ def _finish(folder: Path, move: Move) -> None:
         (folder / LAST).unlink(missing_ok=True)
         sync_folder(folder)
         for name in move.stale:
-            (folder / name).unlink(missing_ok=True)
-            _remove_empty(folder, name)
+            if not _leads_away(folder, name):
+                (folder / name).unlink(missing_ok=True)
+                _remove_empty(folder, name)
         for name in sorted(set(move.files) - {LAST}):
             move_file(staging, folder, name)
         sync_folder(folder)
@@ -130,7 +132,7 @@ def _finish(folder: Path, move: Move) -> None:
 
 def move_file(source: Path, target: Path, name: str) -> None:
     """Move a file, by its path in the folder, to the same place in another one, where it is not there already."""
-    if not os.path.lexists(source / name):
+    if not os.path.lexists(source / name) or _leads_away(source, name):
         return
     (target / name).parent.mkdir(parents=True, exist_ok=True)
     (source / name).replace(target / name)

@@ -97,11 +97,12 @@ def to_yaml(config: SftConfig) -> str:
 @cache
 def known_keys() -> tuple[str, ...]:
     """Every key of the yaml, leaves only, in order."""
-    return tuple(key for key, _ in leaves(_defaults()))
+    return tuple(key for key, _ in leaves(defaults()))
 
 
 @cache
-def _defaults() -> dict[str, Any]:
+def defaults() -> dict[str, Any]:
+    """Read the default of every key, as a tree of sections."""
     tree: dict[str, Any] = yaml.safe_load(YAML_PATH.read_text(encoding="utf-8"))
     return tree
 

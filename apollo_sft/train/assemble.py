@@ -17,14 +17,14 @@ from apollo_sft.model.compiled_layers import compile_layers
 from apollo_sft.model.proof import prove
 from apollo_sft.model.sft_model import SftModel, enable_checkpointing
 from apollo_sft.parallel.fsdp2 import ShardSpec
-from apollo_sft.parallel.launch import World
+from apollo_sft.parallel.launch import World, from_main
 from apollo_sft.parallel.mesh import Mesh
 from apollo_sft.parallel.ulysses import Ulysses
 from apollo_sft.report.log import say
 from apollo_sft.train.optim.build import build_optimizer
 from apollo_sft.train.precision import Precision, resolve_precision
 from apollo_sft.train.strategy import STRATEGIES, check_strategy, strategy_name, strategy_of
-from apollo_sft.train.weights import check_as_built, check_filled, check_read
+from apollo_sft.train.weights import check_as_built, check_filled, check_read, other_dtypes, set_dtypes
 from apollo_sft.types import Growth
 
 
@@ -45,10 +45,11 @@ def assemble(
     trust = config.model.trust_remote_code
     adapter = lora.lora_config(config.model, config.model.partial_pretrain)
     stored = stored_dtype(config, world, adapter is not None)
-    source = None
+    source, dtypes = None, {}
     if world.is_main:
         check = partial(_check_weights, folder=folder, trust_remote_code=trust)
         read = load.load_with_weights(folder, hf_config, stored, trust, growth, check)
+        dtypes = other_dtypes(read, stored)
         source = SftModel(four_bit.quantised(config.model, read, adapter, world.device))
         prove(source, config.trainer.seed)
         if adapter is not None:
@@ -59,12 +60,15 @@ def assemble(
         assert source is not None, "one process reads its own weights"
         model = laid_out(config, source.to(world.device), world, mesh)
     else:
-        causal_lm = four_bit.quantised(config.model, load.build_on_meta(hf_config, stored, trust), adapter)
+        built = load.build_on_meta(hf_config, stored, trust)
+        if STRATEGIES[strategy_name(config, world)].MIXES_DTYPES:
+            set_dtypes(built, from_main(dtypes, world))
+        causal_lm = four_bit.quantised(config.model, built, adapter)
         if adapter is not None:
             lora.inject(causal_lm, adapter, precision.master)
         model = laid_out(config, SftModel(causal_lm, mesh.sp_rank, mesh.sp_size), world, mesh)
         strategy.fill(model, source, world.device, offloads(config.model))
-        check_filled(strategy.held(model), source, mesh)
+        check_filled(strategy.held(model), strategy.buffers(model), source, mesh)
     if config.model.compile:
         say(compile_layers(model.causal_lm))
     return model, optimizer_of(model, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,14 @@ def open_base(config: SftConfig, weights: bool = True) -> tuple[BaseModel, Any]:
     untied = untied_in_files(hf_config, stored, model.trust_remote_code)
     if untied:
         raw, hf_config = _untied(raw, hf_config)
-    growth = growth_of(config, folder, hf_config)
+    fitted = _fitted(config, folder)
+    growth = _growth(fitted, hf_config)
     if growth is not None:
         raw, hf_config = _with_rows(raw, hf_config, growth.rows), with_rows(hf_config, growth.rows)
     carried = sort_files(folder, model.follow_links, model.trust_remote_code).carried
-    return BaseModel(model.partial_pretrain, folder, raw, specs_of(stored), growth, untied, carried), hf_config
+    tokens = () if fitted is None else fitted.added
+    base = BaseModel(model.partial_pretrain, folder, raw, specs_of(stored), growth, tokens, untied, carried)
+    return base, hf_config
 
 
 def as_files_hold(folder: Path, config: SftConfig) -> Any:
@@ -108,17 +112,19 @@ def check_copied(base: BaseModel, copied: Sequence[str]) -> None:
         )
 
 
-def in_words(base: BaseModel, copied: Sequence[str], left_out: Mapping[str, str]) -> list[str]:
+def in_words(base: BaseModel, copied: Sequence[str], left_out: Mapping[str, str], writes_model: bool) -> list[str]:
     """Say what the folder that will be written holds of the base beside what is trained, a line each."""
     lines = []
     if base.untied:
+        written = "and the config.json that is written says tie_word_embeddings=false"
+        only_here = "and readers of the adapter must load the base so: transformers 4 ties them"
         lines.append(
             f"the base's config.json ties {' and '.join(base.untied)}, but its files hold two different tensors: both "
-            "are trained, and the config.json that is written says tie_word_embeddings=false"
+            f"are used, {written if writes_model else only_here}"
         )
-    if copied:
+    if copied and writes_model:
         lines.append(f"written as they are in the base, since training does not use them: {_some(copied)}")
-    if left_out:
+    if left_out and writes_model:
         named = [f"{name} ({why})" for name, why in left_out.items()]
         lines.append(f"not carried over from the base's folder: {_some(named)}")
     return lines
@@ -130,17 +136,40 @@ def _some(names: Sequence[str], shown: int = 4) -> str:
 
 
 def growth_of(config: SftConfig, folder: Path, hf_config: Any) -> Growth | None:
-    """What `model.add_special_tokens` adds to the model in `folder`; None when nothing is missing.
+    """Say what `model.add_special_tokens` adds to the model in `folder`; None when nothing is missing.
 
     Raises: ModelError, DataError.
     """
+    return _growth(_fitted(config, folder), hf_config)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    """A tokenizer that was fitted to the template. `before`: ids by token, of the base's own. `added`: what became an
+    added token, whether it is new or was a word of the vocabulary."""
+
+    tokenizer: Any
+    before: dict[str, int]
+    added: tuple[str, ...]
+
+
+def _fitted(config: SftConfig, folder: Path) -> _Fitted | None:
+    """Fit the base's tokenizer, where `model.add_special_tokens` asks for it."""
     if not config.model.add_special_tokens:
         return None
-    tokenizer, held = load_tokenizer(folder, config.model.trust_remote_code), hf_config.get_text_config().vocab_size
-    before = tokenizer.get_vocab()
+    tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
+    before, known = tokenizer.get_vocab(), set(tokenizer.get_added_vocab())
     fit_template(tokenizer, config.data, add=True)
-    # By id: a word of the vocabulary that becomes a control token keeps its id, and its row.
-    added = {number: token for token, number in tokenizer.get_vocab().items() if token not in before}
+    added = sorted((number, token) for token, number in tokenizer.get_added_vocab().items() if token not in known)
+    return _Fitted(tokenizer, before, tuple(token for _, token in added))
+
+
+def _growth(fitted: _Fitted | None, hf_config: Any) -> Growth | None:
+    """Find the rows that the embeddings need. A word of the vocabulary that becomes a control token keeps its row."""
+    if fitted is None:
+        return None
+    held, before = hf_config.get_text_config().vocab_size, fitted.before
+    added = {fitted.tokenizer.convert_tokens_to_ids(token): token for token in fitted.added if token not in before}
     if not added:
         return None
     ids = sorted(added)

@@ -20,12 +20,12 @@ from torch.optim import Optimizer
 from apollo_sft.checkpoint import publish
 from apollo_sft.checkpoint.agree import agree, attempt, check_room, explained
 from apollo_sft.checkpoint.host_memory import MEMORY_RATIO, available_memory
-from apollo_sft.checkpoint.model_folder.write import AdapterForm, ModelForm
+from apollo_sft.checkpoint.model_folder.write import HF_FOLDER, AdapterForm, ModelForm
 from apollo_sft.checkpoint.run_folder import resume
 from apollo_sft.checkpoint.run_folder.resume import PARTS, read_facts
 from apollo_sft.checkpoint.run_folder.state import num_bytes, read_state, snapshot, write_state
 from apollo_sft.config.schema import TrainerConfig
-from apollo_sft.errors import CheckpointError, ConfigError
+from apollo_sft.errors import BaseFilesError, CheckpointError, ConfigError
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.report.log import say
 from apollo_sft.report.metrics import Record
@@ -185,9 +185,14 @@ class Checkpoints:
             raise
 
     def _publish(self, staging: Path, final: Path, is_best: bool, with_hf: bool) -> None:
+        lost: BaseFilesError | None = None
         if with_hf and self._form is not None:
-            self._form.write(staging)
-        if "model" not in self._parts:  # it was written for hf/ only
+            try:
+                self._form.write(staging)
+            except BaseFilesError as error:  # the state is whole, and is kept
+                lost = error
+                shutil.rmtree(staging / HF_FOLDER)
+        if "model" not in self._parts and lost is None:  # it was written for hf/ only
             for path in staging.glob("*.safetensors"):
                 path.unlink()
         metrics = self.folder.parent / "metrics.jsonl"
@@ -201,6 +206,8 @@ class Checkpoints:
         if is_best:
             publish.point(self.folder / resume.BEST, final.name)
         publish.recover(self.folder)
+        if lost is not None:
+            raise lost
         resume.prune(self.folder, self._keep)
 
     def begin(self, checkpoint: Path | None, model: SftModel, optimizer: Optimizer) -> int:

@@ -117,10 +117,11 @@ def prepare(config: SftConfig, weights: bool = True) -> Prepared:
     if base.growth is not None:
         say(_growth_in_words(base.growth))
     changed = None if is_own(tokenizer, template) else template.text
-    if base.growth is not None or changed is not None:
-        with _about_the_base():
-            rehearse(base, tokenizer, changed, trust)
+    with _about_the_base():
+        rehearse(base, tokenizer, changed, (), trust)
     train, train_of = _store(config, "train", tokenizer, template)
+    with _about_the_base():
+        rehearse(base, tokenizer, changed, tuple(train.summary.stop_tokens), trust)
     val, val_of = _store(config, "val", tokenizer, template) if config.data.val_files else (None, {})
     for store in (train, val):
         if store is not None:
@@ -179,9 +180,10 @@ def check_model(config: SftConfig) -> dict[str, Any]:
         check_groups(causal_lm, config.model)
     if adapter is not None:
         check_adapter_file(causal_lm, adapter)
-    _check_disk(config, causal_lm, sum(map(num_bytes, plan.tensors.values())), is_lora=wanted is not None)
+    files_bytes = sum((base.folder / name).stat().st_size for name in base.carried)
+    _check_disk(config, causal_lm, sum(map(num_bytes, plan.tensors.values())) + files_bytes, wanted is not None)
     left_out = sort_files(base.folder, config.model.follow_links, trust).left_out
-    for line in in_words(base, plan.copied, left_out):
+    for line in in_words(base, plan.copied, left_out, config.trainer.export != "adapter"):
         say(line)
     facts = {"carried_files": base.carried, "files_left_out": left_out, "copied_tensors": plan.copied}
     return {"base": facts | {"untied": base.untied}}

@@ -25,7 +25,7 @@ from apollo_sft.train.checkpoints import Checkpoints
 from apollo_sft.train.optim.build import build_optimizer
 from apollo_sft.train.step import Vote
 from tests.support.models import tiny_config, tiny_model
-from tests.support.runs import read_metrics, series, train_here, without_clock, write_inputs
+from tests.support.runs import read_metrics, series, status, train_here, without_clock, write_inputs
 
 TEN = ("trainer.total_training_steps=10", "trainer.save_freq=5")
 LORA = ("model.lora_rank=2", "trainer.export=adapter")
@@ -371,3 +371,27 @@ def test_large_states_are_split_into_files(tmp_path: Path, monkeypatch: pytest.M
         assert torch.equal(mine, theirs)
         for moment in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(other.optimizer.state[mine][moment], saver.optimizer.state[theirs][moment])
+
+
+def test_a_base_that_is_gone_costs_the_model_folder_alone(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state of the step is kept: the same command goes on, and `export` writes the model."""
+    shutil.copytree(inputs / "model", tmp_path / "base")
+    (tmp_path / "base" / "NOTES.md").write_text("mine")
+    keys = (*TEN, f"model.partial_pretrain={tmp_path / 'base'}", "trainer.save_freq=4")
+    write = checkpoints_module.Checkpoints._publish
+
+    def lost(self: Any, staging: Path, *more: Any) -> None:
+        (tmp_path / "base" / "NOTES.md").unlink(missing_ok=True)
+        write(self, staging, *more)
+
+    monkeypatch.setattr(checkpoints_module.Checkpoints, "_publish", lost)
+    with pytest.raises(CheckpointError, match=r"can no longer be read: .*NOTES\.md"):
+        train_here(inputs, tmp_path / "run", *keys)
+    assert names(tmp_path / "run" / "checkpoints") == ["latest", "step_000004"]
+    assert not (tmp_path / "run" / "checkpoints" / "step_000004" / "hf").exists()
+    monkeypatch.setattr(checkpoints_module.Checkpoints, "_publish", write)
+    (tmp_path / "base" / "NOTES.md").write_text("mine")
+    train_here(inputs, tmp_path / "run", *keys)
+    assert status(tmp_path / "run") == "finished"

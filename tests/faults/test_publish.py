@@ -297,3 +297,34 @@ def test_recovery_of_a_clean_folder_does_nothing(prepared: Path) -> None:
     time.sleep(0.01)
     assert publish.recover(prepared) == []
     assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in prepared.iterdir()} == before
+
+
+def test_a_stale_file_behind_a_link_is_left_alone(tmp_path: Path) -> None:
+    """The user moved a sub-folder of an earlier model elsewhere, and left a link."""
+    folder = tmp_path / "model"
+    for files in (("config.json", "sub/x.txt"), ("config.json",)):
+        staging = publish.staging_folder(folder, "model")
+        for name in files:
+            (staging / name).parent.mkdir(exist_ok=True)
+            (staging / name).write_text("{}")
+        publish.publish_model(staging, folder, lambda _: None)
+        if len(files) > 1:
+            assert (folder / "sub" / "x.txt").is_file()
+            (folder / "sub").rename(tmp_path / "elsewhere")
+            (folder / "sub").symlink_to(tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere" / "x.txt").is_file()
+    assert (folder / "config.json").is_file()
+    assert publish.recover(folder) == []
+
+
+def test_sub_folders_are_moved_and_empty_ones_go(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    for files in (("config.json", "code/deep/a.py"), ("config.json", "code/b.py"), ("config.json",)):
+        staging = publish.staging_folder(folder, "model")
+        for name in files:
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging / name).write_text(str(files))
+        publish.publish_model(staging, folder, lambda _: None)
+        there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        assert there - {publish.MANIFEST} == set(files)
+    assert not (folder / "code").exists()

@@ -62,20 +62,33 @@ def damaged(folder: Path, world: World, strategy: str) -> list[str]:
     base, hf_config = open_base(config)
     model, _ = assemble(config, base.folder, hf_config, world, mesh)
     source = SftModel(load_with_weights(base.folder, hf_config, torch.float32, False)) if world.is_main else None
-    held = strategy_of(model).held(model)
-    check_filled(held, source, mesh)
+    held, buffers = strategy_of(model).held(model), strategy_of(model).buffers(model)
+    check_filled(held, buffers, source, mesh)
     name = max(held, key=lambda name: held[name][1].numel())
     if world.rank == world.size - 1:
         with torch.no_grad():
             held[name][1].view(-1)[-1] += 1
     said = [""] * world.size
     try:
-        check_filled(held, source, mesh)
+        check_filled(held, buffers, source, mesh)
         message = "nothing"
     except ModelError as error:
         message = str(error)
     dist.all_gather_object(said, f"{name}: {message}")
     return said
+
+
+def of_other_dtypes(folder: Path, world: World) -> dict[str, Any]:
+    """A model held in bfloat16 whose files have a buffer in float32: what this rank holds of it."""
+    keys = [f"model.partial_pretrain={folder / 'float32-buffer'}", "data.train_files=none", "data.val_files=null"]
+    config = compose([*keys, "model.fsdp_config.model_dtype=bf16"]).config
+    base, hf_config = open_base(config)
+    model, _ = assemble(config, base.folder, hf_config, world, build_mesh(world, 1))
+    [(name, buffer)] = [pair for pair in model.named_buffers() if "correction_bias" in pair[0]]
+    held: list[Any] = [None] * world.size
+    mine = [name.removeprefix("causal_lm."), str(buffer.dtype), buffer.double().tolist()]
+    dist.all_gather_object(held, mine)
+    return {"held": held}
 
 
 def main(out: Path, folder: Path) -> None:
@@ -88,6 +101,7 @@ def main(out: Path, folder: Path) -> None:
             figures[name] = cell(folder, kind, world, values, folder / f"{world.size} {name.replace('/', '_')}")
             gc.collect()
     if world.size > 1:
+        figures["damaged buffer"] = of_other_dtypes(folder, world)
         figures |= {f"damaged {strategy}": damaged(folder, world, strategy) for strategy in ("fsdp2", "fsdp")}
     if world.is_main:
         out.write_text(json.dumps(figures))

@@ -13,7 +13,7 @@ from apollo_sft.config.compose import compose
 from apollo_sft.errors import ModelError
 from apollo_sft.tools.verify.oracle import StaysDouble
 from apollo_sft.train.prepare_run import check_model
-from tests.support.disagreeing import HEAD, as_the_files_say, write_disagreeing
+from tests.support.disagreeing import HEAD, as_the_files_say, write_disagreeing, write_with_a_float32_buffer
 from tests.support.oracle import oracle_loss
 from tests.support.ranks import run_ranks
 from tests.support.samples import random_samples, write_store
@@ -36,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("disagreeing")
     for kind in KINDS:
         write_disagreeing(folder / kind, kind)
+    write_with_a_float32_buffer(folder / "float32-buffer")
     write_store(folder / "store", random_samples(4, vocab_size=90))
     return folder
 
@@ -68,14 +69,27 @@ def test_every_layout_trains_what_the_files_hold(found: tuple[int, dict[str, Any
 
 def test_a_shard_that_is_not_what_was_read_stops_every_rank(found: tuple[int, dict[str, Any]]) -> None:
     size, figures = found
-    said = {name: cell for name, cell in figures.items() if name.startswith("damaged")}
+    said = {name: cell for name, cell in figures.items() if name.startswith("damaged fsdp")}
     assert len(said) == (2 if size > 1 else 0)
     for messages in said.values():
         assert len(messages) == size
         name = messages[-1].partition(":")[0]  # the last rank's value was changed
         for message in messages:
             assert "do not hold the weights that rank 0 has read" in message
-            assert f"parameters differ: {name}" in message
+            assert f"tensors differ: {name}" in message
+
+
+def test_a_buffer_keeps_the_dtype_and_the_values_of_the_files(found: tuple[int, dict[str, Any]], folder: Path) -> None:
+    """DeepSeek's routers choose experts by such a buffer: rounded on some ranks, they would choose others."""
+    size, figures = found
+    if size == 1:
+        pytest.skip("one process holds what it has read")
+    held = figures["damaged buffer"]["held"]
+    assert len(held) == size
+    for name, dtype, values in held:
+        stored = load_file(folder / "float32-buffer" / "model.safetensors")[name]
+        assert dtype == "torch.float32"
+        assert values == stored.double().tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)

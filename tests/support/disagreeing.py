@@ -58,6 +58,25 @@ def write_disagreeing(folder: Path, kind: str) -> Path:
     return folder
 
 
+def write_with_a_float32_buffer(folder: Path) -> Path:
+    """Write a DeepSeek-V3 in bfloat16 whose router has a bias in float32, as the real files have it."""
+    sizes = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    heads = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    config = tiny_config("DeepseekV3", num_key_value_heads=4, **sizes, first_k_dense_replace=1, **heads)
+    tiny_model(config, torch.bfloat16).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    [name] = [name for name in weights if name.endswith("e_score_correction_bias")]
+    weights[name] = torch.tensor([0.1, -0.7768, 0.31, 0.02])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def as_the_files_say(folder: Path) -> Any:
     """Build the model in float64 by hand: a head of its own, filled with what the files hold, name by name."""
     config = AutoConfig.from_pretrained(folder)

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from apollo_sft.checkpoint import publish
-from apollo_sft.checkpoint.model_folder.tensor_files import FOREIGN_FORMS, INDEX_FILE, safe_path
-from apollo_sft.checkpoint.run_folder.folder import OWN_NAMES
+from apollo_sft.checkpoint.model_folder.tensor_files import FOREIGN_FORMS, INDEX_FILE, read_tensors, safe_path
+from apollo_sft.checkpoint.run_folder.folder import OWN_NAMES, read_run
 from apollo_sft.errors import CheckpointError
 
 WEIGHT_FORMS = (".safetensors", ".safetensors.index.json", ".bin.index.json", ".onnx", ".onnx_data", *FOREIGN_FORMS)
-STATE_OF_TRAINERS = ("trainer_state.json", "zero_to_fp32.py", "latest", "*.tfevents.*", "*.distcp", "*.lock")
+STATE_OF_TRAINERS = ("trainer_state.json", "zero_to_fp32.py", "latest", "*.tfevents.*", "*.distcp", "training_args.bin")
 """What trainers leave beside a model, and is no part of it."""
 MAX_BYTES = 200_000_000
 """A larger file that is no weights is not copied into every checkpoint."""
@@ -25,6 +24,7 @@ OTHER_WEIGHTS = "weights in another form, or of another model"
 OF_A_RUN = "a record of the run that made the base"
 OF_A_TRAINER = "the state of the training that made the base"
 OUTSIDE = "a link"
+UNREADABLE = "this account may not read it"
 TOO_LARGE = f"larger than {MAX_BYTES // 1_000_000} MB"
 UNTRUSTED = "code, which is carried with model.trust_remote_code=true"
 TAKEN_NAME = "a run has a file of that name"
@@ -48,23 +48,23 @@ def sort_files(folder: Path, follow_links: bool = False, code: bool = False) -> 
     """
     files = BaseFiles()
     carried = []
-    listed = set(publish.model_files(folder))
-    own_weights = {path.name for path in folder.glob("*.safetensors")} | {INDEX_FILE}
+    names_of_a_run = OF_A_RUN if read_run(folder) is not None else TAKEN_NAME
+    weights = {stored.path.name for stored in read_tensors(folder, follow_links).values()} | {INDEX_FILE}
 
     for name in _names(folder, files.left_out):
         is_untrusted = name.endswith(CODE) and not code
-        why = UNTRUSTED if is_untrusted else _why_not(folder, name, listed, follow_links)
+        why = UNTRUSTED if is_untrusted else _why_not(folder, name, follow_links)
         if why is None:
             carried.append(name)
-        elif name not in own_weights:
-            files.left_out[name] = why
+        elif name not in weights:
+            files.left_out[name] = names_of_a_run if name in OWN_NAMES else why
     return BaseFiles(tuple(sorted(carried)), dict(sorted(files.left_out.items())))
 
 
 def _names(folder: Path, left_out: dict[str, str]) -> Iterator[str]:
     """Walk through the folder. A folder inside that holds weights is another model: it is left out as one."""
     for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
         inside = Path(root).relative_to(folder).as_posix()
         prefix = "" if inside == "." else f"{inside}/"
 
@@ -78,24 +78,24 @@ def _names(folder: Path, left_out: dict[str, str]) -> Iterator[str]:
 def _why_no_folder(folder: Path, is_top: bool) -> str | None:
     if folder.is_symlink():
         return OUTSIDE
-    if is_top and folder.name in OWN_NAMES:
+    if (is_top and folder.name in OWN_NAMES) or read_run(folder) is not None:
         return OF_A_RUN
     return OTHER_WEIGHTS if any(path.name.endswith(WEIGHT_FORMS) for path in folder.rglob("*")) else None
 
 
-def _why_not(folder: Path, name: str, listed: set[str], follow_links: bool) -> str | None:
-    """Say why a file is not carried over; None when it is. `listed`: what a run of ours lists as its model."""
+def _why_not(folder: Path, name: str, follow_links: bool) -> str | None:
+    """Say why a file is not carried over; None when it is."""
     path = folder / name
-    if name.endswith(WEIGHT_FORMS):
-        return OTHER_WEIGHTS
     if any(fnmatch.fnmatch(path.name, pattern) for pattern in STATE_OF_TRAINERS):
         return OF_A_TRAINER
-    if listed and name not in listed:
-        return OF_A_RUN
+    if name.endswith(WEIGHT_FORMS):
+        return OTHER_WEIGHTS
     if name in OWN_NAMES:
         return TAKEN_NAME
     try:
         safe_path(folder, name, follow_links)
     except CheckpointError:
         return OUTSIDE
+    if not os.access(path, os.R_OK):
+        return UNREADABLE
     return TOO_LARGE if path.stat().st_size > MAX_BYTES else None

@@ -85,15 +85,8 @@ def plan_export(model: Any, base: BaseModel, export_dtype: str) -> ExportPlan:
         for name in group.targets
     }
     copied = [read.base_name for read in reads if read.memory_name not in meta]
-    tensors |= {name: _copied_spec(base.tensors[name], export_dtype) for name in copied}
+    tensors |= {name: base.tensors[name] for name in copied}
     return ExportPlan(groups, tensors, copied, sorted(set(wanted) - set(tensors), key=_natural_key))
-
-
-def _copied_spec(spec: TensorSpec, export_dtype: str) -> TensorSpec:
-    """Give a tensor that is not trained the dtype that the user asked for, else its own."""
-    if spec.dtype in FLOATS and export_dtype in FORCED:
-        return TensorSpec(spec.shape, FORCED[export_dtype])
-    return spec
 
 
 def follow_names(model: Any, names: Iterable[str]) -> dict[str, tuple[str, bool]]:

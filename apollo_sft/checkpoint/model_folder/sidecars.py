@@ -12,7 +12,7 @@ from typing import Any
 from apollo_sft.checkpoint.model_folder.json_files import change_json
 from apollo_sft.checkpoint.model_folder.tensor_files import DTYPES
 from apollo_sft.checkpoint.publish import read_json
-from apollo_sft.errors import CheckpointError
+from apollo_sft.errors import BaseFilesError
 from apollo_sft.types import BaseModel, TensorSpec
 
 CONFIG = "config.json"
@@ -23,17 +23,26 @@ DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 def copy_files(folder: Path, base: BaseModel, names: Iterable[str]) -> None:
-    """Copy files of the base, by their paths in its folder. Raises: CheckpointError when one is no longer there."""
+    """Copy files of the base, by their paths in its folder. Raises: BaseFilesError when one can no longer be read."""
     for name in names:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
+        source = base.folder / name
         try:
-            shutil.copyfile(base.folder / name, target)
-        except FileNotFoundError as error:
-            raise CheckpointError(
-                f"a file of the base model is no longer where it was when the run began: {base.folder / name}",
-                fix="put the base model back; apollo-sft export RUN_FOLDER OUT then writes the model of a checkpoint",
-            ) from error
+            opened = source.open("rb")
+        except OSError as error:
+            raise base_is_gone(source) from error
+        with opened, target.open("wb") as written:
+            shutil.copyfileobj(opened, written)
+
+
+def base_is_gone(path: Path) -> BaseFilesError:
+    """Say that a file of the base, which was there when the run began, can no longer be read."""
+    return BaseFilesError(
+        f"a file of the base model can no longer be read: {path}",
+        expected="the base model where it was when the run began",
+        fix="put it back; apollo-sft export RUN_FOLDER OUT then writes the model of a checkpoint",
+    )
 
 
 def write_config(
@@ -93,7 +102,7 @@ def write_generation_config(folder: Path, base: BaseModel, stop_token_ids: Seque
     else:
         config = {key: base.config[key] for key in TOKEN_IDS if base.config.get(key) not in (None, -1)}
     own = config.get("eos_token_id")
-    if not stop_token_ids or not set(stop_token_ids) <= set(own if isinstance(own, list) else [own]):
+    if not path.is_file() or not set(stop_token_ids) <= set(own if isinstance(own, list) else [own]):
         ids = end_tokens(base, stop_token_ids)
         config |= {"eos_token_id": ids if len(ids) > 1 else ids[0]} if ids else {}
     change_json(folder / GENERATION, config)

@@ -200,13 +200,15 @@ def same_values(one: StoredTensor, other: StoredTensor) -> bool:
         for start in range(0, total, step):
             count = min(step, total - start)
             a, b = a_file.read(count * a_size), b_file.read(count * b_size)
-            if a != b and not torch.equal(_numbers(a, one.spec.dtype), _numbers(b, other.spec.dtype)):
+            if a != b and not _same_numbers((a, one.spec.dtype), (b, other.spec.dtype)):
                 return False
     return True
 
 
-def _numbers(raw: bytes, dtype: str) -> Tensor:
-    return torch.frombuffer(bytearray(raw), dtype=COPIED_DTYPES[dtype]).double()
+def _same_numbers(*parts: tuple[bytes, str]) -> bool:
+    """Compare bytes that differ: as floating numbers, -0 is 0, and a number may have two dtypes."""
+    a, b = (torch.frombuffer(bytearray(raw), dtype=COPIED_DTYPES[dtype]) for raw, dtype in parts)
+    return a.is_floating_point() and b.is_floating_point() and torch.equal(a.double(), b.double())
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -57,8 +57,8 @@ def change_tokenizer(
     `tokenizer`: the one that was trained with; its own template is none that training changed. `chat_template`: the
     one that was used, None where it is the tokenizer's own. `stop_token_ids`: what ended the trained turns.
     """
-    if base.growth is not None:
-        _add_tokens(folder, tokenizer, base.growth.tokens)
+    if base.added_tokens:
+        _add_tokens(folder, tokenizer, base.added_tokens)
     if chat_template is not None:
         _set_template(folder, chat_template)
     end = end_token(tokenizer, chat_template, stop_token_ids)
@@ -66,24 +66,34 @@ def change_tokenizer(
         _set_end(folder, end)
 
 
-def rehearse(base: BaseModel, tokenizer: Any, chat_template: str | None, trust_remote_code: bool) -> None:
+def rehearse(
+    base: BaseModel, tokenizer: Any, chat_template: str | None, stops: Sequence[int], trust_remote_code: bool
+) -> None:
     """Change the files in a folder aside, and open the tokenizer there: it must be the one that is trained with.
 
+    Arguments as of `change_tokenizer`. Nothing is done where nothing is changed.
     Raises: CheckpointError when it is another one, so that the base's files cannot be changed as they must be.
     """
+    end = end_token(tokenizer, chat_template, stops)
+    if not base.added_tokens and chat_template is None and end is None:
+        return
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as aside:
         folder = Path(aside)
-        copy_files(folder, base, base.carried)
-        change_tokenizer(folder, base, tokenizer, chat_template, ())
+        opened = [name for name in base.carried if is_tokenizer_file(name) or name.endswith(("config.json", ".py"))]
+        copy_files(folder, base, opened)
+        change_tokenizer(folder, base, tokenizer, chat_template, stops)
         try:
             written = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except Exception as error:  # foreign files in a library: it may raise anything
             raise _unchangeable(base, f"{type(error).__name__}: {error}") from error
     template = tokenizer.chat_template if chat_template is None else chat_template
+    probe = f"a {' b '.join(base.added_tokens)} c"
     for what, same in (
         ("other tokens", written.get_vocab() == tokenizer.get_vocab()),
+        ("other ids of a text", written(probe)["input_ids"] == tokenizer(probe)["input_ids"]),
+        ("another end token", written.eos_token == (end or tokenizer.eos_token)),
         ("another chat template", written.chat_template == template),
     ):
         if not same:

@@ -148,7 +148,10 @@ def _whole(tensor: Tensor, name: str, dtype: torch.dtype | None) -> Tensor:
 def finish(writer: ShardWriter, architecture: str, base: BaseModel, plan: ExportPlan, options: ExportOptions) -> None:
     """Write what is not trained: the base's other tensors, and its files, with what training changed in them."""
     if plan.copied:
-        for name, tensor in read_whole(read_tensors(base.folder, follow_links=True), plan.copied):
+        stored = read_tensors(base.folder, follow_links=True)
+        if lost := [name for name in plan.copied if name not in stored]:
+            raise sidecars.base_is_gone(base.folder / lost[0])
+        for name, tensor in read_whole(stored, plan.copied):
             writer.add(name, tensor)
     writer.finish()
     folder, stops = writer.folder, options.stop_token_ids

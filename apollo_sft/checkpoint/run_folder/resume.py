@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from apollo_sft.checkpoint import publish
+from apollo_sft.config.compose import defaults
 from apollo_sft.config.overrides import leaves
 from apollo_sft.errors import CheckpointError, ConfigError
 
@@ -202,6 +203,7 @@ def check_same(
     Raises: ConfigError, unless `allow_changes`, listing what would change the samples or the model.
     """
     then, now = (dict(leaves(tree)) for tree in (saved, yaml.safe_load(yaml.safe_dump(dict(present)))))
+    then = {key: value for key, value in leaves(defaults()) if key in now} | then  # keys that came after that run
     changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     lines = {key: f"{key}: {then.get(key)} then, {now.get(key)} now" for key in changed}
     grave = [lines[key] for key in changed if not _free(key)]

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from apollo_sft.checkpoint.model_folder.base_files import sort_files
 from apollo_sft.checkpoint.model_folder.conversion import follow_names
 from apollo_sft.checkpoint.model_folder.tensor_files import StoredTensor, read_tensors, same_values
+from apollo_sft.checkpoint.run_folder.folder import read_run
 from apollo_sft.errors import CheckpointError
 from apollo_sft.tools.handoff.model_files import Subject, WrongError, counted_layers, is_predicting, some
 
@@ -31,8 +31,7 @@ def check_base(subject: Subject) -> str:
         return "nothing to compare with: the base model is not here"
 
     before = _tensors(folder)
-    carried = sort_files(folder, follow_links=True, code=subject.trust_remote_code).carried
-    files = [name for name in carried if not name.startswith(TEMPLATES)]  # these are compared by what they render
+    files = [name for name in _carried(subject) if not name.startswith(TEMPLATES)]  # compared by what they render
     lost = [name for name in files if not (subject.folder / name).is_file()]
     if lost:
         raise WrongError("lost_files", f"the base has {some(lost)}", f"copy them from {folder}, or export again")
@@ -56,6 +55,12 @@ def check_base(subject: Subject) -> str:
         raise WrongError("changed_tensors", what, "export again")
     more = f", {len(copied)} tensors that training does not use as they were" if copied else ""
     return f"all {len(files)} files of the base{more}"
+
+
+def _carried(subject: Subject) -> list[str]:
+    """Name the files of the base that the run said it would carry over; none where it was one that did not yet."""
+    facts = (None if subject.run is None else read_run(subject.run)) or {}
+    return list(facts.get("base", {}).get("carried_files", ()))
 
 
 def _tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -15,13 +15,13 @@ from apollo_sft.config.sources import own_paths
 from apollo_sft.config.values import value_of, with_values
 from apollo_sft.data.batch.plan import steps_per_epoch
 from apollo_sft.data.read.parquet import expand_paths, num_rows
-from apollo_sft.errors import DataError
+from apollo_sft.errors import DataError, ModelError
 from apollo_sft.model.flops import cost_of
 from apollo_sft.model.four_bit import num_bytes_read, num_weights
 from apollo_sft.model.load import check_architecture, find_model, read_config, with_rows
 from apollo_sft.parallel.mesh import Mesh, check_mesh
 from apollo_sft.tools.plan.memory import Pack, Ranks, StepMemory, meta_model, step_memory
-from apollo_sft.train.base_model import growth_of
+from apollo_sft.train.base_model import as_files_hold, growth_of
 from apollo_sft.train.loaders import plan_spec
 from apollo_sft.train.optim.build import build_optimizer, state_bytes
 from apollo_sft.train.prepare_run import load_external_lib
@@ -124,7 +124,10 @@ class Planner:
         folder = find_model(config.model.partial_pretrain, weights=False)
         self.config, self.machine = config, machine
         self.ranks = Ranks(machine.gpus, machine.on_cuda)
-        self.hf_config = read_config(folder, config.model.trust_remote_code)
+        try:
+            self.hf_config = as_files_hold(folder, config)
+        except ModelError:  # of weights, which need not be here
+            self.hf_config = read_config(folder, config.model.trust_remote_code)
         check_architecture(self.hf_config, config.model.trust_remote_code)
         growth = growth_of(config, folder, self.hf_config)
         if growth is not None:

@@ -1,19 +1,21 @@
 """The base model's folder: what is refused by name before anything is read, and links that are followed."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
-from apollo_sft.checkpoint.model_folder.base_files import sort_files
+from apollo_sft.checkpoint.model_folder.base_files import OF_A_RUN, OTHER_WEIGHTS, sort_files
 from apollo_sft.config.compose import compose
 from apollo_sft.errors import ModelError
 from apollo_sft.train.base_model import open_base
 from apollo_sft.train.prepare_run import prepare
 from tests.support.models import save_tiny_adapter, save_tiny_model, tiny_config
-from tests.support.runs import arguments, write_inputs
+from tests.support.runs import arguments, train_here, write_inputs
 
 
 def config_of(base: Path, *more: str) -> Any:
@@ -100,6 +102,48 @@ def test_files_of_earlier_runs_and_other_models_stay_behind(tmp_path: Path) -> N
         "runs/events.out.tfevents.1.host",
         "x.gguf",
     ]
+
+
+def test_a_run_that_is_the_base_or_lies_in_it_leaves_its_records_behind(tmp_path: Path) -> None:
+    """Files that were put beside its model later are part of the base."""
+    inputs = write_inputs(tmp_path)
+    train_here(inputs, inputs / "model" / "first", "trainer.total_training_steps=1")
+    first = inputs / "model" / "first"
+    (first / "NOTES.md").write_text("mine")
+    assert sort_files(inputs / "model").left_out["first/"] == OF_A_RUN
+    files = sort_files(first)
+    assert {"NOTES.md", "config.json", "tokenizer.json", "chat_template.jinja"} <= set(files.carried)
+    records = {"run.json", "metrics.jsonl", "config.yaml", "data_audit.json", "checkpoints/"}
+    assert records <= {name for name, why in files.left_out.items() if why == OF_A_RUN}
+
+
+def test_shards_of_no_model_are_named(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base", tiny_config())
+    shutil.copy(base / "model.safetensors", base / "consolidated.safetensors")
+    assert sort_files(base).left_out == {"consolidated.safetensors": OTHER_WEIGHTS}
+
+
+def test_words_of_the_vocabulary_that_become_control_tokens_are_written(tmp_path: Path) -> None:
+    """No row is added for them, so that nothing grows; without the entry readers would cut them into pieces."""
+    inputs = write_inputs(tmp_path)
+    path = inputs / "model" / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    marks = ["<|im_start|>", "<|im_end|>"]
+    raw["added_tokens"] = [entry for entry in raw["added_tokens"] if entry["content"] not in marks]
+    path.write_text(json.dumps(raw))
+    config_path = inputs / "model" / "tokenizer_config.json"
+    config = json.loads(config_path.read_text())
+    for key in ("extra_special_tokens", "additional_special_tokens", "added_tokens_decoder"):
+        config.pop(key, None)
+    config_path.write_text(json.dumps(config))
+    before = AutoTokenizer.from_pretrained(inputs / "model")
+    assert len(before("<|im_start|>", add_special_tokens=False)["input_ids"]) > 1
+    out = tmp_path / "out"
+    train_here(inputs, out, "model.add_special_tokens=true", "trainer.total_training_steps=1")
+    after = AutoTokenizer.from_pretrained(out)
+    ids = after("<|im_start|>x<|im_end|>", add_special_tokens=False)["input_ids"]
+    assert [ids[0], ids[-1]] == [before.convert_tokens_to_ids(mark) for mark in marks]
+    assert len(after) == len(before)
 
 
 def test_a_tokenizer_that_cannot_be_changed_in_its_files_is_told_before_data_are_read(tmp_path: Path) -> None:

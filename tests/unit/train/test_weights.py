@@ -59,8 +59,8 @@ def built(**changes: Any) -> Any:
     ("changes", "words"),
     [
         ({"tie_word_embeddings": True}, "shared weights differ: ('model.embed_tokens.weight', 'lm_head.weight')"),
-        ({"num_hidden_layers": 3}, "parameters differ: model.layers.2"),
-        ({"vocab_size": 98}, "parameters differ: other shapes"),
+        ({"num_hidden_layers": 3}, "parameters and buffers differ: model.layers.2"),
+        ({"vocab_size": 98}, "parameters and buffers differ: other shapes"),
     ],
 )
 def test_a_model_that_is_not_what_other_ranks_build_is_refused(changes: dict[str, Any], words: str) -> None:
