@@ -12,7 +12,7 @@ from apollo_sft.data.render.template import ChatTemplate, resolve_template
 from apollo_sft.errors import DataError
 from apollo_sft.types import IGNORE_INDEX, Conversation, RowRef
 from tests.support.data import CHATML, chat, data_config, tiny_tokenizer
-from tests.unit.data import test_targets
+from tests.unit.data.render import test_targets
 
 BITS = [
     *["\n", " ", "  ", "\n\n", "\t", "\r\n", "\u00a0", "\u200b", "\u3000"],
