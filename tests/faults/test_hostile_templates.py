@@ -105,7 +105,7 @@ def test_the_rows_after_a_hostile_one_are_not_tried() -> None:
 
 
 IN_C = """
-from apollo_sft.data import sandbox
+from apollo_sft.data.render import sandbox
 from apollo_sft.data.render.template import ChatTemplate
 sandbox.KILL_SECONDS = 3
 text = "{% set n = 1000000 // messages|length %}{% set a = [1] * n %}{% set b = [a] * n %}{{ b.count([1] * n) }}"
