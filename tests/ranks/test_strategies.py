@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.exports import tiny_tokenizer
 from tests.support.models import save_tiny_adapter, save_tiny_model, tiny_config
 from tests.support.ranks import run_ranks
 from tests.support.samples import random_samples, write_store
@@ -20,6 +21,8 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     save_tiny_model(folder / "tied", tiny_config("Qwen3", tie_word_embeddings=True, head_dim=8))
     save_tiny_model(folder / "lora", tiny_config("Llama"))  # its head is not tied
     save_tiny_adapter(folder / "lora")
+    for name in ("tied", "lora"):
+        tiny_tokenizer().save_pretrained(folder / name)
     write_store(folder / "store", random_samples(48))
     outcome: dict[str, Any] = run_ranks(WORKER, request.param, folder, str(folder), *MODELS)
     return outcome
