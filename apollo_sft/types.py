@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +114,8 @@ class BaseModel:
     model, and `tensors` are still what the files hold.
     `added_tokens`: what the tokenizer must know as added tokens besides its own, new ones and words of its vocabulary.
     `untied`: names of tensors that the base's own config.json ties, while its files hold a value of its own for each;
-    `config` does not tie them. `carried`: files of the folder that are copied beside the trained weights.
+    `config` does not tie them. `carried`: files of the folder that are copied beside the trained weights; `left_out`:
+    why others are not, by name.
     """
 
     source: str
@@ -124,3 +126,4 @@ class BaseModel:
     added_tokens: tuple[str, ...] = ()
     untied: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)

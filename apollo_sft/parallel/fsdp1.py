@@ -251,11 +251,6 @@ def held(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
     return {_plain(name): (cuts[p].start, p.detach()) for name, p in model.named_parameters()}
 
 
-def buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers by name; every rank holds all of them."""
-    return {_plain(name): buffer for name, buffer in model.named_buffers()}
-
-
 def _bare(module: nn.Module, parameters: dict[nn.Parameter, nn.Parameter]) -> nn.Module:
     twin = copy.copy(module.module if isinstance(module, FullyShardedDataParallel) else module)
     twin._parameters = {n: p if p is None else parameters[p] for n, p in twin._parameters.items()}

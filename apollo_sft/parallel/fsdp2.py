@@ -202,11 +202,6 @@ def held(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
     return found
 
 
-def buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers by name; every rank holds all of them."""
-    return dict(model.named_buffers())
-
-
 def optimizer_by_rows(model: nn.Module, rows: nn.Module, optimizer: Optimizer) -> Optimizer:
     """The optimizer with its state in the same form, for the parameters that `by_rows` gave."""
     del model, rows

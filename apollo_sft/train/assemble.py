@@ -61,14 +61,14 @@ def assemble(
         model = laid_out(config, source.to(world.device), world, mesh)
     else:
         built = load.build_on_meta(hf_config, stored, trust)
-        if STRATEGIES[strategy_name(config, world)].MIXES_DTYPES:
+        if strategy.MIXES_DTYPES:
             set_dtypes(built, from_main(dtypes, world))
         causal_lm = four_bit.quantised(config.model, built, adapter)
         if adapter is not None:
             lora.inject(causal_lm, adapter, precision.master)
         model = laid_out(config, SftModel(causal_lm, mesh.sp_rank, mesh.sp_size), world, mesh)
         strategy.fill(model, source, world.device, offloads(config.model))
-        check_filled(strategy.held(model), strategy.buffers(model), source, mesh)
+        check_filled(strategy.held(model), dict(strategy.outline(model).named_buffers()), source, mesh)
     if config.model.compile:
         say(compile_layers(model.causal_lm))
     return model, optimizer_of(model, config)
@@ -77,7 +77,7 @@ def assemble(
 def _check_weights(loaded: Any, folder: Path, trust_remote_code: bool) -> None:
     """What rank 0 has read is what the files hold, and what the other ranks build. Raises: ModelError."""
     check_as_built(loaded, load.build_on_meta(loaded.config, loaded.dtype, trust_remote_code))
-    check_read(loaded, folder, loaded.config.to_dict())
+    check_read(loaded, folder)
 
 
 def stored_dtype(config: SftConfig, world: World, adapted: bool) -> torch.dtype:

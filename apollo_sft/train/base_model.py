@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from apollo_sft.checkpoint.model_folder.base_files import sort_files
-from apollo_sft.checkpoint.model_folder.tensor_files import FOREIGN_FORMS, StoredTensor, read_base, specs_of
+from apollo_sft.checkpoint.model_folder.tensor_files import FOREIGN_FORMS, StoredTensor, read_base, some, specs_of
 from apollo_sft.checkpoint.publish import read_json
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.render.tokens import fit_template
@@ -43,16 +43,20 @@ def open_base(config: SftConfig, weights: bool = True) -> tuple[BaseModel, Any]:
     hf_config = read_config(folder, model.trust_remote_code)
     check_architecture(hf_config, model.trust_remote_code)
     raw = read_json(folder / "config.json")
+
     untied = untied_in_files(hf_config, stored, model.trust_remote_code)
     if untied:
         raw, hf_config = _untied(raw, hf_config)
     fitted = _fitted(config, folder)
     growth = _growth(fitted, hf_config)
     if growth is not None:
-        raw, hf_config = _with_rows(raw, hf_config, growth.rows), with_rows(hf_config, growth.rows)
-    carried = sort_files(folder, model.follow_links, model.trust_remote_code).carried
+        raw = _with_rows(raw, hf_config, growth.rows)
+        hf_config = with_rows(hf_config, growth.rows)
+
+    files = sort_files(folder, model.follow_links, model.trust_remote_code)
     tokens = () if fitted is None else fitted.added
-    base = BaseModel(model.partial_pretrain, folder, raw, specs_of(stored), growth, tokens, untied, carried)
+    of_files = (files.carried, files.left_out)
+    base = BaseModel(model.partial_pretrain, folder, raw, specs_of(stored), growth, tokens, untied, *of_files)
     return base, hf_config
 
 
@@ -112,7 +116,7 @@ def check_copied(base: BaseModel, copied: Sequence[str]) -> None:
         )
 
 
-def in_words(base: BaseModel, copied: Sequence[str], left_out: Mapping[str, str], writes_model: bool) -> list[str]:
+def in_words(base: BaseModel, copied: Sequence[str], writes_model: bool) -> list[str]:
     """Say what the folder that will be written holds of the base beside what is trained, a line each."""
     lines = []
     if base.untied:
@@ -123,16 +127,11 @@ def in_words(base: BaseModel, copied: Sequence[str], left_out: Mapping[str, str]
             f"are used, {written if writes_model else only_here}"
         )
     if copied and writes_model:
-        lines.append(f"written as they are in the base, since training does not use them: {_some(copied)}")
-    if left_out and writes_model:
-        named = [f"{name} ({why})" for name, why in left_out.items()]
-        lines.append(f"not carried over from the base's folder: {_some(named)}")
+        lines.append(f"written as they are in the base, since training does not use them: {some(copied)}")
+    if base.left_out and writes_model:
+        named = [f"{name} ({why})" for name, why in base.left_out.items()]
+        lines.append(f"not carried over from the base's folder: {some(named)}")
     return lines
-
-
-def _some(names: Sequence[str], shown: int = 4) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
 
 
 def growth_of(config: SftConfig, folder: Path, hf_config: Any) -> Growth | None:

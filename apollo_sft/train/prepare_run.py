@@ -15,10 +15,9 @@ import numpy as np
 import torch
 
 from apollo_sft.checkpoint.agree import free_bytes
-from apollo_sft.checkpoint.model_folder.base_files import sort_files
 from apollo_sft.checkpoint.model_folder.conversion import plan_export
 from apollo_sft.checkpoint.model_folder.tensor_files import num_bytes, safe_path
-from apollo_sft.checkpoint.model_folder.tokenizer_files import rehearse
+from apollo_sft.checkpoint.model_folder.tokenizer_files import end_token, rehearse
 from apollo_sft.checkpoint.publish import read_json
 from apollo_sft.checkpoint.run_folder.resume import whole_checkpoints
 from apollo_sft.checkpoint.run_folder.state import num_bytes as checkpoint_bytes
@@ -120,8 +119,10 @@ def prepare(config: SftConfig, weights: bool = True) -> Prepared:
     with _about_the_base():
         rehearse(base, tokenizer, changed, (), trust)
     train, train_of = _store(config, "train", tokenizer, template)
-    with _about_the_base():
-        rehearse(base, tokenizer, changed, tuple(train.summary.stop_tokens), trust)
+    stops = tuple(train.summary.stop_tokens)
+    if end_token(tokenizer, changed, stops) is not None:  # which nothing could know before
+        with _about_the_base():
+            rehearse(base, tokenizer, changed, stops, trust)
     val, val_of = _store(config, "val", tokenizer, template) if config.data.val_files else (None, {})
     for store in (train, val):
         if store is not None:
@@ -156,13 +157,12 @@ def check_model(config: SftConfig) -> dict[str, Any]:
     Raises: ModelError, ConfigError.
     """
     base, hf_config = open_base(config)
-    trust = config.model.trust_remote_code
     liger.check_family(config.model, hf_config.model_type)
     if not base.tensors:
         raise no_weights(base.folder)
     attention.register(attention.sdpa_kernel)  # its name must be known; nothing runs
     master = DTYPES[config.model.fsdp_config.model_dtype]
-    causal_lm = build_on_meta(hf_config, master, trust)
+    causal_lm = build_on_meta(hf_config, master, config.model.trust_remote_code)
     adapter = config.model.lora_adapter_path
     with _about_the_base():
         if (base.folder / "generation_config.json").is_file():
@@ -182,11 +182,10 @@ def check_model(config: SftConfig) -> dict[str, Any]:
         check_adapter_file(causal_lm, adapter)
     files_bytes = sum((base.folder / name).stat().st_size for name in base.carried)
     _check_disk(config, causal_lm, sum(map(num_bytes, plan.tensors.values())) + files_bytes, wanted is not None)
-    left_out = sort_files(base.folder, config.model.follow_links, trust).left_out
-    for line in in_words(base, plan.copied, left_out, config.trainer.export != "adapter"):
+    for line in in_words(base, plan.copied, config.trainer.export != "adapter"):
         say(line)
-    facts = {"carried_files": base.carried, "files_left_out": left_out, "copied_tensors": plan.copied}
-    return {"base": facts | {"untied": base.untied}}
+    files = {"carried_files": base.carried, "files_left_out": base.left_out}
+    return {"base": files | {"copied_tensors": plan.copied, "untied": base.untied}}
 
 
 def _check_disk(config: SftConfig, causal_lm: Any, model_bytes: int, is_lora: bool) -> None:

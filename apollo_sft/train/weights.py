@@ -88,8 +88,12 @@ def check_as_built(loaded: Any, built: Any) -> None:
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Find all parameters, under each of their names, and buffers."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
 
 
 def _shared(model: nn.Module) -> list[tuple[str, ...]]:
@@ -101,14 +105,14 @@ def _shared(model: nn.Module) -> list[tuple[str, ...]]:
 
 
 @torch.no_grad()
-def check_read(model: Any, folder: Path, config: Mapping[str, Any]) -> None:
+def check_read(model: Any, folder: Path) -> None:
     """Hold every weight of a model that was just loaded, before anything is added, against the files in `folder`.
 
     Tensor by tensor, in the dtype of the model; what transformers fuses while it loads is taken apart again.
     Raises: ModelError.
     """
     stored = read_tensors(folder, follow_links=True)  # looked at before, by the user's own rule
-    plan = plan_export(model, BaseModel("", folder, dict(config), specs_of(stored)), "auto")
+    plan = plan_export(model, BaseModel("", folder, {}, specs_of(stored)), "auto")
     state = model.state_dict(keep_vars=True)
     for group in plan.groups:
         made = group.split([state[name].detach() for name in group.sources])
@@ -122,7 +126,7 @@ def check_read(model: Any, folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num())
+    return torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def other_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -130,13 +134,12 @@ def other_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]
 
     transformers keeps some in float32, and buffers in the dtype of the files; a model that is built has all in one.
     """
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    return {name: t.dtype for name, t in tensors.items() if t.is_floating_point() and t.dtype != dtype}
+    return {name: t.dtype for name, t in _tensors(model).items() if t.is_floating_point() and t.dtype != dtype}
 
 
 def set_dtypes(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
     """Give parameters and buffers of a model on meta, by name, other dtypes; in place."""
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors = _tensors(model)
     for name, dtype in dtypes.items():
         tensors[name].data = tensors[name].data.to(dtype)
 

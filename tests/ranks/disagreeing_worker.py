@@ -62,7 +62,7 @@ def damaged(folder: Path, world: World, strategy: str) -> list[str]:
     base, hf_config = open_base(config)
     model, _ = assemble(config, base.folder, hf_config, world, mesh)
     source = SftModel(load_with_weights(base.folder, hf_config, torch.float32, False)) if world.is_main else None
-    held, buffers = strategy_of(model).held(model), strategy_of(model).buffers(model)
+    held, buffers = strategy_of(model).held(model), dict(strategy_of(model).outline(model).named_buffers())
     check_filled(held, buffers, source, mesh)
     name = max(held, key=lambda name: held[name][1].numel())
     if world.rank == world.size - 1:

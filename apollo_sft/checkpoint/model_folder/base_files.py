@@ -46,19 +46,18 @@ def sort_files(folder: Path, follow_links: bool = False, code: bool = False) -> 
 
     `follow_links`: copy also what a link leads to outside of it. `code`: copy code, too, which the user trusts.
     """
-    files = BaseFiles()
-    carried = []
-    names_of_a_run = OF_A_RUN if read_run(folder) is not None else TAKEN_NAME
+    carried: list[str] = []
+    left_out: dict[str, str] = {}
+    own_name = OF_A_RUN if read_run(folder) is not None else TAKEN_NAME
     weights = {stored.path.name for stored in read_tensors(folder, follow_links).values()} | {INDEX_FILE}
 
-    for name in _names(folder, files.left_out):
-        is_untrusted = name.endswith(CODE) and not code
-        why = UNTRUSTED if is_untrusted else _why_not(folder, name, follow_links)
+    for name in _names(folder, left_out):
+        why = own_name if name in OWN_NAMES else _why_not(folder, name, follow_links, code)
         if why is None:
             carried.append(name)
         elif name not in weights:
-            files.left_out[name] = names_of_a_run if name in OWN_NAMES else why
-    return BaseFiles(tuple(sorted(carried)), dict(sorted(files.left_out.items())))
+            left_out[name] = why
+    return BaseFiles(tuple(sorted(carried)), dict(sorted(left_out.items())))
 
 
 def _names(folder: Path, left_out: dict[str, str]) -> Iterator[str]:
@@ -69,7 +68,8 @@ def _names(folder: Path, left_out: dict[str, str]) -> Iterator[str]:
         prefix = "" if inside == "." else f"{inside}/"
 
         for name in list(folders):
-            if why := _why_no_folder(Path(root) / name, is_top=not prefix):
+            why = _why_no_folder(Path(root) / name, is_top=not prefix)
+            if why is not None:
                 left_out[f"{prefix}{name}/"] = why
                 folders.remove(name)
         yield from (f"{prefix}{name}" for name in names if not name.startswith("."))
@@ -83,15 +83,15 @@ def _why_no_folder(folder: Path, is_top: bool) -> str | None:
     return OTHER_WEIGHTS if any(path.name.endswith(WEIGHT_FORMS) for path in folder.rglob("*")) else None
 
 
-def _why_not(folder: Path, name: str, follow_links: bool) -> str | None:
+def _why_not(folder: Path, name: str, follow_links: bool, code: bool) -> str | None:
     """Say why a file is not carried over; None when it is."""
     path = folder / name
+    if name.endswith(CODE) and not code:
+        return UNTRUSTED
     if any(fnmatch.fnmatch(path.name, pattern) for pattern in STATE_OF_TRAINERS):
         return OF_A_TRAINER
     if name.endswith(WEIGHT_FORMS):
         return OTHER_WEIGHTS
-    if name in OWN_NAMES:
-        return TAKEN_NAME
     try:
         safe_path(folder, name, follow_links)
     except CheckpointError:

@@ -53,8 +53,7 @@ def write_config(
     An end token that no trained turn ended with gives way to one that did.
     """
     config = dict(base.config)
-    if config.get("architectures") != [class_name]:
-        config["architectures"] = [class_name]
+    config["architectures"] = [class_name]
     own = config.get("eos_token_id")
     if stop_token_ids and own is not None and not set(own if isinstance(own, list) else [own]) & set(stop_token_ids):
         config["eos_token_id"] = stop_token_ids[0]
@@ -104,7 +103,8 @@ def write_generation_config(folder: Path, base: BaseModel, stop_token_ids: Seque
     own = config.get("eos_token_id")
     if not path.is_file() or not set(stop_token_ids) <= set(own if isinstance(own, list) else [own]):
         ids = end_tokens(base, stop_token_ids)
-        config |= {"eos_token_id": ids if len(ids) > 1 else ids[0]} if ids else {}
+        if ids:
+            config["eos_token_id"] = ids if len(ids) > 1 else ids[0]
     change_json(folder / GENERATION, config)
 
 

@@ -109,7 +109,7 @@ def read_tensors(folder: Path, follow_links: bool = False) -> dict[str, StoredTe
         if mapped != set(held):
             raise CheckpointError(
                 f"{folder / INDEX_FILE} does not fit {file_name}",
-                found=f"only in the index: {_some(mapped - set(held))}; only in the file: {_some(set(held) - mapped)}",
+                found=f"only in the index: {some(mapped - set(held))}; only in the file: {some(set(held) - mapped)}",
             )
         tensors.update(held)
     return tensors
@@ -295,7 +295,7 @@ class ShardWriter:
         """Write the index. Raises: CheckpointError when a tensor did not come."""
         absent = {name for names in self._missing for name in names}
         if absent:
-            raise CheckpointError("the model did not give all its tensors", found=f"missing: {_some(absent)}")
+            raise CheckpointError("the model did not give all its tensors", found=f"missing: {some(absent)}")
         if len(self._missing) == 1:
             return
         weight_map = {name: self._file_name(shard) for name, shard in sorted(self._shard_of.items())}
@@ -316,5 +316,8 @@ class ShardWriter:
         return SINGLE_FILE if count == 1 else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _some(names: set[str]) -> str:
-    return ", ".join(sorted(names)[:5]) + (", …" if len(names) > 5 else "") if names else "none"
+def some(names: Iterable[str]) -> str:
+    """Name the first few, in order."""
+    ordered = sorted(names)
+    shown = ", ".join(ordered[:5]) or "none"
+    return f"{shown}, …" if len(ordered) > 5 else shown

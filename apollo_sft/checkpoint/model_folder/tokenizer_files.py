@@ -111,7 +111,8 @@ def _unchangeable(base: BaseModel, found: str) -> CheckpointError:
 
 def _set_template(folder: Path, text: str) -> None:
     """Write the template wherever the base has one. Templates by name go: rows with tools had this one, too."""
-    shutil.rmtree(folder / NAMED_TEMPLATES, ignore_errors=not (folder / NAMED_TEMPLATES).exists())
+    if (folder / NAMED_TEMPLATES).exists():
+        shutil.rmtree(folder / NAMED_TEMPLATES)
     holders = [name for name in TEMPLATE_HOLDERS if "chat_template" in _read(folder / name)]
     for name in holders:
         change_json(folder / name, _read(folder / name) | {"chat_template": text})
@@ -140,7 +141,8 @@ def _add_tokens(folder: Path, tokenizer: Any, tokens: Sequence[str]) -> None:
         flags = {name: getattr(kept, name) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
         added[number] = {"content": token, **flags}
 
-    backend, config = _read(folder / BACKEND), _read(folder / CONFIG)
+    backend = _read(folder / BACKEND)
+    config = _read(folder / CONFIG)
     if backend:
         entries = {entry["id"]: entry for entry in backend.get("added_tokens") or []}
         entries |= {number: {"id": number, **entry} for number, entry in added.items()}
@@ -149,7 +151,8 @@ def _add_tokens(folder: Path, tokenizer: Any, tokens: Sequence[str]) -> None:
         decoder = config.get("added_tokens_decoder") or {}
         decoder = decoder | {str(number): entry for number, entry in added.items()}
         change_json(folder / CONFIG, config | {"added_tokens_decoder": decoder})
-    if listed := _read(folder / "added_tokens.json"):
+    listed = _read(folder / "added_tokens.json")
+    if listed:
         listed |= {entry["content"]: number for number, entry in added.items()}
         change_json(folder / "added_tokens.json", listed)
 

@@ -149,7 +149,8 @@ def finish(writer: ShardWriter, architecture: str, base: BaseModel, plan: Export
     """Write what is not trained: the base's other tensors, and its files, with what training changed in them."""
     if plan.copied:
         stored = read_tensors(base.folder, follow_links=True)
-        if lost := [name for name in plan.copied if name not in stored]:
+        lost = [name for name in plan.copied if name not in stored]
+        if lost:
             raise sidecars.base_is_gone(base.folder / lost[0])
         for name, tensor in read_whole(stored, plan.copied):
             writer.add(name, tensor)

@@ -25,12 +25,12 @@ def names_of(folder: Path | None) -> frozenset[str]:
 def check_base(subject: Subject) -> str:
     """Every file and tensor of the base is there; what training does not use is as it was, bit for bit."""
     folder = subject.base
-    stored = read_tensors(subject.folder)
-    _check_predicted(subject, {} if folder is None else _tensors(folder))
+    before = {} if folder is None else _tensors(folder)
+    _check_predicted(subject, before)
     if folder is None:
         return "nothing to compare with: the base model is not here"
 
-    before = _tensors(folder)
+    stored = read_tensors(subject.folder)
     files = [name for name in _carried(subject) if not name.startswith(TEMPLATES)]  # compared by what they render
     lost = [name for name in files if not (subject.folder / name).is_file()]
     if lost:
@@ -48,8 +48,9 @@ def check_base(subject: Subject) -> str:
         raise WrongError("lost_tensors", f"the base has {len(gone)} more: {some(gone)}", "export again")
 
     copied = [name for name in before if places[name][0] not in state]
-    changed = [name for name in copied if stored[name].spec == before[name].spec]
-    changed = [name for name in changed if not same_values(stored[name], before[name])]
+    changed = [
+        name for name in copied if stored[name].spec != before[name].spec or not same_values(stored[name], before[name])
+    ]
     if changed:
         what = f"{some(changed)}: training does not use them, and the base has other values"
         raise WrongError("changed_tensors", what, "export again")

@@ -28,11 +28,10 @@ from apollo_sft.checkpoint.model_folder.tensor_files import (
 from apollo_sft.config.schema import DataConfig
 from apollo_sft.errors import CheckpointError
 from apollo_sft.model.load import in_short
+from apollo_sft.train.base_model import WRAPPERS
 from apollo_sft.types import BaseModel, TensorSpec
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "module.")
-"""What torch.compile, FSDP and DistributedDataParallel put before names."""
 PEFT_MARKS = ("lora_", ".base_layer.", "base_model.model.", ".modules_to_save.")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 PREDICTED = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
@@ -256,14 +255,14 @@ def check_weights(subject: Subject) -> str:
 def check_names(subject: Subject) -> str:
     """Every tensor has a name and a shape that the architecture's own model takes, and none is missing."""
     model, held = subject.model, subject.tensors
-    wrapped = [name for name in held if name.startswith(WRAPPERS)]
+    adapted = [name for name in held if any(mark in name for mark in PEFT_MARKS)]
+    wrapped = [name for name in held if name.startswith(tuple(WRAPPERS)) and name not in adapted]
     if wrapped:
         raise WrongError(
             "wrapped_names",
             f"{some(wrapped)}: saved from a wrapper of the model, so no reader finds them",
             "save the model that lies inside of the wrapper, or take what it adds out of the names",
         )
-    adapted = [name for name in held if any(mark in name for mark in PEFT_MARKS)]
     if adapted:
         raise WrongError("peft_names", some(adapted), "merge the adapter: apollo-sft export does")
     state = subject.model_state

@@ -6,7 +6,7 @@ Training does not come here.
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Iterator
 
 from apollo_sft.checkpoint.model_folder.sidecars import stated_dtype
 from apollo_sft.checkpoint.model_folder.tokenizer_files import CONFIG as TOKENIZER_CONFIG
@@ -15,6 +15,8 @@ from apollo_sft.errors import CheckpointError, ConfigError
 from apollo_sft.tools.handoff.model_files import Subject, WrongError, some
 
 Version = tuple[int, int]
+TooNew = tuple[str, str, str]
+"""The name of what is wrong, what the reader does of it, and what to do."""
 OLDEST: Version = (4, 51)
 """What AlphaApollo and vLLM 0.8.5 use; forms that came after it are looked for."""
 NEW_CLASSES = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend", "MistralCommonBackend")
@@ -41,8 +43,8 @@ def check_readers(subject: Subject) -> str:
     return f"the form of config, tokenizer and weights is one that transformers {shown} and later know"
 
 
-def _too_new(subject: Subject, version: Version) -> Any:
-    """Find (name, what that version does, what to do) of each form that is newer."""
+def _too_new(subject: Subject, version: Version) -> Iterator[TooNew]:
+    """Find each form that came after a version."""
     if version < (5, 0):
         yield from _tokenizer(subject)
         yield from _weights(subject)
@@ -56,7 +58,7 @@ def _too_new(subject: Subject, version: Version) -> Any:
         )
 
 
-def _tokenizer(subject: Subject) -> Any:
+def _tokenizer(subject: Subject) -> Iterator[TooNew]:
     try:
         raw = read_json(subject.folder / TOKENIZER_CONFIG)
     except CheckpointError:  # `tokenizer` says so
@@ -70,7 +72,7 @@ def _tokenizer(subject: Subject) -> Any:
         yield "tokenizer_form", what, f'"tokenizer_class": "PreTrainedTokenizerFast"; or {fix}'
 
 
-def _weights(subject: Subject) -> Any:
+def _weights(subject: Subject) -> Iterator[TooNew]:
     """Experts that transformers 5 holds in one tensor, and wrote so."""
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -82,7 +84,7 @@ def _weights(subject: Subject) -> Any:
         yield "weights_form", what, "save_pretrained(save_original_format=True) with transformers 5 splits them"
 
 
-def _positions(subject: Subject) -> Any:
+def _positions(subject: Subject) -> Iterator[TooNew]:
     """Rotary embeddings under the one key of transformers 5, without those that earlier versions read."""
     parts = {"config.json": subject.config} | {k: v for k, v in subject.config.items() if isinstance(v, dict)}
     for where, part in parts.items():
