@@ -82,3 +82,8 @@ class Stopped(BaseException):
 
 class TrainingError(ApolloError):
     """A run that had to stop: a loss or a gradient that is not finite."""
+
+
+def message_of(error: BaseException) -> str:
+    """Return the message of an error, and below it the stage of the run in which it came, if one has noted it."""
+    return "\n".join([str(error), *(f"  {note}" for note in getattr(error, "__notes__", ()))])

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apollo_sft import __main__ as entry
 from apollo_sft.cli.arguments import Parser
+from apollo_sft.cli.job import compose_job
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.errors import ConfigError, DataError
 
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
         print(HELP)
         return 0
     options, overrides = _parse(arguments)
-    composed = entry.check(overrides)
+    composed = compose_job(overrides)
     if composed is None:
         return 0
     for path in (options.html, options.dump):

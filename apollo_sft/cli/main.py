@@ -7,7 +7,7 @@ import importlib
 import importlib.metadata
 import sys
 
-from apollo_sft.errors import ApolloError
+from apollo_sft.errors import ApolloError, message_of
 
 INTERRUPTED = 130
 COMMANDS = {
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code: int = importlib.import_module(f"apollo_sft.cli.{name}").main(rest)
     except ApolloError as error:
-        print(f"apollo-sft: {error}", file=sys.stderr)
+        print(f"apollo-sft: {message_of(error)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("apollo-sft: interrupted", file=sys.stderr)

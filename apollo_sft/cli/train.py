@@ -12,6 +12,7 @@ from types import FrameType
 
 from apollo_sft import __main__ as entry
 from apollo_sft.checkpoint.run_folder.folder import settle_run
+from apollo_sft.cli.job import compose_job
 from apollo_sft.config.schema import TrainerConfig
 from apollo_sft.errors import ConfigError, Preempted
 from apollo_sft.train import signals
@@ -25,9 +26,9 @@ def main(arguments: list[str]) -> int:
     Raises: ConfigError, before torch is imported.
     """
     if "--help" in arguments or "-h" in arguments:
-        return entry.main(["--help"])
+        arguments = ["--help"]
     nproc, overrides = _take_nproc(arguments)
-    composed = entry.check(overrides)
+    composed = compose_job(overrides)
     if composed is None:
         return 0
     processes = _num_processes(composed.config.trainer, nproc)

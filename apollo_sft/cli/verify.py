@@ -21,7 +21,7 @@ from typing import BinaryIO
 from rich.console import Console
 from rich.text import Text
 
-from apollo_sft import __main__ as entry
+from apollo_sft.cli.job import compose_job
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.errors import ConfigError
 from apollo_sft.tools.verify.layouts import BOUNDS, ORACLE_FILE, STEPS, Figures, Layout, fits, worlds
@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> int:
         print(HELP)
         return 0
     ranks, real_weights, overrides = _parse(arguments)
-    composed = entry.check(overrides)
+    composed = compose_job(overrides)
     if composed is None:
         return 0
     ranks = _num_ranks(composed.config, ranks)

@@ -6,25 +6,18 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
-from apollo_sft.errors import ApolloError, Stopped, TopologyError
+from apollo_sft.errors import TopologyError
 from apollo_sft.parallel.place import Place, read_place
-
-T = TypeVar("T")
-POLL_SECONDS = 0.5
-"""How often a rank that waits for another one looks again."""
-READY, FAILED = "ready", "1"
-"""Verdicts at the rendezvous store: go on, or the exit code of a failure."""
+from apollo_sft.parallel.rendezvous import POLL_SECONDS, READY, rendezvous_store, wait_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +82,7 @@ def _agreed_name(store: Any, place: Place) -> str:
     name = secrets.token_hex(8)
     if place.rank:
         store.set(f"hello/{place.rank}", name)
-        agreed = _wait_for(f"welcome/{name}", store)
+        agreed = wait_for(f"welcome/{name}", store)
         store.add(f"here/{agreed}", 1)
         return agreed
     welcomed: set[str] = set()
@@ -131,7 +124,7 @@ def _meet(place: Place) -> int:
         store.set("place/all", f"{socket.gethostname()}: two processes with LOCAL_RANK={place.local_rank}")
     elif store.add("place/arrived", 1) == place.size:
         store.set("place/all", READY)
-    verdict = _wait_for("place/all")
+    verdict = wait_for("place/all")
     if verdict == READY:
         return int(store.add("place/hosts", 0))
     if place.rank:
@@ -144,133 +137,7 @@ def _meet(place: Place) -> int:
     )
 
 
-def on_main(world: World, name: str, work: Callable[[], T]) -> T | None:
-    """Run `work` on rank 0 and give its result there, None elsewhere. `name` is used once in a run.
-
-    When it fails the other ranks stop in silence with its exit code: rank 0 speaks for all.
-    """
-    if world.is_main:
-        return _lead(world, f"main/{name}", work)
-    _follow(f"main/{name}")
-    return None
-
-
-def once_per_host(world: World, name: str, work: Callable[[], T]) -> T:
-    """Run `work` on one process of each host, then on the others, which find what the first one left on disk.
-
-    Nobody goes on before every host is done, so that no collective has to wait for a slow or failed one.
-    """
-    key = f"host/{world.host}/{name}"
-    if world.local_rank == 0:
-        result = _lead(world, key, work, all_hosts=f"hosts/{name}")
-    else:
-        _follow(key)
-        result = work()
-    if world.size > 1:
-        _follow(f"hosts/{name}")
-    return result
-
-
-def ask_others(name: str, text: str) -> list[str]:
-    """On rank 0: hand `text` to all other ranks, which call `answer`; return their complaints. For two ranks or more.
-
-    `name` is used once in a run.
-    """
-    store = rendezvous_store()
-    store.set(f"complaints/{name}", "")
-    store.set(f"asked/{name}", text)
-    _wait_for(f"answered/{name}")
-    complaints = store.get(f"complaints/{name}").decode().splitlines()
-    store.set(f"verdict/{name}", READY if not complaints else str(TopologyError.exit_code))
-    return [str(line) for line in complaints]
-
-
-def answer(world: World, name: str, question: Callable[[str], str | None]) -> None:
-    """Off rank 0: answer `ask_others` with None or one line of complaint; end in silence when anybody complained."""
-    store = rendezvous_store()
-    complaint = question(_wait_for(f"asked/{name}"))
-    if complaint is not None:
-        store.append(f"complaints/{name}", complaint + "\n")
-    if store.add(f"answers/{name}", 1) == world.size - 1:
-        store.set(f"answered/{name}", READY)
-    _follow(f"verdict/{name}")
-
-
-def _lead(world: World, key: str, work: Callable[[], T], all_hosts: str | None = None) -> T:
-    """Work, and leave a verdict at the rendezvous store for those who wait; at `all_hosts` once all hosts are done."""
-    if world.size == 1:
-        return work()
-    store = rendezvous_store()
-    code = FAILED
-    try:
-        result = work()
-        code = READY
-    except (ApolloError, Stopped) as error:
-        code = str(error.exit_code)
-        raise
-    finally:
-        store.set(key, code)
-        if all_hosts and (code != READY or store.add(f"{all_hosts}/done", 1) == world.num_hosts):
-            store.set(all_hosts, code)
-    return result
-
-
-def _follow(key: str) -> None:
-    verdict = _wait_for(key)
-    if verdict != READY:
-        raise SystemExit(int(verdict))
-
-
-def _wait_for(key: str, store: Any = None) -> str:
-    """Wait at the store, not in a collective: no timeout ends a long preparation, and a signal is heard in between."""
-    store, pause = store or rendezvous_store(), 0.01
-    while not store.check([key]):
-        time.sleep(pause)
-        pause = min(2 * pause, POLL_SECONDS)
-    return str(store.get(key).decode())
-
-
-def first_to_fail() -> bool:
-    """Whether no other rank has asked this before; True, too, where there is nobody to ask any more."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return True
-    try:
-        return bool(rendezvous_store().add("failed", 1) == 1)
-    except (RuntimeError, OSError):
-        return True
-
-
-def rendezvous_store() -> Any:
-    """The rendezvous store of this run, where ranks leave words for each other without a collective."""
-    return dist.distributed_c10d._get_default_store()
-
-
 def stop() -> None:
     """Leave the process group. Objects that hold sub-groups must be gone by now: gloo aborts at exit otherwise."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def any_rank(flag: bool, world: World) -> bool:
-    """Whether the flag is set on some rank. Collective; on the CPU, so that it waits for no kernel of a GPU."""
-    if world.size == 1:
-        return flag
-    told = torch.tensor(int(flag))
-    dist.all_reduce(told, op=dist.ReduceOp.MAX)
-    return bool(told)
-
-
-def from_main(value: T, world: World) -> T:
-    """The value that rank 0 has, on every rank."""
-    if world.size == 1:
-        return value
-    shared = [value]
-    dist.broadcast_object_list(shared, src=0)
-    return shared[0]
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """Element-wise sum over all ranks, in place; the identity without a process group."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values

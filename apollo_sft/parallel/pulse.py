@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from apollo_sft.parallel.launch import READY, World, rendezvous_store
+from apollo_sft.parallel.launch import World
+from apollo_sft.parallel.rendezvous import READY, rendezvous_store
 
 SILENCE_SECONDS = 300.0
 """The longest that a rank may give no sign of life. It gives one while it waits and computes: it must be stopped."""
@@ -50,6 +51,12 @@ class Pulse:
             self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._judge)]
             for thread in self._threads:
                 thread.start()
+
+    def __enter__(self) -> Pulse:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.end(failed=kind is not None)
 
     def step_ended(self) -> None:
         """The main thread has come on: it is not stuck even if it stands in the same place again."""

@@ -61,7 +61,7 @@ def document(runs: Sequence[RunRecord], trained: Passages | None = None) -> Docu
     blocks += [_replies(run, "What the model said at validations"), _audit(runs), *_sources(runs)]
     blocks += [_lost(run.lost)]
     blocks += [trained] if trained is not None else []
-    blocks += [_settings(run, "Configuration"), _surroundings(run)]
+    blocks += [_settings(run, "Configuration"), *_stages(run), _surroundings(run)]
     return Document(str(run.config.get("trainer.experiment_name", run.name)), _subtitle(run), blocks)
 
 
@@ -104,7 +104,8 @@ def _steps(run: RunRecord) -> int:
 
 def _notes(run: RunRecord) -> Iterator[Note]:
     level, text = STATUS.get(str(run.facts.get("status")), ("good", "the run is finished"))
-    yield Note(level, text)  # type: ignore[arg-type]
+    stage = run.facts.get("stage")
+    yield Note(level, f"{text}, while {stage}" if stage else text)  # type: ignore[arg-type]
     validations = run.series("val/loss")
     if validations:
         step, best = min(validations, key=lambda point: point[1])
@@ -241,6 +242,14 @@ def _settings(run: RunRecord, title: str) -> Facts:
 
 def _is_below(key: str, given: dict[str, Any]) -> bool:
     return any(f"{key}.".startswith(f"{name}.") for name in given)
+
+
+def _stages(run: RunRecord) -> list[Block]:
+    """List the stages of the last start with their times; nothing for a run of a version that did not record them."""
+    seconds = run.facts.get("stages") or {}
+    if not seconds:
+        return []
+    return [Facts("Where the time went, in the last start", [(name, clock(value)) for name, value in seconds.items()])]
 
 
 def _surroundings(run: RunRecord) -> Facts:

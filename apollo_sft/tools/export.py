@@ -30,7 +30,7 @@ from apollo_sft.model.lora import inject, lora_config, merge
 from apollo_sft.train.base_model import load_tokenizer, open_base
 from apollo_sft.train.finish import IN_CHECKPOINT, options_of
 from apollo_sft.train.precision import DTYPES, resolve_precision
-from apollo_sft.train.prepare_run import load_external_lib
+from apollo_sft.train.process import load_external_lib
 from apollo_sft.types import BaseModel, Conversation, RowRef
 
 

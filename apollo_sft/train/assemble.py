@@ -16,8 +16,9 @@ from apollo_sft.model import attention, four_bit, liger, load, lora
 from apollo_sft.model.compiled_layers import compile_layers
 from apollo_sft.model.proof import prove
 from apollo_sft.model.sft_model import SftModel, enable_checkpointing
+from apollo_sft.parallel.consensus import from_main
 from apollo_sft.parallel.fsdp2 import ShardSpec
-from apollo_sft.parallel.launch import World, from_main
+from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import Mesh
 from apollo_sft.parallel.ulysses import Ulysses
 from apollo_sft.report.log import say

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from apollo_sft.checkpoint.model_folder.tensor_files import FOREIGN_FORMS, Store
 from apollo_sft.checkpoint.publish import read_json
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.render.tokens import fit_template
-from apollo_sft.errors import ModelError
+from apollo_sft.errors import CheckpointError, ModelError
 from apollo_sft.model.load import check_architecture, find_model, in_short, read_config, with_rows
 from apollo_sft.train.weights import untied_in_files
 from apollo_sft.types import BaseModel, Growth
@@ -239,3 +240,12 @@ def _no_tokenizer(folder: Path, found: str) -> ModelError:
         expected="tokenizer.json and tokenizer_config.json",
         fix="put the tokenizer's files beside the model's",
     )
+
+
+@contextmanager
+def about_the_base() -> Iterator[None]:
+    """What fails is a file of the base model, not one of a checkpoint. Raises: ModelError."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise ModelError(str(error)) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ from apollo_sft.train.strategy import strategy_of
 
 IN_CHECKPOINT = "model/causal_lm."
 """What stands before a parameter's name in a checkpoint."""
+
+NAMED_STAGES = 4
+"""Stages of a run that its last words name."""
 
 
 def export(config: SftConfig, prepared: Prepared, model: SftModel, folder: RunFolder | None, world: World) -> None:
@@ -91,10 +94,14 @@ def hf_form(config: SftConfig, prepared: Prepared, causal_lm: Any) -> ModelForm 
     return AdapterForm(names, written, sum(p.numel() * p.element_size() for *_, p in found))
 
 
-def summary(reporter: Reporter, config: SftConfig) -> str:
-    """What was reached, where the model lies, how to open it, and where all of it can be seen."""
+def summary(reporter: Reporter, config: SftConfig, stages: Mapping[str, float]) -> str:
+    """Say what was reached, where the time went, where the model lies, how to open it, and where it can be seen.
+
+    `stages`: seconds of each stage of this start.
+    """
     folder = config.trainer.default_local_dir
     lines = [f"Done: {reporter.steps:,} steps, {reporter.tokens:,} tokens in {clock(reporter.seconds)}."]
+    lines.append(f"Time: {longest_stages(stages)}.")
     total = sum(reporter.source_targets.values())
     for name, targets in reporter.source_targets.items():
         lines.append(f"  {name}: {targets:,} targets, {targets / total:.1%} of all")
@@ -121,3 +128,9 @@ def summary(reporter: Reporter, config: SftConfig) -> str:
             f'  tokenizer = AutoTokenizer.from_pretrained("{folder}")',
         ]
     return "\n".join([*lines, "The run as a page:", f"  apollo-sft report {shlex.quote(folder)}"])
+
+
+def longest_stages(stages: Mapping[str, float]) -> str:
+    """Name the stages that took longest, in the order in which they ran."""
+    longest = sorted(stages, key=lambda name: -stages[name])[:NAMED_STAGES]
+    return ", ".join(f"{name} {clock(stages[name])}" for name in stages if name in longest)

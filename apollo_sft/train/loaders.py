@@ -9,7 +9,8 @@ from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.batch.loader import Loader
 from apollo_sft.data.batch.mixture import Mixture
 from apollo_sft.data.batch.plan import PlanSpec, attention_cost
-from apollo_sft.parallel.mesh import Mesh
+from apollo_sft.parallel.launch import World
+from apollo_sft.parallel.mesh import Mesh, build_mesh
 from apollo_sft.train.prepare_run import Prepared
 
 
@@ -29,11 +30,15 @@ def plan_spec(config: SftConfig, mesh: Mesh, hf_config: Any, sources: Mixture | 
     )
 
 
-def build_loaders(config: SftConfig, prepared: Prepared, mesh: Mesh, pinned: bool) -> tuple[Loader, Loader | None]:
+def lay_out(config: SftConfig, prepared: Prepared, world: World) -> tuple[Mesh, Loader, Loader | None]:
+    """Lay the ranks and the steps out: the mesh, the loader of the training data, and that of the validation data."""
+    mesh = build_mesh(world, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
+    pinned = world.device.type == "cuda"
     spec = plan_spec(config, mesh, prepared.hf_config, prepared.train_sources)
     train = Loader(prepared.train, spec, mesh.dp_rank, mesh.sp_size, pinned)
     if prepared.val is None:
-        return train, None
+        return mesh, train, None
+
     every_row_once = replace(
         spec,
         batch_size=spec.micro_batch_size * mesh.dp_size,
@@ -41,4 +46,4 @@ def build_loaders(config: SftConfig, prepared: Prepared, mesh: Mesh, pinned: boo
         drop_last=False,
         mixture=prepared.val_sets,
     )
-    return train, Loader(prepared.val, every_row_once, mesh.dp_rank, mesh.sp_size, pinned)
+    return mesh, train, Loader(prepared.val, every_row_once, mesh.dp_rank, mesh.sp_size, pinned)

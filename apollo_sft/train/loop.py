@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from apollo_sft.errors import Preempted
-from apollo_sft.parallel.launch import any_rank
+from apollo_sft.parallel.consensus import Vote, any_rank
 from apollo_sft.report.metrics import Record
 from apollo_sft.train.run_state import Run
 from apollo_sft.train.signals import StopFlag
-from apollo_sft.train.step import Vote, train_step
+from apollo_sft.train.step import train_step
 from apollo_sft.train.validation import validation_record
 
 
@@ -17,8 +17,8 @@ def run_loop(run: Run, stop: StopFlag, first_step: int) -> None:
     Raises: TrainingError when a step is not finite; Preempted when a signal asked for the end and the state is saved.
     """
     if run.checkpoints.unfinished is not None:
-        _make_up_validation(run, stop, run.checkpoints.unfinished)
-    if run.checkpoints.out_of_patience():  # the run had come to its end and was stopped before it was whole
+        _finish_validation(run, stop, run.checkpoints.unfinished)
+    if run.checkpoints.best.out_of_patience():  # the run had come to its end and was stopped before it was whole
         return
     if run.config.trainer.val_before_train and run.val is not None and first_step == 0:
         validation = validation_record(run, stop, 0)
@@ -34,7 +34,7 @@ def run_loop(run: Run, stop: StopFlag, first_step: int) -> None:
         vote = run.checkpoints.vote() | (Vote.STOP if stop.name is not None else Vote.NOTHING)
         result = train_step(run.model, run.optimizer, batch, run.world, clip, vote)
         _after_step(run, stop, run.meter.record(batch, result, rate), result.votes)
-        if run.checkpoints.out_of_patience():
+        if run.checkpoints.best.out_of_patience():
             return
 
 
@@ -56,14 +56,14 @@ def _after_step(run: Run, stop: StopFlag, record: Record, votes: Vote) -> None:
         raise _preempted(run, stop, step)
 
 
-def _make_up_validation(run: Run, stop: StopFlag, record: Record) -> None:
+def _finish_validation(run: Run, stop: StopFlag, record: Record) -> None:
     """Run the validation that a stop cut short, and write down its step. Raises: Preempted."""
     step = int(record["step"])
     validation = validation_record(run, stop, step) if run.validates_after(step - 1) else {}
     if validation is None:
         raise _preempted(run, stop, step)
     run.reporter.record(record | validation)
-    run.checkpoints.make_up(record | validation)
+    run.checkpoints.finish_validation(record | validation)
 
 
 def _preempted(run: Run, stop: StopFlag, step: int) -> Preempted:

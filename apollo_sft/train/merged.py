@@ -14,7 +14,8 @@ from apollo_sft.data.batch.loader import pack
 from apollo_sft.data.store.open import SampleStore
 from apollo_sft.errors import CheckpointError
 from apollo_sft.model.sft_model import SftModel
-from apollo_sft.parallel.launch import World, sum_over_ranks
+from apollo_sft.parallel.consensus import sum_over_ranks
+from apollo_sft.parallel.launch import World
 from apollo_sft.report.log import say
 from apollo_sft.train.strategy import strategy_of
 from apollo_sft.types import IGNORE_INDEX, Sample

@@ -8,7 +8,6 @@ from torch.optim import Optimizer
 
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.batch.loader import Loader
-from apollo_sft.data.batch.plan import steps_per_epoch
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.pulse import Pulse
@@ -36,14 +35,10 @@ class Run:
     meter: Meter
     generations: Generations
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self.train.store), self.train.spec)
-
     def validates_after(self, step: int) -> bool:
         """Whether validation follows step `step` (from 0)."""
         if self.val is None:
             return False
         wanted = self.config.trainer.test_freq
-        every = self.steps_per_epoch if wanted == -1 else wanted
+        every = self.train.steps_per_epoch if wanted == -1 else wanted
         return (step + 1) % every == 0 or step + 1 == self.schedule.total_steps

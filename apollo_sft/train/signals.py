@@ -21,23 +21,36 @@ SAME_REQUEST_SECONDS = 2.0
 """A signal may come twice: from the scheduler, and from the launcher that passes it on."""
 GRACE_SECONDS = 10.0
 """How long the main thread may take to stop at once. It hears nothing while it waits in a library."""
-BEFORE_TRAINING = "before it took a step: nothing had to be saved"
+NOTHING_TO_SAVE = "no step was trained, so there was nothing to save"
+"""What a user has when a signal ends a run before its first step."""
+
+When = Literal["at once", "between steps", "stopping", "never"]
 
 
 class StopFlag:
-    """Catches `SIGNALS` while it is in use as a context manager; `name` is the one that came first, or None.
+    """Catches `SIGNALS` while it is in use as a context manager.
 
-    `at_once` (the beginning) raises `Stopped` in the main thread, and ends the process after `GRACE_SECONDS` if that
-    is not heard. `between_steps` sets the flag only; there a second signal, `SAME_REQUEST_SECONDS` after the first or
-    later, ends the process with 128 + its number. After `never` no signal does anything.
-    `last_words` is called before such an end, in a thread, with the status that fits.
+    What a signal does depends on the stage of the run, which `at_once`, `between_steps` and `never` set:
+
+    * `at_once` (the beginning): it raises `Stopped` in the main thread. If the main thread does not hear that, the
+      process is ended after `GRACE_SECONDS`.
+    * `between_steps`: it sets `name` only. A second signal, `SAME_REQUEST_SECONDS` after the first or later, ends the
+      process with 128 + its number.
+    * `never`: it does nothing.
     """
 
+    name: str | None
+    """The signal that came first, such as SIGTERM."""
+
+    last_words: Callable[[Literal["preempted", "failed"]], object]
+    """Called before the process is ended from a thread, with the status that fits."""
+
     def __init__(self) -> None:
-        self.name: str | None = None
-        self.last_words: Callable[[Literal["preempted", "failed"]], object] = ignore
-        self._when: Literal["at once", "between steps", "stopping", "never"] = "at once"
-        self._where = BEFORE_TRAINING
+        self.name = None
+        self.last_words = ignore
+        self._when: When = "at once"
+        self._stage = "starting"
+        self._kept = NOTHING_TO_SAVE
         self._ended = threading.Event()
 
     def __enter__(self) -> StopFlag:
@@ -56,17 +69,24 @@ class StopFlag:
         self._ended.set()
         os.close(self._written)
 
-    def between_steps(self) -> None:
-        self._when = "between steps"
+    def at_once(self, stage: str, kept: str = NOTHING_TO_SAVE) -> None:
+        """Stop at once from now on. `kept`: what the user has when a signal ends the run in this stage.
 
-    def at_once(self, where: str) -> None:
-        """`where`: in words, what goes on from here on and what is safe. Raises: Stopped if a signal came before."""
-        self._where = where
+        Raises: Stopped if a signal came before.
+        """
+        self._stage = stage
+        self._kept = kept
         self._when = "at once"
         if self.name is not None:
             self._stop()
 
+    def between_steps(self, stage: str) -> None:
+        """Only set `name` from now on."""
+        self._stage = stage
+        self._when = "between steps"
+
     def never(self) -> None:
+        """Ignore signals from now on."""
         self._when = "never"
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
@@ -77,7 +97,10 @@ class StopFlag:
 
     def _stop(self) -> None:
         self._when = "stopping"
-        raise Stopped(f"stopped by {self.name} {self._where}")
+        raise Stopped(self._in_words())
+
+    def _in_words(self) -> str:
+        return f"stopped by {self.name} while {self._stage}: {self._kept}"
 
     def _watch(self) -> None:
         """In a thread of its own, which hears a signal at once whatever the main thread is waiting for."""
@@ -91,9 +114,9 @@ class StopFlag:
     def _end_if_due(self, number: int, seconds_since_first: float) -> None:
         if self._when == "between steps":
             if seconds_since_first > SAME_REQUEST_SECONDS:
-                self.end_now("failed", 128 + number, "ended at once by a second signal")
+                self.end_now("failed", 128 + number, f"ended at once by a second signal while {self._stage}")
         elif not self._ended.wait(GRACE_SECONDS):
-            self.end_now("preempted", Preempted.exit_code, f"stopped by {self.name} {self._where}")
+            self.end_now("preempted", Preempted.exit_code, self._in_words())
 
     def end_now(self, status: Literal["preempted", "failed"], code: int, found: str) -> None:
         """End the process from any thread, whatever the main thread does. `found` is what the user is told."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from enum import IntFlag
 from functools import reduce
 from operator import or_
 
@@ -17,21 +16,10 @@ from torch.optim import Optimizer
 from apollo_sft.data.batch.loader import StepBatch
 from apollo_sft.errors import TrainingError
 from apollo_sft.model.sft_model import SftModel
+from apollo_sft.parallel.consensus import Vote
 from apollo_sft.parallel.launch import World
 from apollo_sft.report.metrics import peak_bytes
 from apollo_sft.train.strategy import strategy_of
-
-
-class Vote(IntFlag):
-    """What ranks tell each other with a step, so that all do the same after it: what one says holds for all."""
-
-    NOTHING = 0
-    STOP = 1
-    """A signal asked for the end."""
-    SAVE_FAILED = 2
-    """A save in the background failed."""
-    SAVE_DUE = 4
-    """Enough minutes have passed since the last save."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from apollo_sft.data.batch.loader import Loader
 from apollo_sft.data.batch.plan import steps_per_epoch
 from apollo_sft.errors import TrainingError
 from apollo_sft.model.sft_model import SftModel
-from apollo_sft.parallel.launch import World, any_rank, sum_over_ranks
+from apollo_sft.parallel.consensus import any_rank, sum_over_ranks
+from apollo_sft.parallel.launch import World
 from apollo_sft.report.metrics import Record, source_record, val_record
 from apollo_sft.train.run_state import Run
 from apollo_sft.train.signals import StopFlag

@@ -16,7 +16,7 @@ FORBIDDEN_CALLS = {
 }  # fmt: skip
 FORBIDDEN_VALUES = {("shell", True), ("allow_pickle", True), ("weights_only", False), ("use_safetensors", False)}
 IMPORTED_BY_NAME = {
-    "apollo_sft/train/prepare_run.py": "model.external_lib, which is the user's own",
+    "apollo_sft/train/process.py": "model.external_lib, which is the user's own",
     "apollo_sft/cli/main.py": "the commands, from a table",
 }
 """Where importlib.import_module is used, and of what."""

@@ -20,10 +20,10 @@ from apollo_sft.checkpoint.run_folder.resume import check_files, read_facts
 from apollo_sft.config.compose import compose
 from apollo_sft.errors import AlreadyDone, CheckpointError, ConfigError
 from apollo_sft.model.sft_model import SftModel
-from apollo_sft.train import checkpoints as checkpoints_module
+from apollo_sft.parallel.consensus import Vote
+from apollo_sft.train import saving
 from apollo_sft.train.checkpoints import Checkpoints
 from apollo_sft.train.optim.build import build_optimizer
-from apollo_sft.train.step import Vote
 from tests.support.models import tiny_config, tiny_model
 from tests.support.runs import read_metrics, series, status, train_here, without_clock, write_inputs
 
@@ -219,13 +219,13 @@ def test_patience_ends_a_run_and_is_remembered(tmp_path: Path) -> None:
     saver = Saver(tmp_path, *keys)
     for step, loss in enumerate((3.0, 3.1, 2.9, 3.0), start=1):
         saver.step(step, loss)
-        assert not saver.checkpoints.out_of_patience()
+        assert not saver.checkpoints.best.out_of_patience()
     saver.step(5, 2.9)
-    assert saver.checkpoints.out_of_patience()
+    assert saver.checkpoints.best.out_of_patience()
     assert saver.kept() == [5]
     again = Saver(tmp_path, *keys)
     assert again.checkpoints.begin(saver.folder / "latest", again.model, again.optimizer) == 5
-    assert again.checkpoints.out_of_patience()
+    assert again.checkpoints.best.out_of_patience()
 
 
 def test_a_run_out_of_patience_hands_over_and_is_complete(inputs: Path, tmp_path: Path) -> None:
@@ -259,13 +259,13 @@ def test_a_save_in_the_background_is_of_the_moment_it_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver = Saver(tmp_path, "trainer.save_freq=1")
-    write = checkpoints_module.write_state
+    write = saving.write_state
 
     def slowly(*arguments: Any) -> None:
         time.sleep(0.3)
         write(*arguments)
 
-    monkeypatch.setattr(checkpoints_module, "write_state", slowly)
+    monkeypatch.setattr(saving, "write_state", slowly)
     saver.step(1)
     then = {name: parameter.detach().clone() for name, parameter in saver.model.named_parameters()}
     began = time.monotonic()
@@ -350,7 +350,7 @@ def test_a_disk_too_small_is_refused_before_the_model_is_loaded(
 def test_without_memory_for_a_copy_training_waits(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(checkpoints_module, "available_memory", lambda: 1000)
+    monkeypatch.setattr(saving, "available_memory", lambda: 1000)
     train_here(inputs, tmp_path, *TEN)
     assert "training waits while it is written" in capsys.readouterr().err
     check_files(tmp_path / "checkpoints" / "latest")
@@ -380,18 +380,18 @@ def test_a_base_that_is_gone_costs_the_model_folder_alone(
     shutil.copytree(inputs / "model", tmp_path / "base")
     (tmp_path / "base" / "NOTES.md").write_text("mine")
     keys = (*TEN, f"model.partial_pretrain={tmp_path / 'base'}", "trainer.save_freq=4")
-    write = checkpoints_module.Checkpoints._publish
+    write = saving.Saver._publish
 
     def lost(self: Any, staging: Path, *more: Any) -> None:
         (tmp_path / "base" / "NOTES.md").unlink(missing_ok=True)
         write(self, staging, *more)
 
-    monkeypatch.setattr(checkpoints_module.Checkpoints, "_publish", lost)
+    monkeypatch.setattr(saving.Saver, "_publish", lost)
     with pytest.raises(CheckpointError, match=r"can no longer be read: .*NOTES\.md"):
         train_here(inputs, tmp_path / "run", *keys)
     assert names(tmp_path / "run" / "checkpoints") == ["latest", "step_000004"]
     assert not (tmp_path / "run" / "checkpoints" / "step_000004" / "hf").exists()
-    monkeypatch.setattr(checkpoints_module.Checkpoints, "_publish", write)
+    monkeypatch.setattr(saving.Saver, "_publish", write)
     (tmp_path / "base" / "NOTES.md").write_text("mine")
     train_here(inputs, tmp_path / "run", *keys)
     assert status(tmp_path / "run") == "finished"

@@ -83,7 +83,7 @@ def try_state(inputs: Path, state: Path, reference: Path, keys: Sequence[str], a
     """Give the same command again in the folder `state`. What is wrong then."""
     notes: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("apollo_sft.train.run.say", notes.append)
+        patch.setattr("apollo_sft.train.claim.say", notes.append)
         try:
             go_on(inputs, state, *keys)
         except Exception as error:  # whatever it is, the run did not go on

@@ -91,14 +91,14 @@ def test_no_secret_is_written_or_said(inputs: Path, tmp_path: Path) -> None:
     ],
 )
 def test_no_secret_is_in_a_refusal(argument: str, monkeypatch: pytest.MonkeyPatch, inputs: Path) -> None:
-    from apollo_sft.__main__ import check
+    from apollo_sft.cli.job import compose_job
 
     for name, value in OF_THE_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     key = argument.partition("=")[0]
     others = [text for text in arguments(inputs, inputs / "out") if not text.startswith(f"{key}=")]
     with pytest.raises(ConfigError) as caught:
-        check([*others, argument])
+        compose_job([*others, argument])
     assert not [canary for canary in CANARIES if canary in str(caught.value)]
 
 

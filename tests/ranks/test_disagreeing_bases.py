@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from apollo_sft.config.compose import compose
 from apollo_sft.errors import ModelError
 from apollo_sft.tools.verify.oracle import StaysDouble
-from apollo_sft.train.prepare_run import check_model
+from apollo_sft.train.check_model import check_model
 from tests.support.disagreeing import HEAD, as_the_files_say, write_disagreeing, write_with_a_float32_buffer
 from tests.support.oracle import oracle_loss
 from tests.support.ranks import run_ranks

@@ -21,7 +21,7 @@ DROPOUT = {"attention_dropout": 0.1}
 """So that random states matter."""
 CLOCK = re.compile(
     rb'"(?:started|finished|seen|token|train/tokens_per_second|train/step_seconds|memory/peak_bytes)"'
-    rb': (?:[\d.e+-]+|"[^"]*"|null)'
+    rb': (?:[\d.e+-]+|"[^"]*"|null)|"stages?": (?:"[^"]*"|null|\{[^}]*\})'
 )
 """Entries of run.json and metrics.jsonl that no two runs share."""
 KINDS: dict[str, tuple[str, ...]] = {

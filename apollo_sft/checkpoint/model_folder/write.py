@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from apollo_sft.checkpoint import publish
-from apollo_sft.checkpoint.agree import agree, attempt
 from apollo_sft.checkpoint.model_folder import sidecars
 from apollo_sft.checkpoint.model_folder.conversion import ExportPlan, Group, plan_export
 from apollo_sft.checkpoint.model_folder.reopen import verify_model_folder
@@ -29,6 +28,7 @@ from apollo_sft.checkpoint.model_folder.tensor_files import (
 )
 from apollo_sft.checkpoint.model_folder.tokenizer_files import change_tokenizer, is_tokenizer_file
 from apollo_sft.checkpoint.run_folder.state import StateFiles
+from apollo_sft.parallel.consensus import attempt, raise_on_all
 from apollo_sft.types import BaseModel, TensorSpec
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -86,11 +86,11 @@ def save_model(
 
     staging = folder / f"{publish.STAGING_PREFIX}model"
     failure = attempt(lambda: publish.staging_folder(folder, "model")) if is_writer else None
-    agree(failure, model)
+    raise_on_all(failure, model)
     result = export_model(model, base, staging, options, is_writer)
     if is_writer:
         failure = attempt(lambda: publish.publish_model(staging, folder, verify))
-    agree(failure, model)
+    raise_on_all(failure, model)
     return result
 
 
@@ -114,7 +114,7 @@ def export_model(model: Any, base: BaseModel, staging: Path, options: ExportOpti
         del sources  # before the next is gathered, not after
     if writer is not None and failure is None:
         failure = attempt(lambda: finish(writer, class_name(model), base, plan, options))
-    agree(failure, model)
+    raise_on_all(failure, model)
     return ExportResult(plan.tensors, writer.digests if writer else {}, tuple(plan.dropped))
 
 
@@ -198,7 +198,7 @@ def save_adapter(
         full = _whole(tensor, name, None)
         if is_writer:
             whole[name] = full.to("cpu", copy=True).contiguous()  # a tied weight comes twice
-    agree(attempt(lambda: _publish_adapter(whole, written, root)) if is_writer else None, model)
+    raise_on_all(attempt(lambda: _publish_adapter(whole, written, root)) if is_writer else None, model)
 
 
 def _publish_adapter(tensors: Mapping[str, Tensor], written: AdapterFolder, root: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from apollo_sft.data.batch.plan import PlanSpec, plan
+from apollo_sft.data.batch.plan import PlanSpec, plan, steps_per_epoch
 from apollo_sft.data.store.open import SampleStore
 from apollo_sft.types import IGNORE_INDEX, MicroBatch, RowRef, Sample
 
@@ -50,6 +50,10 @@ class Loader:
         self.multiple = multiple
         self.pinned = pinned
         self.mixture = spec.mixture if spec.mixture is not None and len(spec.mixture.names) > 1 else None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.store), self.spec)
 
     def batch(self, step: int) -> StepBatch:
         planned = plan(self.store.lengths, self.spec, step)

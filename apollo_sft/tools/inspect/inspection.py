@@ -21,9 +21,9 @@ from apollo_sft.report.log import setup_logging
 from apollo_sft.tools.inspect import counts as count
 from apollo_sft.tools.inspect.counts import FileCounts, Found, Loss, Packing
 from apollo_sft.train.loaders import plan_spec
-from apollo_sft.train.optim.build import Schedule
-from apollo_sft.train.prepare_run import Prepared, load_external_lib, prepare
-from apollo_sft.train.start_checks import schedule_of
+from apollo_sft.train.optim.build import Schedule, schedule_of
+from apollo_sft.train.prepare_run import Prepared, prepare
+from apollo_sft.train.process import load_external_lib
 from apollo_sft.types import RowRef, Sample
 
 COMPARED = 8
@@ -104,7 +104,7 @@ def inspect_data(config: SftConfig, processes: int | None) -> Inspection:
     prepared, refusal = _prepare(config)
     mesh = Mesh(0, processes // sp_size, 0, sp_size, None)
     spec = plan_spec(config, mesh, prepared.hf_config, prepared.train_sources)
-    schedule = schedule_of(config, steps_per_epoch(len(prepared.train), spec))
+    schedule = schedule_of(config.trainer, config.optim, steps_per_epoch(len(prepared.train), spec))
     stores = [("train", prepared.train)] + ([("validation", prepared.val)] if prepared.val is not None else [])
     scans = [count.scan(store) for _, store in stores]
     splits = [

@@ -26,7 +26,7 @@ from apollo_sft.report.document import (
 )
 from apollo_sft.tools.inspect.counts import FileCounts, Found, Loss, histogram
 from apollo_sft.tools.inspect.inspection import Inspection, Pick, Split, rows_in_words
-from apollo_sft.train.start_checks import steps_in_words
+from apollo_sft.train.announce import steps_in_words
 
 LOST: dict[str, tuple[Level, str]] = {
     "refused": ("bad", "refused"),

@@ -24,7 +24,7 @@ from apollo_sft.tools.plan.memory import Pack, Ranks, StepMemory, meta_model, st
 from apollo_sft.train.base_model import as_files_hold, growth_of
 from apollo_sft.train.loaders import plan_spec
 from apollo_sft.train.optim.build import build_optimizer, state_bytes
-from apollo_sft.train.prepare_run import load_external_lib
+from apollo_sft.train.process import load_external_lib
 
 CHECKPOINTING = "model.enable_gradient_checkpointing"
 POLICY = "model.gradient_checkpointing_policy"

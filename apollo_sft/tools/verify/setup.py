@@ -22,7 +22,8 @@ from apollo_sft.tools.verify.layouts import STEPS, layouts
 from apollo_sft.tools.verify.small_copy import shrink, silent, write_model
 from apollo_sft.tools.verify.worker import Job
 from apollo_sft.train.base_model import as_files_hold
-from apollo_sft.train.prepare_run import Prepared, load_external_lib, prepare
+from apollo_sft.train.prepare_run import Prepared, prepare
+from apollo_sft.train.process import load_external_lib
 from apollo_sft.types import Sample
 
 ROWS = 16

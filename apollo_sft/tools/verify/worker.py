@@ -44,7 +44,7 @@ from apollo_sft.train.assemble import assemble, needs_group
 from apollo_sft.train.base_model import as_files_hold
 from apollo_sft.train.loaders import plan_spec
 from apollo_sft.train.optim.build import build_optimizer
-from apollo_sft.train.prepare_run import load_external_lib, seed_everything
+from apollo_sft.train.process import load_external_lib, seed_everything
 from apollo_sft.train.step import StepResult, train_step
 from apollo_sft.train.strategy import strategy_of
 from apollo_sft.types import Growth

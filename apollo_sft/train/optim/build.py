@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from apollo_sft.config.schema import OptimConfig
+from apollo_sft.config.schema import OptimConfig, TrainerConfig
 from apollo_sft.errors import ConfigError
 from apollo_sft.model.experts import wrapped
 from apollo_sft.train.optim.adamw_8bit import AdamW8bit, quantised_zeros
@@ -126,3 +126,25 @@ class Schedule:
 def warmup_steps(total_steps: int, steps: int, ratio: float) -> int:
     """`steps` when it is given (0 or more), else that share of the run; never more than the run has."""
     return min(total_steps, steps if steps >= 0 else int(total_steps * ratio))
+
+
+def schedule_of(trainer: TrainerConfig, optim: OptimConfig, steps_in_epoch: int) -> Schedule:
+    """Build the schedule of the learning rate over the steps that will really run.
+
+    Raises: ConfigError when there is no step.
+    """
+    total = trainer.total_training_steps or trainer.total_epochs * steps_in_epoch
+    if steps_in_epoch == 0:
+        raise ConfigError(
+            "there is no step to train: data.drop_last=true drops the only batch",
+            found="fewer samples than data.train_batch_size",
+            fix="data.drop_last=false, or a smaller data.train_batch_size",
+        )
+    return Schedule(
+        kind=optim.lr_scheduler,
+        peak=optim.lr,
+        total_steps=total,
+        warmup_steps=warmup_steps(total, optim.lr_warmup_steps, optim.warmup_steps_ratio),
+        min_ratio=optim.min_lr_ratio,
+        stable_ratio=optim.stable_ratio,
+    )

@@ -15,6 +15,7 @@ from apollo_sft.cli import main as dispatcher
 from apollo_sft.cli import train
 from apollo_sft.config.compose import known_keys
 from apollo_sft.errors import ApolloError, CheckpointError, ConfigError, TrainingError
+from apollo_sft.parallel import failure
 
 HOST = socket.gethostname()
 MISSPELT = "data.max_lenght=8"
@@ -99,7 +100,7 @@ def test_which_rank_says_what(
 ) -> None:
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", rank)
-    assert entry._report(error) == bool(expected)
+    assert failure.report(error) == bool(expected)
     assert capsys.readouterr().err == expected
 
 
@@ -115,18 +116,18 @@ def test_another_host_speaks_of_what_may_be_its_own(
 ) -> None:
     monkeypatch.setenv("SLURM_PROCID", "2")
     monkeypatch.setenv("SLURM_LOCALID", "0")
-    assert entry._report(error) == bool(expected)
+    assert failure.report(error) == bool(expected)
     assert capsys.readouterr().err == expected
 
 
 def test_an_unexpected_error_names_rank_and_host_last(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert entry._report_unexpected(ValueError("boom"))
+    assert failure.report_unexpected(ValueError("boom"))
     assert capsys.readouterr().err == "ValueError: boom\napollo-sft: ValueError: boom\n"
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert entry._report_unexpected(KeyError("boom"))
+    assert failure.report_unexpected(KeyError("boom"))
     assert capsys.readouterr().err == f"KeyError: 'boom'\napollo-sft: rank 1 on {HOST}: KeyError: 'boom'\n"
 
 
@@ -138,7 +139,7 @@ def test_an_unexpected_error_names_rank_and_host_last(
     ],
 )
 def test_a_rank_that_lost_another_is_one_line(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert not entry._report_unexpected(RuntimeError(text))
+    assert not failure.report_unexpected(RuntimeError(text))
     said = capsys.readouterr().err
     assert said.startswith("apollo-sft: lost another rank, which failed first (")
     assert said.count("\n") == 1

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from apollo_sft.errors import ConfigError
+from apollo_sft.parallel.consensus import sum_over_ranks
 from apollo_sft.parallel.fsdp2 import ShardSpec, blocks, reduce_gradients
-from apollo_sft.parallel.launch import sum_over_ranks
 from tests.support.models import tiny_config, tiny_model
 
 

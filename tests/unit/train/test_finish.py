@@ -25,7 +25,7 @@ def said(folder: Path, *keys: str) -> str:
         for record in records:
             reporter.record(record)
         reporter.close()
-    return summary(reporter, config)
+    return summary(reporter, config, {"a": 1.0, "preparing the data": 2.0, "training": 150.0, "b": 5.0, "c": 62.0})
 
 
 def test_it_speaks_of_the_whole_run(tmp_path: Path) -> None:
@@ -33,6 +33,7 @@ def test_it_speaks_of_the_whole_run(tmp_path: Path) -> None:
     folder.mkdir()
     text = said(folder, "trainer.save_best_on=val/loss")
     assert "Done: 5 steps, 5,000 tokens in 2:30." in text
+    assert "Time: preparing the data 0:02, training 2:30, b 0:05, c 1:02." in text
     assert "Validation loss: last 0.7000, best 0.5000 at step 2." in text
     assert f"The best checkpoint is {folder}/checkpoints/best." in text
     assert f'AutoModelForCausalLM.from_pretrained("{folder}")' in text

@@ -15,7 +15,8 @@ from apollo_sft.config.schema import SftConfig
 from apollo_sft.errors import CheckpointError, ConfigError, DataError
 from apollo_sft.model import attention, load
 from apollo_sft.train.base_model import open_base
-from apollo_sft.train.prepare_run import check_model, prepare
+from apollo_sft.train.check_model import check_model
+from apollo_sft.train.prepare_run import prepare
 from apollo_sft.types import BaseModel, TensorSpec
 from tests.support.data import tiny_tokenizer
 from tests.support.entry import Entry, assert_refused

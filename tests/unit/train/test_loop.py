@@ -38,7 +38,7 @@ def test_validation_at_the_ends_of_epochs_or_every_so_often_and_at_the_end(
     tmp_path: Path, total_steps: int, overrides: list[str], expected: list[int]
 ) -> None:
     run = run_of(tmp_path, total_steps, *overrides)
-    assert run.steps_per_epoch == 3
+    assert run.train.steps_per_epoch == 3
     assert [step + 1 for step in range(total_steps) if run.validates_after(step)] == expected
 
 

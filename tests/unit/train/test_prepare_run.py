@@ -11,7 +11,8 @@ import torch
 
 from apollo_sft.config.compose import compose
 from apollo_sft.errors import ConfigError, DataError, ModelError
-from apollo_sft.train.prepare_run import Prepared, load_external_lib, prepare, seed_everything
+from apollo_sft.train.prepare_run import Prepared, prepare
+from apollo_sft.train.process import load_external_lib, seed_everything
 from tests.support.models import tiny_config
 from tests.support.runs import arguments, write_inputs
 

@@ -28,7 +28,7 @@ def run(code: str) -> "subprocess.CompletedProcess[str]":
 def test_between_steps_a_signal_sets_the_flag_and_nothing_else(number: signal.Signals) -> None:
     before = [signal.getsignal(each) for each in SIGNALS]
     with StopFlag() as stop:
-        stop.between_steps()
+        stop.between_steps("training")
         assert stop.name is None
         os.kill(os.getpid(), number)
         assert stop.name == number.name
@@ -37,13 +37,13 @@ def test_between_steps_a_signal_sets_the_flag_and_nothing_else(number: signal.Si
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_before_and_after_training_it_stops_at_once(number: signal.Signals) -> None:
-    with pytest.raises(Stopped, match=f"stopped by {number.name} before it took a step"), StopFlag():
+    with pytest.raises(Stopped, match=f"stopped by {number.name} while starting: no step was trained"), StopFlag():
         os.kill(os.getpid(), number)
     with StopFlag() as stop:
-        stop.between_steps()
+        stop.between_steps("training")
         os.kill(os.getpid(), number)
-        with pytest.raises(Stopped, match=f"stopped by {number.name} while writing"):
-            stop.at_once("while writing")
+        with pytest.raises(Stopped, match=f"stopped by {number.name} while writing: it is kept"):
+            stop.at_once("writing", "it is kept")
         os.kill(os.getpid(), number)  # it stops already: what it does on the way out is not disturbed
 
 
@@ -57,7 +57,7 @@ def test_the_same_request_may_come_twice_and_a_second_one_ends_the_process() -> 
     finished = run(
         "with signals.StopFlag() as stop:\n"
         "    stop.last_words = lambda status: print(status, flush=True)\n"
-        "    stop.between_steps()\n"
+        "    stop.between_steps('training')\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(0.5)\n"

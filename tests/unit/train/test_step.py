@@ -12,8 +12,9 @@ from apollo_sft.data.batch.plan import PlanSpec
 from apollo_sft.errors import TrainingError
 from apollo_sft.model import attention
 from apollo_sft.model.sft_model import SftModel
+from apollo_sft.parallel.consensus import Vote
 from apollo_sft.parallel.launch import World
-from apollo_sft.train.step import Vote, train_step
+from apollo_sft.train.step import train_step
 from apollo_sft.types import Sample
 from tests.support.models import tiny_config, tiny_model
 from tests.support.samples import random_samples, write_store

@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from apollo_sft.config.compose import compose, known_keys
-from apollo_sft.train.start_checks import LINE_WIDTH, config_text, padded_heads
+from apollo_sft.train.announce import LINE_WIDTH, config_text, padded_heads
 from tests.support.models import tiny_config
 
 OPEN_DICT = "data.apply_chat_template_kwargs"

@@ -1,49 +1,15 @@
-"""A failure of one rank becomes a failure of all: none waits for ever for one that has given up."""
+"""Room on the disk, and what a full or read-only disk is called in a message."""
 
 from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.distributed as dist
 
 from apollo_sft.errors import ApolloError, CheckpointError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (errno.EROFS, errno.EIO)
-
-
-def attempt(action: Callable[[], object]) -> Exception | None:
-    """What stopped the action, to be raised by `agree` when all ranks are there to hear of it."""
-    try:
-        action()
-    except Exception as error:
-        return error
-    return None
-
-
-def agree(failure: Exception | None, model: Any = None, group: Any = None) -> None:
-    """Raise on every rank when one has failed: on that rank what it met, on the others a word about it.
-
-    By default all ranks, where `model` lies; or those of a gloo group.
-    Raises: CheckpointError.
-    """
-    failed = failure is not None
-    if dist.is_available() and dist.is_initialized():
-        device = torch.device("cpu") if model is None else next(model.parameters()).device
-        flag = torch.tensor(int(failed), device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-        failed = bool(flag.item())
-    if isinstance(failure, ApolloError):
-        raise failure
-    if failure is not None:
-        raise CheckpointError("the model could not be written", found=repr(failure)) from failure
-    if failed:
-        raise CheckpointError("the model was not saved: the rank that writes it failed and says why")
 
 
 def check_room(folder: Path, num_bytes: int, purpose: str) -> None:

@@ -1,0 +1,130 @@
+"""After a failure: which rank tells the user why, and which one exits silently. No torch here."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+import traceback
+from typing import NoReturn
+
+from apollo_sft.errors import ApolloError, CheckpointError, Preempted, Stopped, TrainingError, message_of
+from apollo_sft.redact import redact
+
+LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "failed to recv, got 0 bytes",
+    "remote process exited",
+    "communicator was aborted",
+)
+"""What gloo, NCCL and the rendezvous store say when another rank is gone."""
+
+TIMED_OUT = "Timed out waiting"
+"""What gloo says when not all ranks came to a collective within trainer.collective_timeout_seconds."""
+
+PATIENCE_SECONDS = 3
+"""How long a silent rank lives on after a failure: torchrun ends all ranks with the first that exits, and the rank that
+reports must have done so by then. It costs nothing: when that rank exits, torchrun ends the silent ones."""
+
+STORE_SECONDS = 1
+"""How long rank 0 lives on after a failure when the rendezvous store is its own: the others read its verdict there."""
+
+
+def is_main() -> bool:
+    """Return whether this process is rank 0, as its launcher says."""
+    return _variable("RANK", "SLURM_PROCID") == "0"
+
+
+def report(error: ApolloError | Stopped) -> bool:
+    """Print an error that a user can mend, and return whether this rank was the one to do so.
+
+    Rank 0 reports. So does one process of every other host, whose files may differ; but a run that had to stop stops
+    on all ranks alike. A file that cannot be written may be one rank's trouble.
+    """
+    of_all_ranks = isinstance(error, TrainingError | Preempted | Stopped)
+    first_of_host = _variable("LOCAL_RANK", "SLURM_LOCALID") == "0"
+
+    if is_main():
+        who = ""
+    elif isinstance(error, CheckpointError) or (first_of_host and not of_all_ranks):
+        who = f"{_who()}: "
+    else:
+        return False
+
+    print(f"apollo-sft: {who}{message_of(error)}", file=sys.stderr)
+    return True
+
+
+def report_unexpected(error: Exception) -> bool:
+    """Print the traceback and, last, which rank failed of what; return whether this rank was the first to fail.
+
+    It is one write, so that the texts of several ranks do not mix. A rank that only lost another one, or that failed
+    after another one has reported, prints one line.
+    """
+    who = f"{_who()}: " if _has_others() else ""
+    text = str(error).strip()
+
+    if isinstance(error, RuntimeError):
+        lost = [part for part in LOST_PEER if part in text]
+        if lost:
+            sys.stderr.write(f"apollo-sft: {who}lost another rank, which failed first ({lost[0]})\n")
+            return False
+        if TIMED_OUT in text:
+            sys.stderr.write(
+                f"apollo-sft: {who}a collective timed out (trainer.collective_timeout_seconds): not all ranks reached "
+                "it; the warning above lists where each rank is\n"
+            )
+            return True
+
+    is_first = _first_to_fail()
+    cause = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    trace = "".join(traceback.format_exception(error)) if is_first else ""
+    stage = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+    sys.stderr.write(redact(f"{trace}apollo-sft: {who}{cause}{stage}\n"))
+    return is_first
+
+
+def report_interrupt() -> bool:
+    """Say on rank 0 that the user has interrupted the run; it counts as reported on every rank."""
+    if is_main():
+        print("apollo-sft: interrupted", file=sys.stderr)
+    return True
+
+
+def leave(code: int, silent: bool) -> NoReturn:
+    """End this process with an exit code. `silent`: another rank reports why.
+
+    With several processes the interpreter is left at once: threads of the process group may abort its shutdown.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not _has_others():
+        sys.exit(code)
+
+    if silent:
+        time.sleep(PATIENCE_SECONDS)
+    elif code and is_main() and "TORCHELASTIC_RUN_ID" not in os.environ:
+        time.sleep(STORE_SECONDS)
+    os._exit(code)
+
+
+def _first_to_fail() -> bool:
+    # The module brings torch, which may not have been needed yet: then there is no other rank to ask.
+    rendezvous = sys.modules.get("apollo_sft.parallel.rendezvous")
+    return rendezvous is None or bool(rendezvous.first_to_fail())
+
+
+def _has_others() -> bool:
+    return _variable("WORLD_SIZE", "SLURM_NTASKS", "1") != "1"
+
+
+def _who() -> str:
+    return f"rank {_variable('RANK', 'SLURM_PROCID')} on {socket.gethostname()}"
+
+
+def _variable(name: str, in_slurm: str, otherwise: str = "0") -> str:
+    """Return it as text: that it is a number is checked later, where it can be refused."""
+    return os.environ.get(name) or os.environ.get(in_slurm) or otherwise
