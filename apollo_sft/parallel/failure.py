@@ -82,8 +82,7 @@ def report_unexpected(error: Exception) -> bool:
     is_first = _first_to_fail()
     cause = f"{type(error).__name__}: {text}" if text else type(error).__name__
     trace = "".join(traceback.format_exception(error)) if is_first else ""
-    stage = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
-    sys.stderr.write(redact(f"{trace}apollo-sft: {who}{cause}{stage}\n"))
+    sys.stderr.write(redact(f"{trace}apollo-sft: {who}{cause}\n"))
     return is_first
 
 

@@ -134,7 +134,7 @@ def test_a_rank_that_lives_but_never_comes_is_named(
     )
     wrong = [] if code == 1 else [f"exit code {code}"]
     wrong += [] if re.search(named, said(out)) else ["it is not named"]
-    before = said(out).rpartition("waited trainer.collective_timeout_seconds")[0]
+    before = said(out).rpartition("a collective timed out (trainer.collective_timeout_seconds)")[0]
     wrong += [] if f"rank {1 - rank} on" in before else ["not said"]
     wrong += [] if status(out) == "failed" else [f"run.json says {status(out)}"]
     name = f"rank {rank} of 2 lives but never comes to a collective, timeout {2 * SILENCE_SECONDS} s"
