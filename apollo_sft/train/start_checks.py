@@ -13,7 +13,6 @@ from apollo_sft.checkpoint.run_folder.folder import RunFolder, sees_probe, versi
 from apollo_sft.config.overrides import leaves
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.errors import ConfigError, TopologyError
-from apollo_sft.model import four_bit, liger
 from apollo_sft.parallel.consensus import collect_objections, named, object_to
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import check_mesh
@@ -42,8 +41,14 @@ def check_world(config: SftConfig, world: World, overridden: Mapping[str, Any]) 
     """
     check_mesh(world.size, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
     check_strategy(config, world)
-    four_bit.check(config.model, world.device)
-    liger.check(config.model, world.device)
+    if config.model.load_in_4bit:
+        from apollo_sft.model import four_bit
+
+        four_bit.check(config.model, world.device)
+    if config.model.use_liger:
+        from apollo_sft.model import liger
+
+        liger.check(config.model, world.device)
     nnodes, per_node = config.trainer.nnodes, config.trainer.n_gpus_per_node
     if nnodes != world.num_hosts and "trainer.nnodes" in overridden:
         raise TopologyError(

@@ -13,7 +13,7 @@ import tokenizers
 import transformers
 
 from apollo_sft.config.schema import DataConfig
-from apollo_sft.data.read.files import is_remote, remote_hash, shown
+from apollo_sft.data.read.files import is_remote, shown
 from apollo_sft.data.render.template import ChatTemplate
 from apollo_sft.errors import DataError
 
@@ -75,7 +75,11 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 def content_hash(file: str, hashes: Path) -> str:
     """Of a file here or in a store on the network. Raises: DataError for a file that cannot be read."""
-    return remote_hash(file) if is_remote(file) else file_hash(Path(file), hashes)
+    if not is_remote(file):
+        return file_hash(Path(file), hashes)
+    from apollo_sft.data.read.remote import remote_hash
+
+    return remote_hash(file)
 
 
 def file_hash(path: Path, hashes: Path) -> str:

@@ -14,7 +14,8 @@ from apollo_sft.config.schema import FileSet, SftConfig, Source
 from apollo_sft.config.sources import own_paths
 from apollo_sft.config.values import value_of, with_values
 from apollo_sft.data.batch.plan import steps_per_epoch
-from apollo_sft.data.read.parquet import expand_paths, num_rows
+from apollo_sft.data.read.files import expand_paths
+from apollo_sft.data.read.rows import num_rows
 from apollo_sft.errors import DataError, ModelError
 from apollo_sft.model.flops import cost_of
 from apollo_sft.model.four_bit import num_bytes_read, num_weights
