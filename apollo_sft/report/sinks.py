@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from apollo_sft.errors import ConfigError
 from apollo_sft.report.log import warn
@@ -47,25 +47,33 @@ class TakesText(Protocol):
         """What the model said at a validation: `row`, `prompt`, `expected`, `text` of each."""
 
 
-BACKENDS = {
-    "tensorboard": "TensorBoard",
-    "wandb": "Wandb",
-    "mlflow": "Mlflow",
-    "swanlab": "SwanLab",
-    "trackio": "Trackio",
-}
-"""Name in `trainer.logger`, which is that of its package and of its file in `loggers/` -> class there.
+class Backend(NamedTuple):
+    """Where a logger is: the package that it needs, the module that speaks to it, and the class there."""
 
-`console` and `file` are none of them.
-"""
+    package: str
+    module: str
+    name: str
+
+
+BACKENDS = {
+    name: Backend(name, f"apollo_sft.report.loggers.{name}", class_name)
+    for name, class_name in {
+        "tensorboard": "TensorBoard",
+        "wandb": "Wandb",
+        "mlflow": "Mlflow",
+        "swanlab": "SwanLab",
+        "trackio": "Trackio",
+    }.items()
+}
+"""Name in `trainer.logger` -> its backend. `console` and `file` need none."""
 
 
 def check_backends(names: Sequence[str]) -> None:
     """Raises: ConfigError when the package of a wanted logger is not installed, or wandb cannot log in."""
     for name in names:
-        if name in BACKENDS and not _is_installed(name):
+        if name in BACKENDS and not _is_installed(BACKENDS[name].package):
             raise ConfigError(
-                f"trainer.logger: {name} needs the package {name}, which is not installed",
+                f"trainer.logger: {name} needs the package {BACKENDS[name].package}, which is not installed",
                 found=list(names),
                 fix=f"pip install 'apollo-sft[{name}]', or leave {name} out of trainer.logger",
             )
@@ -118,8 +126,9 @@ class Sinks:
             self._guard(name, sink.close)
 
     def _start(self, name: str, info: RunInfo) -> None:
-        logger = importlib.import_module(f"apollo_sft.report.loggers.{name}")
-        self._open[name] = getattr(logger, BACKENDS[name])(info)
+        backend = BACKENDS[name]
+        module = importlib.import_module(backend.module)
+        self._open[name] = getattr(module, backend.name)(info)
 
     def _guard(self, name: str, action: Callable[[], None]) -> None:
         try:
