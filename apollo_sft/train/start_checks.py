@@ -13,7 +13,7 @@ import yaml
 
 from apollo_sft.checkpoint.run_folder.folder import RunFolder, sees_probe, versions
 from apollo_sft.config.overrides import leaves
-from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.schema import KEYS, SftConfig
 from apollo_sft.data.batch.loader import Loader
 from apollo_sft.data.batch.plan import PlanSpec, plan, samples_per_epoch, steps_per_epoch
 from apollo_sft.data.store.audit import describe, source_rows, to_json, write_ledger
@@ -31,15 +31,8 @@ LINE_WIDTH = 80
 TITLE_WIDTH = 9
 LONGEST_VALUE = 400
 IMBALANCE_STEPS = 16
-OF_A_HOST = (
-    "trainer.default_local_dir",
-    "data.store_dir",
-    "data.train_files",
-    "data.val_files",
-    "data.custom_cls.path",
-    "model.partial_pretrain",
-    "model.lora_adapter_path",
-)
+
+OF_A_HOST = frozenset(name for name, key in KEYS.items() if key.per_host)
 """Where things lie may differ. What lies there may not: run folder, tokens and model are compared as such."""
 
 
