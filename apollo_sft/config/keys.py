@@ -97,12 +97,6 @@ class Key:
     written: str | None = None
     """The default as the yaml has it, where a user would write it in another way than the schema."""
 
-    def __post_init__(self) -> None:
-        if (LAYOUT in self.changes) != (self.neutral is not UNSET):
-            raise TypeError("Key: neutral=… belongs to changes=LAYOUT: a value for apollo-sft verify, or AS_SET")
-        if self.stored_as is not None and TOKENS not in self.changes:
-            raise TypeError("Key: stored_as=… belongs to changes=TOKENS")
-
 
 class Frozen(BaseModel):
     """Strictly typed values that cannot be changed."""
@@ -172,3 +166,14 @@ def _check_complete(name: str, field: FieldInfo) -> None:
         )
     if field.is_required():
         raise TypeError(f"the key {name} has no default\n  to do:    write {own}: Annotated[…, Key(…)] = its default")
+
+    key = _key_of(field)
+    if LAYOUT in key.changes and key.neutral is UNSET:
+        raise TypeError(
+            f"the key {name} changes the layout, but does not say with which value apollo-sft verify starts\n"
+            "  to do:    Key(…, neutral=its value in the plainest layout), or neutral=AS_SET for the user's own value"
+        )
+    if LAYOUT not in key.changes and key.neutral is not UNSET:
+        raise TypeError(f"the key {name} has neutral=…, which is for keys that change the layout")
+    if TOKENS not in key.changes and key.stored_as is not None:
+        raise TypeError(f"the key {name} has stored_as=…, which is for keys that change tokens")

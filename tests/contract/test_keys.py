@@ -11,11 +11,12 @@ from typing import Annotated
 
 import pytest
 import torch
+from pydantic import create_model
 
 from apollo_sft.checkpoint.run_folder.resume import check_same
 from apollo_sft.config.checks import check_combinations
 from apollo_sft.config.compose import compose, recorded
-from apollo_sft.config.keys import LAYOUT, MODEL, NOTHING, NUMERICS, ORDER, TOKENS, Changes, Key, Section
+from apollo_sft.config.keys import LAYOUT, MODEL, NOTHING, NUMERICS, ORDER, TOKENS, Key, Section
 from apollo_sft.config.overrides import parse
 from apollo_sft.config.reference import example
 from apollo_sft.config.schema import KEYS, SftConfig
@@ -144,13 +145,13 @@ def test_a_key_that_does_not_say_what_it_changes_cannot_be_added() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "facts", "part"),
+    ("key", "part"),
     [
-        (LAYOUT, {}, "a value for apollo-sft verify"),
-        (NOTHING, {"neutral": 1}, "neutral=… belongs to changes=LAYOUT"),
-        (MODEL, {"stored_as": "template"}, "stored_as=… belongs to changes=TOKENS"),
+        (Key(changes=LAYOUT), "does not say with which value apollo-sft verify starts"),
+        (Key(changes=NOTHING, neutral=1), "has neutral=…, which is for keys that change the layout"),
+        (Key(changes=MODEL, stored_as="template"), "has stored_as=…, which is for keys that change tokens"),
     ],
 )
-def test_facts_of_a_key_that_do_not_go_together(changes: Changes, facts: dict[str, object], part: str) -> None:
-    with pytest.raises(TypeError, match=part):
-        Key(changes=changes, **facts)  # type: ignore[arg-type]
+def test_facts_of_a_key_that_do_not_go_together(key: Key, part: str) -> None:
+    with pytest.raises(TypeError, match=f"the key Late.note .*{part}"):
+        create_model("Late", __base__=Section, note=(Annotated[int, key], 1))

@@ -15,7 +15,7 @@ MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 6
 MAX_NESTING = 3
 MAX_REACHED_FILES = 102
-MAX_REACHED_CODE_LINES = 11950
+MAX_REACHED_CODE_LINES = 11955
 """Raised for the folder that is handed over: files of the base, forms of tokenizer and config, checks of what was read;
 for what adapters leave out; and for the imports of six modules that were split off (redact, strategy, loaders,
 run_state, values, host_memory); for the schema in seven files, with defaults, examples and what a change changes beside
