@@ -11,7 +11,7 @@ from typing import Any
 
 from apollo_sft.checkpoint.run_folder.folder import RunFolder, sees_probe, versions
 from apollo_sft.config.overrides import leaves
-from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.schema import KEYS, SftConfig
 from apollo_sft.errors import ConfigError, TopologyError
 from apollo_sft.parallel.consensus import collect_objections, named, object_to
 from apollo_sft.parallel.launch import World
@@ -19,15 +19,7 @@ from apollo_sft.parallel.mesh import check_mesh
 from apollo_sft.train.prepare_run import Prepared
 from apollo_sft.train.strategy import check_strategy
 
-OF_A_HOST = (
-    "trainer.default_local_dir",
-    "data.store_dir",
-    "data.train_files",
-    "data.val_files",
-    "data.custom_cls.path",
-    "model.partial_pretrain",
-    "model.lora_adapter_path",
-)
+OF_A_HOST = frozenset(name for name, key in KEYS.items() if key.per_host)
 """Where things lie may differ. What lies there may not: run folder, tokens and model are compared as such."""
 
 
