@@ -25,9 +25,10 @@ from apollo_sft.config.values import value_of, with_values
 from apollo_sft.data.render.tokens import fit_template
 from apollo_sft.data.store.fingerprint import store_key
 from apollo_sft.errors import ConfigError
+from apollo_sft.parallel.consensus import _differences
 from apollo_sft.parallel.launch import World
 from apollo_sft.train.base_model import load_tokenizer
-from apollo_sft.train.start_checks import _differences, start_of
+from apollo_sft.train.start_checks import start_of
 from tests.support.data import tiny_tokenizer
 
 UNKNOWN_MARK = "{% for m in messages %}<|turn|>{{ m.role }} {{ m.content }}<|end|>{% endfor %}"
