@@ -54,9 +54,9 @@ docs: dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
-# The part of docs/configuration.md that is made from the schema, the yaml and the aliases.
+# sft_trainer.yaml, and the part of docs/configuration.md that is made: both from the schema and the aliases.
 docs-reference: dev
-	$(BIN)/python -m apollo_sft.config.reference docs/configuration.md
+	$(BIN)/python -m apollo_sft.config.reference docs/configuration.md apollo_sft/config/sft_trainer.yaml
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -37,7 +37,7 @@ def main() -> None:
 
     from apollo_sft.config.compose import compose
     from apollo_sft.data.read.conversation import needed_columns, parse_row
-    from apollo_sft.data.read.parquet import read_rows
+    from apollo_sft.data.read.rows import read_rows
     from apollo_sft.data.render.template import resolve_template
     from apollo_sft.data.store.open import StoreRequest, prepare_store
 

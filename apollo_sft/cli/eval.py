@@ -109,7 +109,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _examine(folder: Path, options: argparse.Namespace, composed: Composed) -> Exam:
     from transformers.utils import logging as transformers_logging
 
-    from apollo_sft.data.read.parquet import column_names, expand_paths
+    from apollo_sft.data.read.files import expand_paths
+    from apollo_sft.data.read.rows import column_names
     from apollo_sft.tools.evaluate.questions import Settings, data_keys, fitting_keys, read_questions, take_exam
 
     transformers_logging.disable_progress_bar()

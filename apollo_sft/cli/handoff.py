@@ -82,7 +82,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _subject(options: argparse.Namespace, overrides: list[str]) -> Subject:
     from apollo_sft.checkpoint.run_folder.lookup import find_base, find_run, read_training
     from apollo_sft.config.sources import paths_of
-    from apollo_sft.data.read.parquet import expand_paths
+    from apollo_sft.data.read.files import expand_paths
     from apollo_sft.tools.evaluate.questions import data_keys
     from apollo_sft.tools.handoff.against_base import names_of
     from apollo_sft.tools.handoff.model_files import Subject

@@ -8,37 +8,13 @@ import importlib.util
 import os.path
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.schema import KEYS, SftConfig
 from apollo_sft.config.sources import paths_of, refused
 from apollo_sft.errors import ConfigError
 
 LOGGERS = ("console", "tensorboard", "wandb", "mlflow", "swanlab", "trackio", "file")
-LORA_NAMES = (
-    "lora_alpha target_modules target_parameters exclude_modules lora_dropout use_rslora use_dora modules_to_save"
-)
-LORA_KEYS = tuple(f"model.{name}" for name in LORA_NAMES.split())
-UNUSED: tuple[tuple[str, Callable[[SftConfig], bool], str], ...] = (
-    ("optim.stable_ratio", lambda c: c.optim.lr_scheduler != "wsd", "without optim.lr_scheduler=wsd"),
-    ("trainer.generate_samples", lambda c: not c.data.val_files, "without validation data"),
-    (
-        "trainer.checkpoint.hf_model_at",
-        lambda c: "hf_model" not in c.trainer.checkpoint.save_contents,
-        "without hf_model in trainer.checkpoint.save_contents",
-    ),
-    *((key, lambda c: c.model.lora_rank == 0, "with model.lora_rank=0") for key in LORA_KEYS),
-    (
-        "model.gradient_checkpointing_policy",
-        lambda c: not c.model.enable_gradient_checkpointing,
-        "without model.enable_gradient_checkpointing=true",
-    ),
-    ("data.prompt_dict_keys", lambda c: c.data.multiturn.enable, "with data.multiturn.enable=true"),
-    ("data.response_dict_keys", lambda c: c.data.multiturn.enable, "with data.multiturn.enable=true"),
-    ("data.multiturn.tools_key", lambda c: not c.data.multiturn.enable, "without data.multiturn.enable=true"),
-    ("data.multiturn.enable_thinking_key", lambda c: not c.data.multiturn.enable, "without data.multiturn.enable=true"),
-)
-"""(key, whether the config leaves it unused, when): a key that was set and changes nothing is said, not ignored."""
 
 
 def check_combinations(config: SftConfig, given: set[str], notes: list[str]) -> None:
@@ -68,7 +44,14 @@ def check_combinations(config: SftConfig, given: set[str], notes: list[str]) -> 
             "warning: model.fsdp_config.model_dtype=bf16 loses small updates: at lr 1e-5 most weights of usual size "
             "do not move at all; fp32 is the safe choice"
         )
-    notes += [f"{key} has no effect {when}" for key, unused, when in UNUSED if key in given and unused(config)]
+    notes += _without_effect(config, given)
+
+
+def _without_effect(config: SftConfig, given: set[str]) -> Iterator[str]:
+    """A key that was set and changes nothing is said, not ignored."""
+    for name, key in KEYS.items():
+        if name in given and key.unused is not None and key.unused.holds(config):
+            yield f"{name} has no effect {key.unused.when}"
 
 
 def check_paths(config: SftConfig, given: set[str]) -> None:

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from apollo_sft.config.aliases import REFUSED, REFUSED_SECTIONS, RENAMED, WITHOUT_EFFECT
 from apollo_sft.config.checks import check_combinations
 from apollo_sft.config.overrides import Setting, leaves, parse
-from apollo_sft.config.schema import FileSet, SftConfig, Source
+from apollo_sft.config.schema import KEYS, FileSet, SftConfig, Source
 from apollo_sft.errors import ConfigError
 from apollo_sft.redact import redact
 
@@ -102,8 +102,18 @@ def known_keys() -> tuple[str, ...]:
 
 @cache
 def defaults() -> dict[str, Any]:
-    """Read the default of every key, as a tree of sections."""
+    """Read the default of every key, as a tree of sections.
+
+    Raises: ConfigError for a yaml that was not made from this schema: in a checkout where a key was added or removed.
+    """
     tree: dict[str, Any] = yaml.safe_load(YAML_PATH.read_text(encoding="utf-8"))
+    differing = {key for key, _ in leaves(tree)} ^ KEYS.keys()
+    if differing:
+        raise ConfigError(
+            f"{YAML_PATH} does not have the keys of the schema",
+            found=f"only one of them has {', '.join(sorted(differing))}",
+            fix="make docs-reference writes the yaml anew",
+        )
     return tree
 
 

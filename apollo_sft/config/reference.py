@@ -1,6 +1,7 @@
-"""The part of docs/configuration.md that is made from the schema, the yaml and the table of spellings.
+"""The part of docs/configuration.md that is made from the schema and the table of spellings.
 
-`python -m apollo_sft.config.reference docs/configuration.md` writes it anew, between two marks; the rest stays.
+`python -m apollo_sft.config.reference docs/configuration.md apollo_sft/config/sft_trainer.yaml` writes both anew: the
+whole yaml, and of the page what stands between two marks.
 """
 
 from __future__ import annotations
@@ -8,132 +9,22 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from apollo_sft.config.aliases import REFUSED, REFUSED_SECTIONS, RENAMED, WITHOUT_EFFECT
 from apollo_sft.config.checks import LOGGERS
-from apollo_sft.config.compose import YAML_PATH
-from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.keys import written
+from apollo_sft.config.schema import KEYS, SftConfig
+from apollo_sft.config.yaml_text import entries, yaml_text
 from apollo_sft.errors import ConfigError
 
-BEGIN = "<!-- Made by `make docs-reference` from the schema, the yaml and the aliases. Do not edit from here on. -->"
+BEGIN = "<!-- Made by `make docs-reference` from the schema and the aliases. Do not edit from here on. -->"
 END = "<!-- End of what is made. -->"
 TYPES = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text", "object": "dict"}
 CHOICES = {"trainer.logger": LOGGERS}
 """What the schema leaves to the cross-checks."""
-MULTITURN = "data.multiturn.enable=true"
-LORA = "model.lora_rank=16"
-WITH = {
-    "data.max_token_len_per_gpu": "data.use_dynamic_bsz=true",
-    "data.use_dynamic_bsz": "data.max_token_len_per_gpu=8192",
-    "data.train_files": "data.val_files=val.parquet",
-    "data.multiturn.messages_key": MULTITURN,
-    "data.multiturn.tools_key": MULTITURN,
-    "data.multiturn.enable_thinking_key": MULTITURN,
-    "data.custom_cls.path": "data.custom_cls.name=Chats",
-    "data.custom_cls.name": "data.custom_cls.path=my_data.py",
-    "model.fsdp_config.dtype": "model.fsdp_config.model_dtype=fp32",
-    "model.fsdp_config.model_dtype": "model.fsdp_config.dtype=fp64",
-    "model.gradient_checkpointing_policy": "model.enable_gradient_checkpointing=true",
-    "model.lora_alpha": LORA,
-    "model.load_in_4bit": LORA,
-    "data.max_bad_ratio": "data.bad_rows=skip",
-    "model.target_modules": LORA,
-    "model.target_parameters": LORA,
-    "model.exclude_modules": LORA,
-    "model.lora_dropout": LORA,
-    "model.use_rslora": LORA,
-    "model.use_dora": LORA,
-    "model.modules_to_save": LORA,
-    "optim.stable_ratio": "optim.lr_scheduler=wsd",
-    "trainer.resume_mode": "trainer.resume_from_path=other_run/checkpoints/step_000200",
-    "trainer.resume_from_path": "trainer.resume_mode=resume_path",
-    "trainer.export": LORA,
-}
-"""What an example sets besides its own key, without which that would be refused or change nothing."""
-EXAMPLES = {
-    "data.train_batch_size": "64",
-    "data.micro_batch_size_per_gpu": "8",
-    "data.train_files": "[a.parquet,b.parquet]",
-    "data.val_files": "val.parquet",
-    "data.train_max_samples": "1000",
-    "data.val_max_samples": "200",
-    "data.prompt_key": "prompt",
-    "data.response_key": "response",
-    "data.prompt_dict_keys": "[extra,question]",
-    "data.response_dict_keys": "[extra,answer]",
-    "data.multiturn.messages_key": "conversation",
-    "data.multiturn.tools_key": "functions",
-    "data.multiturn.enable_thinking_key": "thinking",
-    "data.max_length": "4096",
-    "data.truncation": "drop",
-    "data.max_token_len_per_gpu": "16384",
-    "data.chat_template": "chatml",
-    "data.apply_chat_template_kwargs": "{enable_thinking: false}",
-    "data.template_date": "2026-01-31",
-    "data.history": "last_turn",
-    "data.train_on": "last",
-    "data.train_key": "use_this_row",
-    "data.special_tokens_in_content": "drop",
-    "data.max_bad_ratio": "0.2",
-    "data.store_dir": "~/stores",
-    "data.custom_cls.path": "my_data.py",
-    "data.custom_cls.name": "Chats",
-    "model.partial_pretrain": "Qwen/Qwen2.5-0.5B-Instruct",
-    "model.fsdp_config.wrap_policy.min_num_params": "100000000",
-    "model.fsdp_config.wrap_policy.transformer_layer_cls_to_wrap": "[Qwen2DecoderLayer]",
-    "model.fsdp_config.dtype": "bf16",
-    "model.fsdp_config.model_dtype": "fp64",
-    "model.fsdp_config.fsdp_size": "8",
-    "model.external_lib": "my_package.my_models",
-    "model.attn_implementation": "sdpa",
-    "model.lora_rank": "16",
-    "model.lora_alpha": "32",
-    "model.target_modules": "[q_proj,v_proj]",
-    "model.target_parameters": "[experts.down_proj]",
-    "model.exclude_modules": "[o_proj]",
-    "model.lora_dropout": "0.05",
-    "model.modules_to_save": "[lm_head]",
-    "model.lora_adapter_path": "earlier_run/adapter",
-    "optim.lr": "2e-5",
-    "optim.betas": "[0.9,0.999]",
-    "optim.weight_decay": "0.1",
-    "optim.warmup_steps_ratio": "0.03",
-    "optim.lr_warmup_steps": "100",
-    "optim.clip_grad": "null",
-    "optim.min_lr_ratio": "0.1",
-    "optim.stable_ratio": "0.8",
-    "trainer.default_local_dir": "runs/first",
-    "trainer.default_hdfs_dir": "s3://bucket/runs/first",
-    "trainer.project_name": "my-project",
-    "trainer.experiment_name": "lr-2e-5",
-    "trainer.total_epochs": "2",
-    "trainer.total_training_steps": "500",
-    "trainer.logger": "[console,tensorboard]",
-    "trainer.log_freq": "10",
-    "trainer.seed": "7",
-    "trainer.save_freq": "30min",
-    "trainer.test_freq": "100",
-    "trainer.resume_mode": "resume_path",
-    "trainer.resume_from_path": "other_run/checkpoints/step_000200",
-    "trainer.max_ckpt_to_keep": "5",
-    "trainer.save_best_on": "val/loss",
-    "trainer.early_stop_patience": "3",
-    "trainer.checkpoint.save_contents": "[model,optimizer,extra]",
-    "trainer.generate_samples": "4",
-    "trainer.nnodes": "2",
-    "trainer.n_gpus_per_node": "8",
-    "trainer.collective_timeout_seconds": "3600",
-    "trainer.peak_tflops": "989",
-    "trainer.profile_steps": "[10,12]",
-    "trainer.deterministic": "true",
-    "trainer.device": "cpu",
-    "trainer.export": "both",
-    "ulysses_sequence_parallel_size": "2",
-}
-"""A value that a person might give. true/false and a choice of two need none: the example is the other one."""
 LINK = re.compile(r"\bdocs/(\w+\.md)\b")
 LITERAL = re.compile(
     r"(?P<kept>`[^`]*`|\[[^\]]*\]\([^)]*\))"  # what is Markdown already
@@ -148,51 +39,22 @@ LITERAL = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A key or a section of the yaml, in its order. `default` is as it is written there; None for a section."""
-
-    key: str
-    meaning: str
-    default: str | None
-
-
-def entries(text: str) -> Iterator[Entry]:
-    """Keys and sections of a yaml in block style, each with the comment above it."""
-    path: list[str] = []
-    comment: list[str] = []
-    for line in text.splitlines():
-        content = line.strip()
-        if content.startswith("#"):
-            comment.append(content.lstrip("# "))
-            continue
-        if content:
-            depth = (len(line) - len(line.lstrip())) // 2
-            name, _, default = content.partition(":")
-            path = [*path[:depth], name]
-            yield Entry(".".join(path), " ".join(comment), default.strip() or None)
-        comment = []
-
-
 def example(key: str) -> str:
     """Overrides that set the key, as they are given on a command line.
 
     Raises: ConfigError where nobody has written one.
     """
-    shape = _shape(key)
-    default = _defaults()[key]
-    if key in EXAMPLES:
-        value = EXAMPLES[key]
-    elif shape.get("type") == "boolean":
-        value = {"true": "false", "false": "true"}[default]
-    elif "enum" in shape:
-        value = next(choice for choice in shape["enum"] if choice != default)
-    else:
-        raise ConfigError(
-            f"{key} has no example in the reference", fix="add a value to EXAMPLES of config/reference.py"
-        )
-    own = f"{key}={value}"
-    return " ".join([f'"{own}"' if " " in own else own, *([WITH[key]] if key in WITH else [])])
+    own = f"{key}={_example_value(key)}"
+    quoted = f'"{own}"' if " " in own else own
+    needed = needed_by(key)
+    return quoted if needed is None else f"{quoted} {needed}"
+
+
+def needed_by(key: str) -> str | None:
+    """The override that the example of a key needs, without which it would be refused or change nothing."""
+    facts = KEYS[key]
+    remedy = facts.unused.remedy if facts.unused is not None else None
+    return facts.needs or remedy
 
 
 def kind(key: str) -> str:
@@ -215,20 +77,27 @@ def renewed(page: str) -> str:
     return f"{before}{BEGIN}\n\n{generated()}\n\n{END}{after}"
 
 
-def _defaults() -> dict[str, str]:
-    found = entries(YAML_PATH.read_text(encoding="utf-8"))
-    return {entry.key: entry.default for entry in found if entry.default is not None}
+def _example_value(key: str) -> str:
+    given, shape = KEYS[key].example, _shape(key)
+    if given is not None:
+        return given
+    default = shape.get("default")
+    if shape.get("type") == "boolean":
+        return written(not default)
+    for choice in shape.get("enum", ()):
+        if choice != default:
+            return str(choice)
+    raise ConfigError(f"{key} has no example for the reference", fix='add one to its Key: example="…"')
 
 
 def _reference() -> Iterator[str]:
-    section = ""
-    for entry in entries(YAML_PATH.read_text(encoding="utf-8")):
-        top = entry.key.partition(".")[0] if entry.default is None or "." in entry.key else "Without a section"
-        if top != section:
-            section = top
-            yield f"### {f'`{top}`' if top in SftConfig.model_fields else top}"
+    top = None
+    for entry in entries():
+        if entry.top != top:
+            top = entry.top
+            yield f"### `{top}`\n\n{_marked(entry.meaning)}" if top else "### Without a section"
         if entry.default is None:
-            if entry.meaning:
+            if "." in entry.key:
                 yield f"#### `{entry.key}`\n\n*A section.* {_marked(entry.meaning)}"
             continue
         facts = f"{kind(entry.key)} · default `{entry.default}`"
@@ -254,7 +123,7 @@ def _table(first: str, second: str, rows: Mapping[str, str]) -> str:
 
 
 def _marked(comment: str, choices: Sequence[str] = ()) -> str:
-    """A comment of the yaml as Markdown: links to other pages, everything that is code as code."""
+    """A meaning as Markdown: links to other pages, everything that is code as code."""
     for choice in choices:
         word = rf"(?<!`)\b{re.escape(choice)}\b"
         explained = rf"{word}(?= \()"
@@ -269,13 +138,18 @@ def _coded(values: Iterable[object]) -> str:
 
 def _shape(key: str) -> dict[str, Any]:
     """What the schema says of a key, as JSON schema."""
-    schema = SftConfig.model_json_schema()
-    shape: dict[str, Any] = schema
+    schema = _whole_shape()
+    shape = schema
     for part in key.split("."):
         shape = shape["properties"][part]
         if "$ref" in shape:
             shape = schema["$defs"][shape["$ref"].rpartition("/")[2]]
     return shape
+
+
+@cache
+def _whole_shape() -> dict[str, Any]:
+    return SftConfig.model_json_schema()
 
 
 def _spoken(shape: dict[str, Any]) -> str:
@@ -303,9 +177,10 @@ def _number(value: float) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Writes the made part of the page anew."""
-    path = Path(arguments[0])
-    path.write_text(renewed(path.read_text(encoding="utf-8")), encoding="utf-8")
+    """Write the made part of the page anew, and the yaml. Arguments: the paths of both."""
+    page, in_yaml = map(Path, arguments)
+    page.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")
+    in_yaml.write_text(yaml_text(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from apollo_sft.config.compose import validate
-from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.schema import ModelConfig, SftConfig
 
 
 def with_values(config: SftConfig, values: Mapping[str, Any]) -> SftConfig:
@@ -27,3 +27,8 @@ def value_of(config: SftConfig, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part)
     return value
+
+
+def trains_adapter(model: ModelConfig) -> bool:
+    """Return whether LoRA is trained, new or continued, in place of all weights."""
+    return model.lora_rank > 0 or model.lora_adapter_path is not None

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from typing import Any
 
-from apollo_sft.data.read.parquet import Row
+from apollo_sft.data.read.files import Row
 from apollo_sft.prepare.answers import final_answer
 from apollo_sft.prepare.records import KNOWN_INSTRUCTIONS, without_instruction
 from apollo_sft.prepare.rejection import RejectedRow

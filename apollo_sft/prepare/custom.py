@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from apollo_sft.data.read.parquet import Row
+from apollo_sft.data.read.files import Row
 from apollo_sft.errors import ConfigError, DataError
 from apollo_sft.prepare.answers import final_answer
 from apollo_sft.prepare.chat_shapes import messages_of, tools_of

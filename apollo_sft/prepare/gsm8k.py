@@ -5,7 +5,7 @@ Source: Cobbe et al., "Training Verifiers to Solve Math Word Problems", 2021; co
 
 from __future__ import annotations
 
-from apollo_sft.data.read.parquet import Row
+from apollo_sft.data.read.files import Row
 from apollo_sft.prepare.answers import marked
 from apollo_sft.prepare.columns import ANSWER, QUESTION, Finder
 from apollo_sft.prepare.preparation import Task

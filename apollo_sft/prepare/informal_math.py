@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from apollo_sft.data.read.parquet import Row
+from apollo_sft.data.read.files import Row
 from apollo_sft.model.final_answers import MARKER
 from apollo_sft.prepare.answers import last_boxed, marked
 from apollo_sft.prepare.columns import ANSWER, QUESTION, Finder

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from apollo_sft.data.read.parquet import Row
+from apollo_sft.data.read.files import Row
 from apollo_sft.errors import ConfigError
 from apollo_sft.prepare.preparation import Task
 from apollo_sft.prepare.raw_sources import Source

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from apollo_sft.checkpoint.publish import STAGING_PREFIX, describe_file, describe_files, staging_folder, sync_tree
 from apollo_sft.checkpoint.publish import sync_folder as sync_names
-from apollo_sft.data.read.parquet import Row
+from apollo_sft.data.read.files import Row
 from apollo_sft.errors import DataError
 from apollo_sft.types import RowRef
 

@@ -14,7 +14,8 @@ from typing import Any
 import pyarrow as pa
 
 from apollo_sft.checkpoint.publish import describe_file
-from apollo_sft.data.read.parquet import Columns, Row, read_rows
+from apollo_sft.data.read.files import Columns, Row
+from apollo_sft.data.read.rows import read_rows
 from apollo_sft.errors import DataError
 from apollo_sft.prepare.columns import has_any
 from apollo_sft.prepare.output import Output, SplitWriter

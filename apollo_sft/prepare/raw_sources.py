@@ -10,7 +10,8 @@ from pathlib import Path, PurePosixPath
 
 import pyarrow.parquet as pq
 
-from apollo_sft.data.read.parquet import Columns, Row, read_rows
+from apollo_sft.data.read.files import Columns, Row
+from apollo_sft.data.read.rows import read_rows
 from apollo_sft.errors import DataError
 from apollo_sft.types import RowRef
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from apollo_sft.data.read.parquet import Row
+from apollo_sft.data.read.files import Row
 
 GSM8K_INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."

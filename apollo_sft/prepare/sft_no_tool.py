@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from apollo_sft.data.read.parquet import Row
+from apollo_sft.data.read.files import Row
 from apollo_sft.prepare import informal_math
 from apollo_sft.prepare.preparation import Task
 from apollo_sft.prepare.records import Origin

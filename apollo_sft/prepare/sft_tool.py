@@ -5,7 +5,7 @@ Rows that hold real tool messages keep them; a solution with ```python and ```ou
 
 from __future__ import annotations
 
-from apollo_sft.data.read.parquet import Row
+from apollo_sft.data.read.files import Row
 from apollo_sft.prepare.chat_shapes import messages_of, tools_of
 from apollo_sft.prepare.columns import ANSWER, QUESTION, as_text, at_path
 from apollo_sft.prepare.informal_math import BoxedProblems

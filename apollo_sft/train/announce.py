@@ -14,7 +14,6 @@ from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.batch.loader import Loader
 from apollo_sft.data.batch.plan import PlanSpec, plan, samples_per_epoch, steps_per_epoch
 from apollo_sft.data.store.audit import describe, source_rows, to_json, write_ledger
-from apollo_sft.parallel.ulysses import added_heads
 from apollo_sft.report.log import say, terminal, warn
 from apollo_sft.train.optim.build import Schedule
 from apollo_sft.train.prepare_run import Prepared
@@ -52,9 +51,10 @@ def announce(config: SftConfig, prepared: Prepared, schedule: Schedule, loader: 
     rows = steps_in_words(config, len(prepared.train), loader.spec, schedule)
     if loader.spec.dp_size > 1:
         rows.append(("imbalance", imbalance(loader)))
-    padding = padded_heads(prepared.hf_config, config.ulysses_sequence_parallel_size)
-    if padding is not None:
-        say(padding)
+    if config.ulysses_sequence_parallel_size > 1:
+        padding = padded_heads(prepared.hf_config, config.ulysses_sequence_parallel_size)
+        if padding is not None:
+            say(padding)
     colour = terminal().is_terminal
     table = [row for split, figures in sources.items() for row in source_rows(figures, split)]
     say(describe(prepared.train, prepared.val, prepared.tokenizer, rows, colour, table))
@@ -90,6 +90,8 @@ def imbalance(loader: Loader) -> str:
 
 def padded_heads(hf_config: Any, sp_size: int) -> str | None:
     """What sequence parallelism costs where it does not divide the heads; None when it does."""
+    from apollo_sft.parallel.ulysses import added_heads
+
     heads = hf_config.get_text_config().num_attention_heads
     padded = heads + added_heads(heads, sp_size)
     if padded == heads:

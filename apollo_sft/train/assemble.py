@@ -4,29 +4,31 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from apollo_sft.config.schema import ModelConfig, SftConfig
+from apollo_sft.config.values import trains_adapter
 from apollo_sft.errors import ConfigError
-from apollo_sft.model import attention, four_bit, liger, load, lora
-from apollo_sft.model.compiled_layers import compile_layers
+from apollo_sft.model import attention, load
 from apollo_sft.model.proof import prove
 from apollo_sft.model.sft_model import SftModel, enable_checkpointing
 from apollo_sft.parallel.consensus import from_main
 from apollo_sft.parallel.fsdp2 import ShardSpec
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import Mesh
-from apollo_sft.parallel.ulysses import Ulysses
 from apollo_sft.report.log import say
 from apollo_sft.train.optim.build import build_optimizer
 from apollo_sft.train.precision import Precision, resolve_precision
-from apollo_sft.train.strategy import STRATEGIES, check_strategy, strategy_name, strategy_of
+from apollo_sft.train.strategy import check_strategy, strategy_name, strategy_named, strategy_of
 from apollo_sft.train.weights import check_as_built, check_filled, check_read, other_dtypes, set_dtypes
 from apollo_sft.types import Growth
+
+if TYPE_CHECKING:
+    from apollo_sft.parallel.ulysses import Ulysses
 
 
 def assemble(
@@ -39,21 +41,23 @@ def assemble(
     """
     check_strategy(config, world)
     precision = resolve_precision(config.model, world.device.type == "cuda")
-    strategy = STRATEGIES[strategy_name(config, world)]
+    strategy = strategy_named(strategy_name(config, world))
     kernel, why = attention.choose_kernel(config.model.attn_implementation, world.device)
     say(why)
     attention.register(attention.sdpa_kernel)  # the proof runs on the CPU
     trust = config.model.trust_remote_code
-    adapter = lora.lora_config(config.model, config.model.partial_pretrain)
+    adapter = adapter_config(config.model, config.model.partial_pretrain)
     stored = stored_dtype(config, world, adapter is not None)
     source, dtypes = None, {}
     if world.is_main:
         check = partial(_check_weights, folder=folder, trust_remote_code=trust)
         read = load.load_with_weights(folder, hf_config, stored, trust, growth, check)
         dtypes = other_dtypes(read, stored)
-        source = SftModel(four_bit.quantised(config.model, read, adapter, world.device))
+        source = SftModel(_quantised(config.model, read, adapter, world.device))
         prove(source, config.trainer.seed)
         if adapter is not None:
+            from apollo_sft.model import lora
+
             say(str(lora.inject(source.causal_lm, adapter, precision.master, config.model.lora_adapter_path)))
             source.attach_head()
     attention.register(kernel, exchange(mesh))
@@ -64,15 +68,37 @@ def assemble(
         built = load.build_on_meta(hf_config, stored, trust)
         if strategy.MIXES_DTYPES:
             set_dtypes(built, from_main(dtypes, world))
-        causal_lm = four_bit.quantised(config.model, built, adapter)
+        causal_lm = _quantised(config.model, built, adapter)
         if adapter is not None:
+            from apollo_sft.model import lora
+
             lora.inject(causal_lm, adapter, precision.master)
         model = laid_out(config, SftModel(causal_lm, mesh.sp_rank, mesh.sp_size), world, mesh)
         strategy.fill(model, source, world.device, offloads(config.model))
         check_filled(strategy.held(model), dict(strategy.outline(model).named_buffers()), source, mesh)
     if config.model.compile:
+        from apollo_sft.model.compiled_layers import compile_layers
+
         say(compile_layers(model.causal_lm))
     return model, optimizer_of(model, config)
+
+
+def adapter_config(model: ModelConfig, source: str) -> Any | None:
+    """Return PEFT's config of the adapter that is trained; None without one. Raises: ConfigError, as `lora_config`."""
+    if not trains_adapter(model):
+        return None
+    from apollo_sft.model.lora import lora_config
+
+    return lora_config(model, source)
+
+
+def _quantised(model: ModelConfig, causal_lm: Any, adapter: Any, device: torch.device | None = None) -> Any:
+    """Return the model with its frozen linear modules in 4 bits, where the config asks for that."""
+    if not model.load_in_4bit:
+        return causal_lm
+    from apollo_sft.model import four_bit
+
+    return four_bit.quantised(model, causal_lm, adapter, *(() if device is None else (device,)))
 
 
 def _check_weights(loaded: Any, folder: Path, trust_remote_code: bool) -> None:
@@ -84,7 +110,9 @@ def _check_weights(loaded: Any, folder: Path, trust_remote_code: bool) -> None:
 def stored_dtype(config: SftConfig, world: World, adapted: bool) -> torch.dtype:
     """Of the weights that are read: frozen ones are kept as the forward needs them, where the strategy can."""
     precision = resolve_precision(config.model, world.device.type == "cuda")
-    return precision.compute if adapted and STRATEGIES[strategy_name(config, world)].MIXES_DTYPES else precision.master
+    return (
+        precision.compute if adapted and strategy_named(strategy_name(config, world)).MIXES_DTYPES else precision.master
+    )
 
 
 def laid_out(config: SftConfig, model: SftModel, world: World, mesh: Mesh) -> SftModel:
@@ -93,12 +121,14 @@ def laid_out(config: SftConfig, model: SftModel, world: World, mesh: Mesh) -> Sf
     Raises: ConfigError when the modules to shard are not there.
     """
     if config.model.use_liger and world.device.type == "cuda":  # not where a step is only counted
+        from apollo_sft.model import liger
+
         liger.apply(model.causal_lm)
     _enable_checkpointing(model, config.model)
     if mesh.shard is not None:
         precision = resolve_precision(config.model, world.device.type == "cuda")
         name, spec = strategy_name(config, world), _shard_spec(model, config.model, precision)
-        model = STRATEGIES[name].shard(model, mesh.shard, spec, _own_head(model))
+        model = strategy_named(name).shard(model, mesh.shard, spec, _own_head(model))
         model.strategy = name
     model.reduces_once = config.model.fsdp_config.use_no_sync_for_gradient_accumulation
     return model
@@ -118,8 +148,12 @@ def needs_group(config: SftConfig, on_cuda: bool) -> bool:
 
 
 def exchange(mesh: Mesh) -> Ulysses | None:
-    """What attention does between ranks that share a sequence."""
-    return None if mesh.sp_group is None else Ulysses(mesh.sp_group, mesh.sp_rank, mesh.sp_size)
+    """Return what attention does between ranks that share a sequence; None where each rank has its own."""
+    if mesh.sp_group is None:
+        return None
+    from apollo_sft.parallel.ulysses import Ulysses
+
+    return Ulysses(mesh.sp_group, mesh.sp_rank, mesh.sp_size)
 
 
 def _enable_checkpointing(model: SftModel, config: ModelConfig) -> None:

@@ -8,53 +8,55 @@ from typing import Any
 from apollo_sft.checkpoint.disk import free_bytes
 from apollo_sft.checkpoint.model_folder.conversion import plan_export
 from apollo_sft.checkpoint.model_folder.tensor_files import num_bytes, safe_path
+from apollo_sft.checkpoint.model_folder.write import ADAPTER_FILE
 from apollo_sft.checkpoint.publish import read_json
 from apollo_sft.checkpoint.run_folder.resume import whole_checkpoints
 from apollo_sft.checkpoint.run_folder.state import num_bytes as checkpoint_bytes
-from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.schema import ModelConfig, SftConfig
+from apollo_sft.config.values import trains_adapter
 from apollo_sft.errors import ConfigError
-from apollo_sft.model import attention, liger
+from apollo_sft.model import attention
 from apollo_sft.model.load import build_on_meta
-from apollo_sft.model.lora import ADAPTER_FILE, check_adapter_file, check_groups, inject, lora_config
 from apollo_sft.report.log import say
 from apollo_sft.train.base_model import about_the_base, check_copied, in_words, no_weights, open_base
 from apollo_sft.train.optim.build import build_optimizer, state_bytes
 from apollo_sft.train.precision import DTYPES
-from apollo_sft.types import Growth
+from apollo_sft.types import BaseModel, Growth
 
 
 def check_model(config: SftConfig) -> dict[str, Any]:
-    """Build the model without memory and hold it against its files and the disk: what would else fail much later.
+    """Build the model without memory and compare it with its files and the disk: what would else fail much later.
 
     Returns what run.json says of the base's folder: what is carried over, written as it is, left out.
     Raises: ModelError, ConfigError.
     """
+    model = config.model
     base, hf_config = open_base(config)
-    liger.check_family(config.model, hf_config.model_type)
+    if model.use_liger:
+        from apollo_sft.model.liger import check_family
+
+        check_family(model, hf_config.model_type)
     if not base.tensors:
         raise no_weights(base.folder)
+
     attention.register(attention.sdpa_kernel)  # its name must be known; nothing runs
-    master = DTYPES[config.model.fsdp_config.model_dtype]
-    causal_lm = build_on_meta(hf_config, master, config.model.trust_remote_code)
-    adapter = config.model.lora_adapter_path
+    causal_lm = build_on_meta(hf_config, DTYPES[model.fsdp_config.model_dtype], model.trust_remote_code)
     with about_the_base():
         if (base.folder / "generation_config.json").is_file():
             read_json(base.folder / "generation_config.json")
         plan = plan_export(causal_lm, base, config.trainer.export_dtype)
         _check_layer_names(config, causal_lm)
-        for name in (ADAPTER_FILE, "adapter_config.json") if adapter is not None else ():
-            safe_path(Path(str(adapter)), name, config.model.follow_links)
+        if model.lora_adapter_path is not None:
+            for name in (ADAPTER_FILE, "adapter_config.json"):
+                safe_path(Path(model.lora_adapter_path), name, model.follow_links)
     check_copied(base, plan.copied)
-    wanted = lora_config(config.model, base.source)
-    if wanted is not None and base.growth is not None:
-        raise _adapter_on_grown(base.growth)
-    if wanted is not None:
-        inject(causal_lm, wanted, master)
-        check_groups(causal_lm, config.model)
-    if adapter is not None:
-        check_adapter_file(causal_lm, adapter)
-    files_bytes = sum((base.folder / name).stat().st_size for name in base.carried)
-    _check_disk(config, causal_lm, sum(map(num_bytes, plan.tensors.values())) + files_bytes, wanted is not None)
+    if trains_adapter(model):
+        _check_adapter(model, base, causal_lm)
+
+    file_bytes = sum((base.folder / name).stat().st_size for name in base.carried)
+    model_bytes = sum(map(num_bytes, plan.tensors.values())) + file_bytes
+    _check_disk(config, causal_lm, model_bytes, trains_adapter(model))
+
     for line in in_words(base, plan.copied, config.trainer.export != "adapter"):
         say(line)
     files = {"carried_files": base.carried, "files_left_out": base.left_out}
@@ -80,6 +82,19 @@ def _check_disk(config: SftConfig, causal_lm: Any, model_bytes: int, is_lora: bo
             fix="make room, choose another trainer.default_local_dir, or leave hf_model out of "
             "trainer.checkpoint.save_contents",
         )
+
+
+def _check_adapter(model: ModelConfig, base: BaseModel, causal_lm: Any) -> None:
+    """Put the adapters into a model without memory. Raises: ConfigError, ModelError when they do not fit."""
+    from apollo_sft.model.lora import check_adapter_file, check_groups, inject, lora_config
+
+    wanted = lora_config(model, base.source)
+    if base.growth is not None:
+        raise _adapter_on_grown(base.growth)
+    inject(causal_lm, wanted, DTYPES[model.fsdp_config.model_dtype])
+    check_groups(causal_lm, model)
+    if model.lora_adapter_path is not None:
+        check_adapter_file(causal_lm, model.lora_adapter_path)
 
 
 def _adapter_on_grown(growth: Growth) -> ConfigError:

@@ -15,7 +15,6 @@ from apollo_sft.report.sinks import check_backends
 from apollo_sft.train.announce import config_text
 from apollo_sft.train.signals import StopFlag
 from apollo_sft.train.start_checks import check_world
-from apollo_sft.train.upload import check_destination, upload
 
 
 def claim_folder(
@@ -28,7 +27,10 @@ def claim_folder(
     """
     trainer = config.trainer
     check_backends(trainer.logger)
-    check_destination(trainer)
+    if trainer.default_hdfs_dir is not None:
+        from apollo_sft.train.upload import check_destination
+
+        check_destination(trainer)
     check_world(config, world, overridden)
 
     try:
@@ -41,7 +43,10 @@ def claim_folder(
             say,
         )
     except AlreadyDone:
-        upload(trainer)
+        if trainer.default_hdfs_dir is not None:
+            from apollo_sft.train.upload import upload
+
+            upload(trainer)
         raise
 
     # From here on run.json has to say how the run ended: a signal waits until somebody is there to write that.

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from apollo_sft.checkpoint.model_folder.rounding import cast
 from apollo_sft.checkpoint.model_folder.write import (
-    AdapterFolder,
     AdapterForm,
     ExportOptions,
     ModelForm,
     model_form,
-    save_adapter,
     save_model,
 )
 from apollo_sft.checkpoint.run_folder.folder import RunFolder
 from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.values import trains_adapter
 from apollo_sft.data.render.template import ChatTemplate, is_own
-from apollo_sft.model.lora import adapter_tensors, lora_config, merge, saved_config, trained
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World
 from apollo_sft.report.console import clock
 from apollo_sft.report.log import say
 from apollo_sft.report.metrics import losses_by_name
-from apollo_sft.train.merged import check_merged, live_loss, probe_of
-from apollo_sft.train.precision import resolve_precision
 from apollo_sft.train.prepare_run import Prepared
 from apollo_sft.train.reporter import Reporter
 from apollo_sft.train.strategy import strategy_of
@@ -46,25 +40,14 @@ def export(config: SftConfig, prepared: Prepared, model: SftModel, folder: RunFo
     """
     root = folder.root if folder is not None else prepared.base.folder
     say("writing the model")
-    adapter = lora_config(config.model, prepared.base.source)
-    check = None if adapter is None else _merged_check(config, prepared, model, world)
+    if trains_adapter(config.model):
+        from apollo_sft.train.finish_adapter import export_adapter
+
+        export_adapter(config, prepared, model, root, world)
+        return
+
     model = strategy_of(model).by_rows(model)
-    options = export_options(config, prepared)
-    if adapter is not None:
-        written = AdapterFolder(saved_config(model.causal_lm), prepared.base, options)
-        save_adapter(adapter_tensors(model.causal_lm), written, root, model, world.is_main)
-        if config.trainer.export == "adapter":
-            return
-        merge(model.causal_lm, cast)
-    save_model(model.causal_lm, prepared.base, root, options, world.is_main, check)
-
-
-def _merged_check(config: SftConfig, prepared: Prepared, model: SftModel, world: World) -> Callable[[Path], None]:
-    """What is asked of the merged model before it is visible. Collective: all ranks compute what it must say."""
-    probe = probe_of(prepared.train)
-    live = live_loss(model, probe, world)
-    computed = resolve_precision(config.model, world.device.type == "cuda").compute
-    return lambda written: check_merged(written, probe, live, computed, config.model.trust_remote_code)
+    save_model(model.causal_lm, prepared.base, root, export_options(config, prepared), world.is_main)
 
 
 def export_options(config: SftConfig, prepared: Prepared) -> ExportOptions:
@@ -82,16 +65,15 @@ def options_of(config: SftConfig, tokenizer: Any, template: ChatTemplate, stops:
 
 
 def hf_form(config: SftConfig, prepared: Prepared, causal_lm: Any) -> ModelForm | AdapterForm | None:
-    """How checkpoints make `hf/`, or None when they do not. `causal_lm`: live, or on meta to know sizes only."""
+    """Return how checkpoints make `hf/`, or None when they do not. `causal_lm`: live, or on meta to know sizes only."""
     if "hf_model" not in config.trainer.checkpoint.save_contents:
         return None
-    adapter, options = lora_config(config.model, prepared.base.source), export_options(config, prepared)
-    if adapter is None:
-        return model_form(causal_lm, IN_CHECKPOINT, prepared.base, options)
-    found = list(trained(causal_lm))
-    names = {in_file: f"{IN_CHECKPOINT}{name}" for in_file, name, _ in found}
-    written = AdapterFolder(saved_config(causal_lm), prepared.base, options)
-    return AdapterForm(names, written, sum(p.numel() * p.element_size() for *_, p in found))
+    options = export_options(config, prepared)
+    if trains_adapter(config.model):
+        from apollo_sft.train.finish_adapter import adapter_form
+
+        return adapter_form(prepared, causal_lm, IN_CHECKPOINT, options)
+    return model_form(causal_lm, IN_CHECKPOINT, prepared.base, options)
 
 
 def summary(reporter: Reporter, config: SftConfig, stages: Mapping[str, float]) -> str:

@@ -119,8 +119,9 @@ def _asking(text: Sequence[int]) -> Sample:
 
 def generations_of(config: SftConfig, prepared: Prepared, world: World) -> Generations:
     """Those of `trainer.generate_samples`, from the first validation rows."""
-    number = config.trainer.generate_samples
-    prompts = first_prompts(prepared.val, prepared.tokenizer, number) if prepared.val is not None and number else []
+    prompts: list[Prompt] = []
+    if prepared.val is not None:
+        prompts = first_prompts(prepared.val, prepared.tokenizer, config.trainer.generate_samples)
     stops = frozenset(end_tokens(prepared.base, prepared.train.summary.stop_tokens))
     return Generations(prompts, prepared.tokenizer, stops, world, position_limit(prepared.hf_config))
 

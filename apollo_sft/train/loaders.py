@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.batch.loader import Loader
-from apollo_sft.data.batch.mixture import Mixture
 from apollo_sft.data.batch.plan import PlanSpec, attention_cost
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import Mesh, build_mesh
 from apollo_sft.train.prepare_run import Prepared
+
+if TYPE_CHECKING:
+    from apollo_sft.data.batch.mixture import Mixture
 
 
 def plan_spec(config: SftConfig, mesh: Mesh, hf_config: Any, sources: Mixture | None = None) -> PlanSpec:

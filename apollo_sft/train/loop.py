@@ -27,7 +27,7 @@ def run_loop(run: Run, stop: StopFlag, first_step: int) -> None:
         run.reporter.record({"step": 0} | validation)
     clip = run.config.optim.clip_grad
     for batch in run.meter.batches(run.train.batches(range(first_step, run.schedule.total_steps))):
-        run.pulse.step_ended()
+        run.step_ended()
         rate = run.schedule.rate(batch.step)
         for group in run.optimizer.param_groups:
             group["lr"] = rate

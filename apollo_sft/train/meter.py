@@ -7,19 +7,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from apollo_sft.checkpoint.run_folder.folder import RunFolder
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.batch.loader import StepBatch
-from apollo_sft.model.flops import Cost, cost_of
 from apollo_sft.parallel.launch import World
 from apollo_sft.report.log import say
 from apollo_sft.report.metrics import Record, StepFacts, source_record, train_record
 from apollo_sft.train.precision import resolve_precision
 from apollo_sft.train.step import StepResult
+
+if TYPE_CHECKING:
+    from apollo_sft.model.flops import Cost
 
 BF16_PEAKS = {
     "H100 PCIe": 756e12,
@@ -162,4 +164,6 @@ def meter_of(config: SftConfig, causal_lm: Any, world: World, steps_per_epoch: i
         profile = Profile(first, last, folder.root / "profile")
     if peak is None or not world.is_main:
         return Meter(steps_per_epoch, profile=profile)
+    from apollo_sft.model.flops import cost_of
+
     return Meter(steps_per_epoch, cost_of(causal_lm), peak * world.size, profile)

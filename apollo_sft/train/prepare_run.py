@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from apollo_sft.checkpoint.model_folder.tokenizer_files import end_token, rehearse
 from apollo_sft.config.schema import SftConfig, Source
 from apollo_sft.config.sources import Entries, named, own_paths, paths_of
-from apollo_sft.data.batch.mixture import Mixture, Part, mixture
 from apollo_sft.data.read.files import expand_paths, shown
 from apollo_sft.data.render.template import ChatTemplate, is_own
 from apollo_sft.data.render.tokens import fit_template
@@ -21,6 +20,9 @@ from apollo_sft.model.load import check_longest
 from apollo_sft.report.log import say
 from apollo_sft.train.base_model import about_the_base, load_tokenizer, open_base
 from apollo_sft.types import BaseModel, Growth
+
+if TYPE_CHECKING:
+    from apollo_sft.data.batch.mixture import Mixture
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +124,14 @@ def _source_of_files(entries: Entries, key: str) -> dict[str, int]:
 
 def _mixture(store: SampleStore, entries: Entries, of_files: dict[str, int], key: str) -> Mixture | None:
     """What the entries ask of the samples in the store, where they have names. Raises: DataError as `mixture`."""
+    if not any(named(entries)):
+        return None
+    from apollo_sft.data.batch.mixture import Part, mixture
+
     parts = [
         Part(name, entry.weight, entry.max_samples) if isinstance(entry, Source) else Part(name)
         for name, entry in named(entries).items()
     ]
-    if not parts:
-        return None
     of_file = np.bincount(store.sources, minlength=len(store.summary.files))
     sizes = [0] * len(parts)
     for file, count in zip(store.summary.files, of_file.tolist(), strict=True):

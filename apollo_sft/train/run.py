@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from apollo_sft.checkpoint.run_folder.folder import RunFolder
 from apollo_sft.config.compose import recorded
 from apollo_sft.config.schema import SftConfig
-from apollo_sft.errors import TrainingError
+from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.place import read_place
-from apollo_sft.parallel.pulse import Pulse
-from apollo_sft.report.log import say, setup_logging, warn
+from apollo_sft.report.log import say, setup_logging
 from apollo_sft.train.announce import announce
 from apollo_sft.train.assemble import assemble, needs_group
 from apollo_sft.train.check_model import check_model
 from apollo_sft.train.checkpoints import Checkpoints
 from apollo_sft.train.claim import claim_folder
 from apollo_sft.train.finish import export, hf_form, summary
-from apollo_sft.train.generations import generations_of
 from apollo_sft.train.loaders import lay_out
 from apollo_sft.train.loop import run_loop
 from apollo_sft.train.meter import meter_of
 from apollo_sft.train.optim.build import schedule_of
-from apollo_sft.train.prepare_run import prepare
+from apollo_sft.train.prepare_run import Prepared, prepare
 from apollo_sft.train.process import load_external_lib, make_deterministic, seed_everything
 from apollo_sft.train.reporter import open_reporter
 from apollo_sft.train.run_state import Run
@@ -35,7 +33,9 @@ from apollo_sft.train.signals import StopFlag
 from apollo_sft.train.stages import Stages
 from apollo_sft.train.start_checks import check_shared, contents_of, start_of
 from apollo_sft.train.strategy import strategy_of
-from apollo_sft.train.upload import upload
+
+if TYPE_CHECKING:
+    from apollo_sft.train.generations import Generations
 
 CHECKPOINT_KEPT = "its last checkpoint holds all steps"
 MODEL_KEPT = "the model is whole in the run folder, and the same command uploads it"
@@ -54,16 +54,13 @@ def train(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str]
     stages.on_all("setting up the process", set_up_process, config)
     on_cuda = trainer.device != "cpu" and torch.cuda.is_available()
 
-    def end_at_once(found: str) -> None:
-        stop.end_now("failed", TrainingError.exit_code, found)
-
     with (
         stages.process_group(trainer.device, needs_group(config, on_cuda), seconds) as world,
         # Half: when a rank stands still it is named before the others give up waiting for it.
-        Pulse(world, seconds / 2, lost=end_at_once, stuck=warn) as pulse,
+        stages.heartbeat(seconds / 2) as step_ended,
         stages.run_folder(partial(claim_folder, config, overridden, notes, world, stop)) as folder,
     ):
-        run_stages(config, stages, folder, stop, pulse)
+        run_stages(config, stages, folder, stop, step_ended)
 
 
 def set_up_process(config: SftConfig) -> None:
@@ -80,8 +77,10 @@ def set_up_process(config: SftConfig) -> None:
         say(f"waiting at {place.variables['MASTER_ADDR']} for the {place.size} processes of {place.starter}")
 
 
-def run_stages(config: SftConfig, stages: Stages, folder: RunFolder | None, stop: StopFlag, pulse: Pulse) -> None:
-    """Check, prepare, train, write the model. `folder` is None off rank 0."""
+def run_stages(
+    config: SftConfig, stages: Stages, folder: RunFolder | None, stop: StopFlag, step_ended: Callable[[], object]
+) -> None:
+    """Check, prepare, train, write the model. `folder`: None off rank 0. `step_ended`: called after each step."""
     world = stages.world
     trainer = config.trainer
 
@@ -123,9 +122,9 @@ def run_stages(config: SftConfig, stages: Stages, folder: RunFolder | None, stop
             config=config,
             checkpoints=checkpoints,
             reporter=reporter,
-            pulse=pulse,
+            step_ended=step_ended,
             meter=meter_of(config, outline, world, train_loader.steps_per_epoch, folder),
-            generations=generations_of(config, prepared, world),
+            generations=_generations(config, prepared, world),
         )
         run_loop(run, stop, first_step)
 
@@ -134,6 +133,17 @@ def run_stages(config: SftConfig, stages: Stages, folder: RunFolder | None, stop
     stages.model_is_written()
 
     if trainer.default_hdfs_dir is not None:
+        from apollo_sft.train.upload import upload
+
         stages.record({"uploaded": False})
         stages.on_main("uploading the model", upload, trainer, kept=MODEL_KEPT)
         stages.record({"uploaded": True})
+
+
+def _generations(config: SftConfig, prepared: Prepared, world: World) -> Generations | None:
+    """Return what `trainer.generate_samples` asks for; None where it asks for nothing."""
+    if not config.trainer.generate_samples:
+        return None
+    from apollo_sft.train.generations import generations_of
+
+    return generations_of(config, prepared, world)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch.optim import Optimizer
 
@@ -10,12 +12,13 @@ from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.batch.loader import Loader
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World
-from apollo_sft.parallel.pulse import Pulse
 from apollo_sft.train.checkpoints import Checkpoints
-from apollo_sft.train.generations import Generations
 from apollo_sft.train.meter import Meter
 from apollo_sft.train.optim.build import Schedule
 from apollo_sft.train.reporter import Reporter
+
+if TYPE_CHECKING:
+    from apollo_sft.train.generations import Generations
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +34,9 @@ class Run:
     config: SftConfig
     checkpoints: Checkpoints
     reporter: Reporter
-    pulse: Pulse
+    step_ended: Callable[[], object]
     meter: Meter
-    generations: Generations
+    generations: Generations | None
 
     def validates_after(self, step: int) -> bool:
         """Whether validation follows step `step` (from 0)."""

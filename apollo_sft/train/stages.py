@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from apollo_sft.checkpoint.disk import explained
 from apollo_sft.checkpoint.run_folder.folder import RunFolder, Status, status_of
-from apollo_sft.errors import AlreadyDone, ApolloError, Preempted, Stopped
+from apollo_sft.errors import AlreadyDone, ApolloError, Preempted, Stopped, TrainingError
 from apollo_sft.parallel import consensus, launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.report.log import warn
@@ -66,6 +66,20 @@ class Stages:
 
         gc.collect()  # frees what holds sub-groups, which must be gone before the group itself
         launch.stop()
+
+    @contextmanager
+    def heartbeat(self, limit_seconds: float) -> Iterator[Callable[[], object]]:
+        """Watch over the other ranks, and end this one when another is lost. Gives what is called after each step."""
+        if self.world.size == 1:
+            yield ignore
+            return
+        from apollo_sft.parallel.pulse import Pulse
+
+        def end_at_once(found: str) -> None:
+            self._stop.end_now("failed", TrainingError.exit_code, found)
+
+        with Pulse(self.world, limit_seconds, lost=end_at_once, stuck=warn) as pulse:
+            yield pulse.step_ended
 
     @contextmanager
     def run_folder(self, claim: Callable[[], RunFolder]) -> Iterator[RunFolder | None]:

@@ -11,24 +11,15 @@ from typing import Any
 
 from apollo_sft.checkpoint.run_folder.folder import RunFolder, sees_probe, versions
 from apollo_sft.config.overrides import leaves
-from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.schema import KEYS, SftConfig
 from apollo_sft.errors import ConfigError, TopologyError
-from apollo_sft.model import four_bit, liger
 from apollo_sft.parallel.consensus import collect_objections, named, object_to
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import check_mesh
 from apollo_sft.train.prepare_run import Prepared
 from apollo_sft.train.strategy import check_strategy
 
-OF_A_HOST = (
-    "trainer.default_local_dir",
-    "data.store_dir",
-    "data.train_files",
-    "data.val_files",
-    "data.custom_cls.path",
-    "model.partial_pretrain",
-    "model.lora_adapter_path",
-)
+OF_A_HOST = frozenset(name for name, key in KEYS.items() if key.per_host)
 """Where things lie may differ. What lies there may not: run folder, tokens and model are compared as such."""
 
 
@@ -42,8 +33,14 @@ def check_world(config: SftConfig, world: World, overridden: Mapping[str, Any]) 
     """
     check_mesh(world.size, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
     check_strategy(config, world)
-    four_bit.check(config.model, world.device)
-    liger.check(config.model, world.device)
+    if config.model.load_in_4bit:
+        from apollo_sft.model import four_bit
+
+        four_bit.check(config.model, world.device)
+    if config.model.use_liger:
+        from apollo_sft.model import liger
+
+        liger.check(config.model, world.device)
     nnodes, per_node = config.trainer.nnodes, config.trainer.n_gpus_per_node
     if nnodes != world.num_hosts and "trainer.nnodes" in overridden:
         raise TopologyError(

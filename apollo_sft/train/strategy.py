@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from apollo_sft.config.schema import SftConfig
-from apollo_sft.model.compiled_layers import check_compile
 from apollo_sft.model.sft_model import SftModel
-from apollo_sft.parallel import fsdp1, fsdp2
 from apollo_sft.parallel.fsdp2 import ShardSpec
 from apollo_sft.parallel.launch import World
 from apollo_sft.train.optim.build import check_optimizer
@@ -41,21 +40,29 @@ class Strategy(Protocol):
     def take_rows(self, model: nn.Module, optimizer: Optimizer, rows: nn.Module, rows_optimizer: Optimizer) -> None: ...
 
 
-STRATEGIES: dict[str, Strategy] = {"fsdp2": fsdp2, "fsdp": fsdp1}
+MODULES = {"fsdp2": "apollo_sft.parallel.fsdp2", "fsdp": "apollo_sft.parallel.fsdp1"}
+"""`model.strategy` -> the module that does it, loaded when it is asked for."""
+
+
+def strategy_named(name: str) -> Strategy:
+    """Return the functions of a strategy by the name that `model.strategy` has."""
+    return cast(Strategy, importlib.import_module(MODULES[name]))
 
 
 def strategy_of(model: SftModel) -> Strategy:
-    """Its functions do nothing to a model that is not sharded."""
-    return STRATEGIES[model.strategy]
+    """Return the functions of the strategy that shards a model. They do nothing to one that is not sharded."""
+    return strategy_named(model.strategy)
 
 
 def check_strategy(config: SftConfig, world: World) -> None:
     """Raises: ConfigError when the strategy cannot train exactly what is asked for."""
     fsdp, precision = config.model.fsdp_config, resolve_precision(config.model, world.device.type == "cuda")
     reduces_once, name = fsdp.use_no_sync_for_gradient_accumulation, strategy_name(config, world)
-    STRATEGIES[name].check(fsdp.fsdp_size, precision.compute, reduces_once)
+    strategy_named(name).check(fsdp.fsdp_size, precision.compute, reduces_once)
     check_optimizer(config.optim, name)
     if config.model.compile:
+        from apollo_sft.model.compiled_layers import check_compile
+
         check_compile(world.device, name)
 
 

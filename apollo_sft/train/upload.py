@@ -16,7 +16,8 @@ from typing import Any
 from apollo_sft.checkpoint import publish
 from apollo_sft.config.checks import without_file_scheme
 from apollo_sft.config.schema import TrainerConfig
-from apollo_sft.data.read.files import cause, filesystem, is_remote, shown
+from apollo_sft.data.read.files import cause, is_remote, shown
+from apollo_sft.data.read.remote import filesystem
 from apollo_sft.errors import ConfigError, DataError, UploadError
 from apollo_sft.report.log import say
 

@@ -33,7 +33,8 @@ def validation_record(run: Run, stop: StopFlag, step: int) -> Record | None:
     found = evaluate(run.model, run.val, run.world, stopped)
     if found is None:
         return None
-    run.reporter.replies(step, run.generations.replies(run.model, stopped))
+    if run.generations is not None:
+        run.reporter.replies(step, run.generations.replies(run.model, stopped))
     loss, targets, of_sets = found
     return val_record(loss, targets) | of_sets
 

@@ -14,11 +14,12 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 6
 MAX_NESTING = 3
-MAX_REACHED_FILES = 96
-MAX_REACHED_CODE_LINES = 11720
+MAX_REACHED_FILES = 102
+MAX_REACHED_CODE_LINES = 11955
 """Raised for the folder that is handed over: files of the base, forms of tokenizer and config, checks of what was read;
 for what adapters leave out; and for the imports of six modules that were split off (redact, strategy, loaders,
-run_state, values, host_memory). The next change of this file replaces both numbers by a ledger of features."""
+run_state, values, host_memory); for the schema in seven files, with defaults, examples and what a change changes beside
+each key. The next change of this file replaces both numbers by a ledger of features."""
 NEWCOMER = ("__main__.py", "train/assemble.py", "train/loop.py", "train/step.py", "data/render/render.py")
 MAX_NEWCOMER_LINES = 900
 ACCEPTED = {

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from apollo_sft.data.store.build import ROWS_OF_A_PROCESS, num_processes
 from apollo_sft.data.store.store_files import SampleStore
-from apollo_sft.data.store.workers import ROWS_OF_A_PROCESS, num_processes
 from apollo_sft.errors import Preempted
 from tests.support.data import write_parquet
 from tests.support.processes import descendants, kill, ranks, wait_until_gone

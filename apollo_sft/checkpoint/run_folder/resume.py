@@ -14,7 +14,9 @@ import yaml
 
 from apollo_sft.checkpoint import publish
 from apollo_sft.config.compose import defaults
+from apollo_sft.config.keys import MODEL, NUMERICS, ORDER, TOKENS
 from apollo_sft.config.overrides import leaves
+from apollo_sft.config.schema import KEYS
 from apollo_sft.errors import CheckpointError, ConfigError
 
 STATE = "state.json"
@@ -23,61 +25,8 @@ PARTS = ("model", "optimizer", "extra")
 LATEST, BEST = "latest", "best"
 """Links beside the checkpoints."""
 NAME = re.compile(r"step_(\d{6,})")
-FREE = [
-    "trainer.default_local_dir",
-    "trainer.default_hdfs_dir",
-    "trainer.project_name",
-    "trainer.experiment_name",
-    "trainer.logger",
-    "trainer.log_freq",
-    "trainer.save_freq",
-    "trainer.test_freq",
-    "trainer.val_before_train",
-    "trainer.resume_mode",
-    "trainer.resume_from_path",
-    "trainer.resume_with_changes",
-    "trainer.save_best_on",
-    "trainer.early_stop_patience",
-    "trainer.max_ckpt_to_keep",
-    "trainer.checkpoint.",
-    "trainer.export",
-    "trainer.export_dtype",
-    "trainer.generate_samples",
-    "trainer.nnodes",
-    "trainer.n_gpus_per_node",
-    "trainer.collective_timeout_seconds",
-    "trainer.peak_tflops",
-    "trainer.profile_steps",
-    "trainer.deterministic",
-    "trainer.device",
-    "data.val_files",
-    "data.val_max_samples",
-    "data.store_dir",
-    "data.max_bad_ratio",
-    "data.train_files",
-    "data.micro_batch_size_per_gpu",
-    "data.use_dynamic_bsz",
-    "data.max_token_len_per_gpu",
-    "data.balance_dp_token",
-    "model.strategy",
-    "model.follow_links",
-    "model.enable_gradient_checkpointing",
-    "model.gradient_checkpointing_policy",
-    "model.attn_implementation",
-    "model.compile",
-    "model.fsdp_config.wrap_policy.",
-    "model.fsdp_config.cpu_offload",
-    "model.fsdp_config.offload_params",
-    "model.fsdp_config.fsdp_size",
-    "model.fsdp_config.reshard_after_forward",
-    "model.fsdp_config.use_no_sync_for_gradient_accumulation",
-    "ulysses_sequence_parallel_size",
-    "use_remove_padding",
-]
-"""Keys that change neither the samples of a step nor the model; a dot at the end means all below.
-
-Where the training data lie is free as well: their content is compared by the token store.
-"""
+COMPARED = TOKENS | ORDER | MODEL | NUMERICS
+"""What a run that goes on must keep: the samples of a step, the model and its updates. Layout and length may change."""
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
@@ -206,7 +155,7 @@ def check_same(
     then = {key: value for key, value in leaves(defaults()) if key in now} | then  # keys that came after that run
     changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     lines = {key: f"{key}: {then.get(key)} then, {now.get(key)} now" for key in changed}
-    grave = [lines[key] for key in changed if not _free(key)]
+    grave = [lines[key] for key in changed if not _is_free(key)]
     if grave and not allow_changes:
         raise ConfigError(
             f"{where} holds a run of another configuration",
@@ -219,5 +168,7 @@ def check_same(
         notes.append("changed since then: " + "; ".join(lines.values()))
 
 
-def _free(key: str) -> bool:
-    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)
+def _is_free(name: str) -> bool:
+    """Whether a run may go on with another value. What the schema does not know (any more) is not free."""
+    key = KEYS.get(name)
+    return key is not None and (key.by_content or not key.changes & COMPARED)

@@ -4,12 +4,17 @@ The plan is a function of the sample lengths, the spec and the step alone. Every
 whole data state of a run is the step, and resuming on another number of ranks needs nothing else.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from apollo_sft.data.batch.mixture import Mixture
 from apollo_sft.data.batch.permutation import Ids, shuffled
+
+if TYPE_CHECKING:
+    from apollo_sft.data.batch.mixture import Mixture
 
 
 @dataclass(frozen=True, slots=True)

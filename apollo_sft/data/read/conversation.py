@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any, NoReturn
 
 from apollo_sft.config.schema import DataConfig
-from apollo_sft.data.read.parquet import Columns, Row
+from apollo_sft.data.read.files import Columns, Row
 from apollo_sft.errors import DataError
 from apollo_sft.types import Conversation, Message, RowRef
 

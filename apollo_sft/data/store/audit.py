@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from apollo_sft.data.batch.mixture import Mixture
 from apollo_sft.data.store.store_files import SampleStore, StoreSummary
 from apollo_sft.types import IGNORE_INDEX, Sample
+
+if TYPE_CHECKING:
+    from apollo_sft.data.batch.mixture import Mixture
 
 TARGET_START, TARGET_END = "⟦", "⟧"
 GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from apollo_sft.data.read.custom import custom_rows
 from apollo_sft.data.read.files import shown
-from apollo_sft.data.read.parquet import num_rows
-from apollo_sft.data.store.bad_rows import refuse_bad, refuse_too_many_bad, without_rare
+from apollo_sft.data.read.rows import num_rows
 from apollo_sft.data.store.fingerprint import tokenizer_hash
 from apollo_sft.data.store.store_files import StoreSummary, StoreWriter
 from apollo_sft.data.store.tokenise import CHUNK_ROWS, Shard, StoreRequest, Stretch, Tokeniser, shard_rows
-from apollo_sft.data.store.workers import FEWEST_ROWS, MOST_ROWS, Done, Job, Progress, Workers, num_processes, take
 from apollo_sft.errors import DataError
+
+if TYPE_CHECKING:
+    from apollo_sft.data.store.workers import Done
 
 SAY_FIRST_SECONDS = 5.0
 SAY_LAST_SECONDS = 60.0
 SHARDS_OF_A_PROCESS = 4
+ROWS_OF_A_PROCESS = 20_000
+"""A process needs about as much CPU time to start as to tokenise so many short rows."""
+
+FEWEST_ROWS = 4096
+MOST_ROWS = 65_536
+"""Of a shard. A file may have to be read up to the first row of a shard, so shards are large."""
 
 Say = Callable[[str], None]
 
@@ -50,6 +59,8 @@ class Builder:
     def _tokenise(self) -> None:
         request, limit = self.request, self.request.max_rows
         if self.data.custom_cls.path is not None:  # one iterator of the user's, which no second process can share
+            from apollo_sft.data.read.custom import custom_rows
+
             rows = custom_rows(self.files, request.tokenizer, self.data, limit)
             self._count(Tokeniser(request).run(rows, self.writer))
             return
@@ -71,6 +82,8 @@ class Builder:
             self.progress.add(chunk.num_rows, next(iter(chunk.bad_texts.values()), None))
 
     def _share(self, parts: Sequence[Shard], processes: int) -> None:
+        from apollo_sft.data.store.workers import Job, Progress, Workers
+
         job = Job(self.request, self.files, self.folder, tokenizer_hash(self.request.tokenizer))
         with Workers(min(processes, len(parts)), job) as workers:
             for message in workers.results(parts):
@@ -80,13 +93,18 @@ class Builder:
                     self._take(message)
 
     def _take(self, done: Done) -> None:
+        from apollo_sft.data.store.workers import take
+
         take(done, self.writer)
         for chunk in done.chunks:
             self._add(chunk)
 
     def _add(self, chunk: StoreSummary) -> None:
         self.summary.add(chunk)
-        without_rare(self.summary)
+        if self.summary.bad:
+            from apollo_sft.data.store.bad_rows import without_rare
+
+            without_rare(self.summary)
 
     def _refuse(self) -> None:
         summary, total = self.summary, self.progress.total
@@ -97,12 +115,18 @@ class Builder:
                 fix="the same command again, when nobody writes them",
             )
         summary.stop_tokens = dict(sorted(summary.stop_tokens.items(), key=lambda item: -item[1]))
-        if self.data.bad_rows == "error":
-            refuse_bad(summary, self.request.files_key)
-        elif not summary.num_targets:
-            refuse_too_many_bad(summary, self.request.files_key, self.data.max_bad_ratio)
+        if summary.rows_bad:
+            self._refuse_bad()
         self._refuse_over_length()
         self._refuse_no_target()
+
+    def _refuse_bad(self) -> None:
+        from apollo_sft.data.store.bad_rows import refuse_bad, refuse_too_many_bad
+
+        if self.data.bad_rows == "error":
+            refuse_bad(self.summary, self.request.files_key)
+        elif not self.summary.num_targets:
+            refuse_too_many_bad(self.summary, self.request.files_key, self.data.max_bad_ratio)
 
     def _refuse_over_length(self) -> None:
         summary, data = self.summary, self.data
@@ -159,6 +183,23 @@ class _Told:
         seconds = max(time.monotonic() - self.start, 1e-9)
         rate = f"{self.done / seconds:,.0f} rows/s"
         self.say(f"tokenised {self.done:,} {self.split} rows in {seconds:.1f} s, {rate}")
+
+
+def num_processes(num_rows: int) -> int:
+    """One for each core that this process may use, if there are rows for so many."""
+    return max(1, min(num_cores(), num_rows // ROWS_OF_A_PROCESS))
+
+
+def num_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Of the cores that this process may run on, as many as its container gives it time for.
+
+    Source: cpu.max in docs.kernel.org/admin-guide/cgroup-v2.html.
+    """
+    cores = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):
+        most, period = quota.read_text(encoding="ascii").split()
+        cores = min(cores, max(1, int(most) // int(period)))
+    return cores
 
 
 def progress(done: int, total: int | None, rate: float) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 import tokenizers
 import transformers
 
+from apollo_sft.config.keys import TOKENS, Section, keys_in
 from apollo_sft.config.schema import DataConfig
-from apollo_sft.data.read.files import is_remote, remote_hash, shown
+from apollo_sft.data.read.files import is_remote, shown
 from apollo_sft.data.render.template import ChatTemplate
 from apollo_sft.errors import DataError
 
@@ -23,29 +24,11 @@ FORMAT = 4
 SETTLED_SECONDS = 2.0
 """A younger file may still change within one tick of the clock that stamps files, so its hash is not remembered."""
 
-CONTENT_KEYS = (
-    "prompt_key",
-    "response_key",
-    "prompt_dict_keys",
-    "response_dict_keys",
-    "max_length",
-    "truncation",
-    "apply_chat_template_kwargs",
-    "template_date",
-    "history",
-    "train_on",
-    "train_key",
-    "special_tokens_in_content",
-    "bad_rows",
-)
-"""The `data` keys that change what is in a store, besides files, template and the multi-turn section."""
-
 
 def store_key(
     files: Sequence[str], max_rows: int, tokenizer: Any, template: ChatTemplate, data: DataConfig, hashes: Path
 ) -> str:
     """The key, 32 hexadecimal digits. `hashes` is a folder where hashes of unchanged files are remembered."""
-    multiturn = data.multiturn
     parts: dict[str, Any] = {
         "format": FORMAT,
         "versions": [transformers.__version__, tokenizers.__version__],
@@ -53,13 +36,19 @@ def store_key(
         "max_rows": max_rows,
         "tokenizer": tokenizer_hash(tokenizer),
         "template": [template.text, template.tool_text],
-        "data": {name: getattr(data, name) for name in CONTENT_KEYS},
-        "multiturn": [multiturn.enable, multiturn.messages_key, multiturn.tools_key, multiturn.enable_thinking_key],
+        "data": _values_of(data),
+        "multiturn": list(_values_of(data.multiturn).values()),
     }
     if data.custom_cls.path is not None:
         parts["custom_cls"] = [file_hash(Path(data.custom_cls.path), hashes), data.custom_cls.name]
     text = json.dumps(parts, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _values_of(section: Section) -> dict[str, Any]:
+    """Its keys that change tokens, and that no other part of the store's key speaks for."""
+    keys = keys_in(type(section)).items()
+    return {name: getattr(section, name) for name, key in keys if TOKENS in key.changes and key.stored_as is None}
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -75,7 +64,11 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 def content_hash(file: str, hashes: Path) -> str:
     """Of a file here or in a store on the network. Raises: DataError for a file that cannot be read."""
-    return remote_hash(file) if is_remote(file) else file_hash(Path(file), hashes)
+    if not is_remote(file):
+        return file_hash(Path(file), hashes)
+    from apollo_sft.data.read.remote import remote_hash
+
+    return remote_hash(file)
 
 
 def file_hash(path: Path, hashes: Path) -> str:

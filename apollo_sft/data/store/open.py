@@ -13,8 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from apollo_sft.data.read.parquet import expand_paths
-from apollo_sft.data.store.bad_rows import refuse_too_many_bad
+from apollo_sft.data.read.files import expand_paths
 from apollo_sft.data.store.build import Builder, Say
 from apollo_sft.data.store.fingerprint import store_key
 from apollo_sft.data.store.store_files import LAST_USED, SampleStore, StoreSummary
@@ -51,7 +50,9 @@ def prepare_store(request: StoreRequest, say: Say) -> SampleStore:
             expected="a folder that can be written" + (" with more room" if error.errno == errno.ENOSPC else ""),
             fix="data.store_dir=FOLDER",
         ) from error
-    if request.data.bad_rows == "skip":
+    if request.data.bad_rows == "skip" and store.summary.rows_bad:
+        from apollo_sft.data.store.bad_rows import refuse_too_many_bad
+
         refuse_too_many_bad(store.summary, request.files_key, request.data.max_bad_ratio)
     return store
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from apollo_sft.config.schema import DataConfig
 from apollo_sft.data.read.conversation import check_conversation, needed_columns, parse_row
-from apollo_sft.data.read.parquet import Row, try_rows
+from apollo_sft.data.read.files import Row
+from apollo_sft.data.read.rows import try_rows
 from apollo_sft.data.render.render import RenderCounts, Rendered, Renderer, truncate
 from apollo_sft.data.render.template import ChatTemplate
-from apollo_sft.data.store.bad_rows import count_bad
 from apollo_sft.data.store.store_files import NAMED_EXAMPLES, Rejected, StoreSummary, StoreWriter, count_targets
 from apollo_sft.errors import DataError
 from apollo_sft.types import Conversation, RowRef, Sample
@@ -152,6 +152,8 @@ class _Chunk:
 
     def _skip(self, ref: RowRef, error: DataError) -> None:
         self.summary.num_rows += 1
+        from apollo_sft.data.store.bad_rows import count_bad
+
         count_bad(self.summary, str(ref), error)
         self.writer.reject(Rejected(ref.file, ref.row, (), False, str(error), 0, 0))
         self._not_trained(ref)

@@ -16,7 +16,6 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -28,13 +27,8 @@ from apollo_sft.data.store.store_files import StoreSummary, StoreWriter
 from apollo_sft.data.store.tokenise import Shard, StoreRequest, Tokeniser, shard_rows
 from apollo_sft.errors import ApolloError
 
-ROWS_OF_A_PROCESS = 20_000
-"""A process needs about as much CPU time to start as to tokenise so many short rows."""
 AHEAD = 4
 """Shards for each process that may be begun before an earlier one is done: they wait on the disk."""
-FEWEST_ROWS = 4096
-MOST_ROWS = 65_536
-"""Of a shard. A file may have to be read up to the first row of a shard, so shards are large."""
 IMPORT_SERVE = "from apollo_sft.data.store.workers import serve"
 KEPT_FROM_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Signals to all processes of a terminal or a job: the one that is asked to stop ends the workers itself."""
@@ -65,23 +59,6 @@ class Done:
     index: int
     part: Path
     chunks: list[StoreSummary]
-
-
-def num_processes(num_rows: int) -> int:
-    """One for each core that this process may use, if there are rows for so many."""
-    return max(1, min(num_cores(), num_rows // ROWS_OF_A_PROCESS))
-
-
-def num_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Of the cores that this process may run on, as many as its container gives it time for.
-
-    Source: cpu.max in docs.kernel.org/admin-guide/cgroup-v2.html.
-    """
-    cores = len(os.sched_getaffinity(0))
-    with suppress(OSError, ValueError):
-        most, period = quota.read_text(encoding="ascii").split()
-        cores = min(cores, max(1, int(most) // int(period)))
-    return cores
 
 
 class Workers:

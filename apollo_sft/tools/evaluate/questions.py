@@ -18,7 +18,8 @@ from apollo_sft.checkpoint.run_folder.lookup import find_run, read_training
 from apollo_sft.config.compose import Composed
 from apollo_sft.config.schema import DataConfig
 from apollo_sft.data.read.conversation import needed_columns, parse_prompt, parse_row
-from apollo_sft.data.read.parquet import Columns, Row, read_rows
+from apollo_sft.data.read.files import Columns, Row
+from apollo_sft.data.read.rows import read_rows
 from apollo_sft.errors import ConfigError, DataError
 from apollo_sft.model.generate import (
     Reply,

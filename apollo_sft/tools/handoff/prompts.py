@@ -15,7 +15,7 @@ import numpy as np
 from apollo_sft.checkpoint import publish
 from apollo_sft.checkpoint.run_folder.lookup import trained_stops
 from apollo_sft.data.read.conversation import needed_columns, parse_row
-from apollo_sft.data.read.parquet import read_rows
+from apollo_sft.data.read.rows import read_rows
 from apollo_sft.data.render.render import Renderer
 from apollo_sft.data.render.sandbox import handed_over
 from apollo_sft.data.render.spans import Span, Text

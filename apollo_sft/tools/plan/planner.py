@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from apollo_sft.checkpoint.run_folder.state import num_bytes as checkpoint_bytes
-from apollo_sft.config.schema import FileSet, SftConfig, Source
+from apollo_sft.config.schema import NEUTRAL, FileSet, SftConfig, Source
 from apollo_sft.config.sources import own_paths
 from apollo_sft.config.values import value_of, with_values
 from apollo_sft.data.batch.plan import steps_per_epoch
-from apollo_sft.data.read.parquet import expand_paths, num_rows
+from apollo_sft.data.read.files import expand_paths
+from apollo_sft.data.read.rows import num_rows
 from apollo_sft.errors import DataError, ModelError
 from apollo_sft.model.flops import cost_of
 from apollo_sft.model.four_bit import num_bytes_read, num_weights
@@ -30,9 +31,10 @@ CHECKPOINTING = "model.enable_gradient_checkpointing"
 POLICY = "model.gradient_checkpointing_policy"
 SP = "ulysses_sequence_parallel_size"
 OFFLOAD = "model.fsdp_config.cpu_offload"
-LAYOUT = (SP, CHECKPOINTING, POLICY, OFFLOAD)
 MICRO = "data.micro_batch_size_per_gpu"
 CAP = "data.max_token_len_per_gpu"
+LAYOUT = tuple(name for name in NEUTRAL if name not in (MICRO, CAP))
+"""What the memory of a step depends on, besides the size of its micro-batches."""
 GRAIN = 256
 """Tokens by which a token cap is looked for."""
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.schema import NEUTRAL, SftConfig
 from apollo_sft.config.values import value_of
 
 STEPS = 2
@@ -22,22 +22,6 @@ ORACLE_FILE = "oracle.json"
 SP = "ulysses_sequence_parallel_size"
 MICRO = "data.micro_batch_size_per_gpu"
 HYBRID = "model.fsdp_config.fsdp_size"
-NEUTRAL: dict[str, Any] = {
-    SP: 1,
-    MICRO: 1,
-    HYBRID: -1,
-    "data.use_dynamic_bsz": False,
-    "data.max_token_len_per_gpu": None,
-    "data.balance_dp_token": False,
-    "model.strategy": "fsdp2",
-    "model.enable_gradient_checkpointing": False,
-    "model.gradient_checkpointing_policy": "full",
-    "model.fsdp_config.cpu_offload": False,
-    "model.fsdp_config.offload_params": False,
-    "model.fsdp_config.use_no_sync_for_gradient_accumulation": False,
-    "model.fsdp_config.reshard_after_forward": True,
-    "model.fsdp_config.wrap_policy.min_num_params": 0,
-}
 BALANCED = {"data.balance_dp_token": True}
 CHECKPOINTING = {"model.enable_gradient_checkpointing": True}
 SELECTIVE = {"model.gradient_checkpointing_policy": "selective"}

@@ -13,9 +13,6 @@ from torch.optim import AdamW, Optimizer
 
 from apollo_sft.config.schema import OptimConfig, TrainerConfig
 from apollo_sft.errors import ConfigError
-from apollo_sft.model.experts import wrapped
-from apollo_sft.train.optim.adamw_8bit import AdamW8bit, quantised_zeros
-from apollo_sft.train.optim.muon import Muon, Together
 
 
 def check_optimizer(optim: OptimConfig, strategy: str) -> None:
@@ -40,14 +37,21 @@ def build_optimizer(
     beta1, beta2 = optim.betas
     settings: dict[str, Any] = {"lr": optim.lr, "betas": (beta1, beta2)}
     if optim.name == "adamw_8bit":
+        from apollo_sft.train.optim.adamw_8bit import AdamW8bit
+
         return AdamW8bit(_groups(trainable, optim, num_dims), **settings)
     hidden = _hidden_matrices(model) if optim.name == "muon" else set()
     rest = _groups([p for p in trainable if p not in hidden], optim, num_dims)
+    if not hidden:
+        return AdamW(rest, fused=True, **settings)
+
+    from apollo_sft.train.optim.muon import Muon, Together
+
     parts: list[Optimizer] = [AdamW(rest, fused=True, **settings)] if rest else []
     matrices = [p for p in trainable if p in hidden]
     if matrices:
         parts.append(Muon([{"params": matrices, "weight_decay": optim.weight_decay}], lr=optim.lr))
-    return Together(parts) if hidden else parts[0]
+    return Together(parts)
 
 
 def _groups(
@@ -63,6 +67,8 @@ def _groups(
 def _hidden_matrices(model: Any) -> set[nn.Parameter]:
     """All but embeddings and the head, with what adapts them, whose rows are tokens; not the experts of a layer in one
     tensor of three dims, which torch's Muon does not take, nor what adapts those: small matrices one upon the other."""
+    from apollo_sft.model.experts import wrapped
+
     ends = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     ends += [model.get_input_embeddings(), model.get_output_embeddings(), *(outer for _, outer in wrapped(model))]
     outside = {p for module in ends for p in module.parameters()}
@@ -75,7 +81,12 @@ def new_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(parameter)}
     state = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device if "fused" in group else "cpu")}
     for name in ("exp_avg", "exp_avg_sq"):
-        state |= {name: torch.zeros_like(parameter)} if "fused" in group else quantised_zeros(parameter, name)
+        if "fused" in group:
+            state[name] = torch.zeros_like(parameter)
+        else:
+            from apollo_sft.train.optim.adamw_8bit import quantised_zeros
+
+            state |= quantised_zeros(parameter, name)
     return state
 
 

@@ -1,15 +1,21 @@
-"""sft_trainer.yaml is what users read: complete, commented, and the only place of a default."""
+"""sft_trainer.yaml is what users read: made from the schema, commented, and with the defaults of the page."""
 
 import re
-from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
 from omegaconf import OmegaConf
-from pydantic import BaseModel
 
-from apollo_sft.config.compose import YAML_PATH, known_keys
-from apollo_sft.config.schema import SftConfig
+from apollo_sft.config import compose as composing
+from apollo_sft.config.compose import YAML_PATH, compose, defaults
+from apollo_sft.config.keys import NOTHING, Key, Section, section_of
+from apollo_sft.config.schema import KEYS, SftConfig
+from apollo_sft.config.values import with_values
+from apollo_sft.config.yaml_text import entries, yaml_text
+from apollo_sft.errors import ConfigError
 
 PAGE = """
 data: {train_batch_size: 256, micro_batch_size_per_gpu: 4, train_files: ~/data/gsm8k/train.parquet,
@@ -28,17 +34,47 @@ use_remove_padding: false
 """The defaults of the reference page, all of them."""
 
 
-def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, info in model.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from leaves(info.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-            assert info.is_required(), f"{prefix}{name} has a second default in the schema"
+@cache
+def composed_defaults() -> SftConfig:
+    return compose([]).config
 
 
-def test_yaml_and_schema_hold_the_same_keys() -> None:
-    assert sorted(leaves(SftConfig)) == sorted(known_keys())
+def test_it_is_what_the_schema_gives() -> None:
+    assert YAML_PATH.read_text(encoding="utf-8") == yaml_text(), "run make docs-reference"
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_default_is_written_as_the_schema_has_it(key: str) -> None:
+    """A list of one path may be written as a path, and an empty list as null: read again, they must be the same."""
+    *path, name = key.split(".")
+    section: Any = SftConfig
+    for part in path:
+        section = section_of(section.model_fields[part])
+    default = section.model_fields[name].get_default(call_default_factory=True)
+    config = composed_defaults()
+    assert with_values(config, {key: default}) == config
+
+
+def test_another_set_of_keys_than_the_schema_has_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stale = tmp_path / "sft_trainer.yaml"
+    text = yaml_text()
+    stale.write_text(text.replace("  seed: 1\n", "  note: 1\n"), encoding="utf-8")
+    monkeypatch.setattr(composing, "YAML_PATH", stale)
+    with pytest.raises(ConfigError, match=r"trainer\.note, trainer\.seed\n.*make docs-reference"):
+        defaults.__wrapped__()
+
+
+def test_a_key_or_a_section_without_a_docstring_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bare(Section):
+        note: Annotated[bool, Key(changes=NOTHING)] = False
+
+    class Outer(Section):
+        bare: Bare
+
+    for schema, name in ((Bare, "note"), (Outer, "bare")):
+        monkeypatch.setattr("apollo_sft.config.yaml_text.SftConfig", schema)
+        with pytest.raises(ConfigError, match=f"{name} has no docstring"):
+            list(entries())
 
 
 def test_every_key_has_a_comment_of_its_own() -> None:

@@ -218,15 +218,15 @@ def test_the_extras_that_are_named_exist() -> None:
     extras = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
-    for name, (package, _) in sinks.BACKENDS.items():
-        assert any(requirement.startswith(package) for requirement in extras[name])
+    for name, backend in sinks.BACKENDS.items():
+        assert any(requirement.startswith(backend.package) for requirement in extras[name])
 
 
 def test_a_folder_of_that_name_is_not_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An earlier run may have left a folder `wandb` where the program starts."""
     (tmp_path / "left_by_a_logger").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.setattr(sinks, "BACKENDS", sinks.BACKENDS | {"wandb": ("left_by_a_logger", sinks.Wandb)})
+    monkeypatch.setattr(sinks, "BACKENDS", sinks.BACKENDS | {"wandb": sinks.Backend("left_by_a_logger", "", "")})
     assert importlib.util.find_spec("left_by_a_logger") is not None
     with pytest.raises(ConfigError, match=r"apollo-sft\[wandb\]"):
         check_backends(["wandb"])

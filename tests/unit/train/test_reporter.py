@@ -120,7 +120,7 @@ class FailsAtStep8:
 def test_a_logger_that_fails_is_said_once_and_the_rest_stays_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sinks.BACKENDS, "wandb", ("json", FailsAtStep8))
+    monkeypatch.setitem(sinks.BACKENDS, "wandb", sinks.Backend("json", __name__, "FailsAtStep8"))
     run_all(trainer_config("trainer.logger=[wandb,tensorboard]"), run_info(tmp_path))
     warnings = [line for line in capsys.readouterr().err.splitlines() if "logger" in line]
     assert warnings == [

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from apollo_sft.data.read.conversation import needed_columns, parse_row
-from apollo_sft.data.read.parquet import read_rows
+from apollo_sft.data.read.rows import read_rows
 from apollo_sft.errors import DataError
 from apollo_sft.types import Conversation, RowRef
 from tests.support.data import chat, data_config, write_parquet

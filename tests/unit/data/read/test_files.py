@@ -16,8 +16,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from huggingface_hub import HfFileSystem
 
 from apollo_sft.data.read import json_lines
-from apollo_sft.data.read.files import expand_paths, filesystem, remote_hash, stamp
-from apollo_sft.data.read.parquet import Columns, column_names, num_rows, read_rows, try_rows
+from apollo_sft.data.read.files import Columns, expand_paths, stamp
+from apollo_sft.data.read.remote import filesystem, remote_hash
+from apollo_sft.data.read.rows import column_names, num_rows, read_rows, try_rows
 from apollo_sft.data.render.template import resolve_template
 from apollo_sft.data.store.fingerprint import content_hash
 from apollo_sft.data.store.open import StoreRequest, prepare_store

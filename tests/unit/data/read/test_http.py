@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from apollo_sft.data.read.files import expand_paths, stamp
-from apollo_sft.data.read.parquet import Columns, num_rows, read_rows
+from apollo_sft.data.read.files import Columns, expand_paths, stamp
+from apollo_sft.data.read.rows import num_rows, read_rows
 from apollo_sft.errors import DataError
 
 KEY = "data.train_files"

@@ -5,7 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from apollo_sft.data.read.parquet import Columns, expand_paths, num_rows, read_rows
+from apollo_sft.data.read.files import Columns, expand_paths
+from apollo_sft.data.read.rows import num_rows, read_rows
 from apollo_sft.errors import DataError
 from tests.support.data import write_parquet
 

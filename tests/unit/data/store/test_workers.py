@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 
 from apollo_sft.data.render.template import resolve_template
-from apollo_sft.data.store.build import duration, progress, shards
+from apollo_sft.data.store.build import ROWS_OF_A_PROCESS, duration, num_cores, num_processes, progress, shards
 from apollo_sft.data.store.open import StoreRequest, prepare_store
 from apollo_sft.data.store.tokenise import CHUNK_ROWS, Stretch
-from apollo_sft.data.store.workers import ROWS_OF_A_PROCESS, num_cores, num_processes
 from apollo_sft.errors import ApolloError, DataError
 from tests.support.data import chat, data_config, tiny_tokenizer, write_parquet
 from tests.support.processes import descendants, wait_until_gone
