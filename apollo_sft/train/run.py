@@ -11,7 +11,7 @@ import torch
 
 from apollo_sft.checkpoint.run_folder.folder import RunFolder
 from apollo_sft.config.compose import recorded
-from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.schema import SftConfig, TrainerConfig
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.place import read_place
 from apollo_sft.report.log import say, setup_logging
@@ -133,11 +133,15 @@ def run_stages(
     stages.model_is_written()
 
     if trainer.default_hdfs_dir is not None:
-        from apollo_sft.train.upload import upload
+        _upload(trainer, stages)
 
-        stages.record({"uploaded": False})
-        stages.on_main("uploading the model", upload, trainer, kept=MODEL_KEPT)
-        stages.record({"uploaded": True})
+
+def _upload(trainer: TrainerConfig, stages: Stages) -> None:
+    from apollo_sft.train.upload import upload
+
+    stages.record({"uploaded": False})
+    stages.on_main("uploading the model", upload, trainer, kept=MODEL_KEPT)
+    stages.record({"uploaded": True})
 
 
 def _generations(config: SftConfig, prepared: Prepared, world: World) -> Generations | None:
