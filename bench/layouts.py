@@ -92,7 +92,7 @@ def measure(folder: Path, out: Path, num_steps: int, ranks: int) -> None:
         hf_config = load.read_config(folder / "model", False)
         mesh = build_mesh(world, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
         model, optimizer = assemble(config, folder / "model", hf_config, world, mesh)
-        loader = Loader(store, plan_spec(config, mesh, hf_config), mesh.dp_rank, mesh.sp_size)
+        loader = Loader(store, plan_spec(config.data, config.trainer.seed, mesh, hf_config), mesh.dp_rank, mesh.sp_size)
         batch = loader.batch(0)
         train_step(model, optimizer, batch, world, None)
         began = time.perf_counter()

@@ -90,7 +90,8 @@ def measure(folder: Path, out: Path, pairs: int, every: Sequence[dict[str, int]]
     for point in every:
         more = [f"data.train_batch_size={point['rows']}", "data.micro_batch_size_per_gpu=1"]
         more += ["data.use_dynamic_bsz=true", f"data.max_token_len_per_gpu={FORWARD_TOKENS}"]
-        spec = plan_spec(compose([*keys, *more]).config, mesh, hf_config)
+        config = compose([*keys, *more]).config
+        spec = plan_spec(config.data, config.trainer.seed, mesh, hf_config)
         batches.append(Loader(SampleStore(folder / f"store-{point['length']}"), spec, mesh.dp_rank).batch(0))
     seconds: list[list[float]] = [[] for _ in every]
     for _ in range(pairs + 1):

@@ -76,7 +76,7 @@ class Ours:
         self.schedule = Schedule("cosine", RATE, 10**6, 0, 1.0, 1.0)
         info = RunInfo(folder / "run", "bench", "step", {}, 0) if world.is_main else None
         self.reporter = Reporter(config.trainer, info, 10**6)
-        self.meter = meter_of(config, self.model.causal_lm, world, 100, None)
+        self.meter = meter_of(config.trainer, config.model, self.model.causal_lm, world, 100, None)
         self.batches = self.meter.batches(loader.batches(range(10**6)))
 
     def __call__(self, num_steps: int) -> list[float]:
@@ -192,7 +192,7 @@ def measure(folder: Path, out: Path, options: argparse.Namespace) -> None:
         world = launch.start("cpu", needs_group="bf16" in case)
         config = config_of(folder, case, rows)
         mesh = build_mesh(world, 1, -1)
-        spec = plan_spec(config, mesh, load.read_config(folder / "model", False))
+        spec = plan_spec(config.data, config.trainer.seed, mesh, load.read_config(folder / "model", False))
         loader = Loader(SampleStore(folder / "store"), spec, mesh.dp_rank)
         ours = Ours(config, folder, world, loader, mesh)
         ready = [loader.batch(step) for step in range(1 + options.steps * options.pairs)]

@@ -35,7 +35,7 @@ def compose_job(arguments: list[str]) -> Composed | None:
         return None
 
     composed = compose(arguments)
-    check_paths(composed.config, set(composed.overridden))
+    check_paths(composed.config.data, composed.config.model, set(composed.overridden))
     return composed
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from apollo_sft.cli.arguments import Parser
 from apollo_sft.config.compose import Composed, compose, to_yaml
-from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.schema import DataConfig, SftConfig, TrainerConfig
 from apollo_sft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,12 +60,14 @@ def main(arguments: list[str]) -> int:
         return 0
     from apollo_sft.tools.plan.planner import Planner  # torch, after everything that can be refused without it
 
-    machine = _machine(options, composed.config)
-    plan = Planner(composed.config, machine).plan()
+    config = composed.config
+    least = max(config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size, 1)
+    machine = _machine(options, config.trainer, least)
+    plan = Planner(config, machine).plan()
     if options.json:
         print(json.dumps(_figures(machine, plan), indent=2))
     else:
-        print("\n".join(text(composed.config, machine, plan)))
+        print("\n".join(text(config, machine, plan)))
     return 0 if plan.fits else DOES_NOT_FIT
 
 
@@ -124,13 +126,14 @@ def _bytes(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
-def _machine(options: argparse.Namespace, config: SftConfig) -> Machine:
-    """Raises: ConfigError when the GPUs cannot be spread over the nodes."""
+def _machine(options: argparse.Namespace, trainer: TrainerConfig, least: int) -> Machine:
+    """Return the machine to plan for. `least`: ranks that the layout needs, which count where nothing says how many.
+
+    Raises: ConfigError when the GPUs cannot be spread over the nodes.
+    """
     from apollo_sft.tools.plan.planner import Machine
 
-    trainer = config.trainer
     nodes = options.nodes or trainer.nnodes
-    least = max(config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size, 1)
     gpus = options.gpus or (nodes * trainer.n_gpus_per_node if trainer.n_gpus_per_node else max(nodes, least))
     if gpus % nodes:
         raise ConfigError("--gpus are those of all nodes together", found=f"{gpus} GPUs, {nodes} nodes")
@@ -141,27 +144,29 @@ def _machine(options: argparse.Namespace, config: SftConfig) -> Machine:
 
 
 def text(config: SftConfig, machine: Machine, plan: Plan) -> list[str]:
-    """The lines that are printed."""
+    """Return the lines that are printed."""
+    sp = config.ulysses_sequence_parallel_size
+    layout = f"dp {machine.gpus // sp} x sp {sp}"
     return [
-        *_head(config, machine, plan),
+        *_head(config.data.max_length, f"{layout}, {config.model.strategy}", machine, plan),
         "",
         *_memory(machine, plan),
         "",
         *_fits(machine, plan),
-        *_work(config, machine, plan),
+        *_work(config.data, machine, plan),
     ]
 
 
-def _head(config: SftConfig, machine: Machine, plan: Plan) -> list[str]:
-    model, sp = plan.model, config.ulysses_sequence_parallel_size
+def _head(max_length: int, layout: str, machine: Machine, plan: Plan) -> list[str]:
+    model = plan.model
     trained = "" if model.trained == model.parameters else f", {model.trained:,} trained"
     used = f", {model.active:,} used by a token" if model.active < 0.8 * model.parameters else ""
     kind = "GPU" if machine.on_cuda else "CPU process"
     ranks = f"{machine.gpus} {kind}{'s' if machine.gpus > 1 else ''}, {machine.per_node} a node"
     return [
         f"model      {model.name}, {model.layers} layers, {model.parameters:,} parameters{trained}{used}",
-        f"ranks      {ranks}: dp {machine.gpus // sp} x sp {sp}, {config.model.strategy}",
-        f"forwards   {plan.size_key}={plan.size}, rows of data.max_length={config.data.max_length} tokens, all targets",
+        f"ranks      {ranks}: {layout}",
+        f"forwards   {plan.size_key}={plan.size}, rows of data.max_length={max_length} tokens, all targets",
     ]
 
 
@@ -198,11 +203,11 @@ def _fits(machine: Machine, plan: Plan) -> list[str]:
     return lines
 
 
-def _work(config: SftConfig, machine: Machine, plan: Plan) -> list[str]:
+def _work(data: DataConfig, machine: Machine, plan: Plan) -> list[str]:
     work = plan.work
     known = work.steps is not None
     where = "from the files' footers" if work.samples is not None else "the number of rows is not known"
-    steps = f"{work.steps:,} steps of {config.data.train_batch_size} samples" if known else "one step"
+    steps = f"{work.steps:,} steps of {data.train_batch_size} samples" if known else "one step"
     rows = f"{work.samples:,} rows, " if work.samples is not None else ""
     rate = f"{machine.gpus} x {machine.peak / 1e12:g} TFLOPs at MFU {machine.mfu:g}"
     return [

@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.text import Text
 
 from apollo_sft.cli.job import compose_job
-from apollo_sft.config.schema import SftConfig
 from apollo_sft.errors import ConfigError
 from apollo_sft.tools.verify.layouts import BOUNDS, ORACLE_FILE, STEPS, Figures, Layout, fits, worlds
 
@@ -105,15 +104,16 @@ def main(arguments: list[str]) -> int:
     composed = compose_job(overrides)
     if composed is None:
         return 0
-    ranks = _num_ranks(composed.config, ranks)
+    config = composed.config
+    ranks = _num_ranks(config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size, ranks)
     console = Console(highlight=False, soft_wrap=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="apollo-verify-") as name, _term_interrupts():
         folder = Path(name)
         with console.status("reading your rows, making the model"):
-            from apollo_sft.tools.verify.setup import rehearse  # torch, after everything that can be refused without it
+            from apollo_sft.tools.verify.setup import set_up  # torch, after everything that can be refused without it
 
-            rehearsal = rehearse(composed.config, ranks, real_weights, folder)
+            rehearsal = set_up(config, ranks, real_weights, folder)
         _say_what(console, rehearsal.description)
         table = Table(console, folder, rehearsal.job.layouts)
         table.row(TITLE, list(NUMBERS), ("verdict", ""))
@@ -140,15 +140,18 @@ def _parse(arguments: list[str]) -> tuple[int | None, bool, list[str]]:
     return None if value is None else int(value), "--real-weights" in arguments, rest
 
 
-def _num_ranks(config: SftConfig, given: int | None) -> int:
-    """Enough for the user's own layout. Raises: ConfigError when what the user gave is not."""
-    needed = math.lcm(config.ulysses_sequence_parallel_size, max(1, config.model.fsdp_config.fsdp_size))
+def _num_ranks(sp_size: int, fsdp_size: int, given: int | None) -> int:
+    """Return a number of processes that the user's own layout fits into.
+
+    Raises: ConfigError when the `given` number is too small.
+    """
+    needed = math.lcm(sp_size, max(1, fsdp_size))
     ranks = given or max(RANKS, needed)
-    if not any(fits(config, processes) for processes in worlds(ranks)):
+    if not any(fits(sp_size, fsdp_size, processes) for processes in worlds(ranks)):
         raise ConfigError(
             "--ranks is too small for your own layout",
-            found=f"{ranks} processes, ulysses_sequence_parallel_size={config.ulysses_sequence_parallel_size}, "
-            f"model.fsdp_config.fsdp_size={config.model.fsdp_config.fsdp_size}",
+            found=f"{ranks} processes, ulysses_sequence_parallel_size={sp_size}, "
+            f"model.fsdp_config.fsdp_size={fsdp_size}",
             expected=f"a multiple of {needed}",
         )
     return ranks

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Iterator
 
-from apollo_sft.config.schema import KEYS, SftConfig
+from apollo_sft.config.schema import KEYS, DataConfig, FsdpConfig, ModelConfig, OptimConfig, SftConfig, TrainerConfig
 from apollo_sft.config.sources import paths_of, refused
 from apollo_sft.errors import ConfigError
 
@@ -22,24 +22,28 @@ def check_combinations(config: SftConfig, given: set[str], notes: list[str]) -> 
 
     Raises: ConfigError with every impossible combination in one message.
     """
+    data, model, trainer = config.data, config.model, config.trainer
     checks = (
-        _batches(config),
-        _files(config, given),
-        refused(config.data),
-        _precision(config),
-        _exclusions(config),
-        _four_bits(config),
-        _compiled(config),
-        _loggers(config),
-        _contradictions(config, given),
-        _checkpoints(config),
+        _batches(data),
+        _files(data, given),
+        refused(data),
+        _precision(model.fsdp_config),
+        _exclusions(model),
+        _four_bits(model, trainer.device),
+        _compiled(model),
+        _loggers(trainer.logger),
+        _warm_up(config.optim, given),
+        _columns(data, given),
+        _adapter(model, trainer.export),
+        _kernel(model, trainer.device),
+        _checkpoints(trainer, data),
     )
     problems = [str(problem) for check in checks for problem in check]
     if problems:
         raise ConfigError("\n".join(problems))
     if config.use_remove_padding:
         notes.append("use_remove_padding changes nothing: there never is padding")
-    if config.model.fsdp_config.model_dtype == "bf16":
+    if model.fsdp_config.model_dtype == "bf16":
         notes.append(
             "warning: model.fsdp_config.model_dtype=bf16 loses small updates: at lr 1e-5 most weights of usual size "
             "do not move at all; fp32 is the safe choice"
@@ -54,35 +58,35 @@ def _without_effect(config: SftConfig, given: set[str]) -> Iterator[str]:
             yield f"{name} has no effect {key.unused.when}"
 
 
-def check_paths(config: SftConfig, given: set[str]) -> None:
+def check_paths(data: DataConfig, model: ModelConfig, given: set[str]) -> None:
     """Local files that the config names must exist. `given`: the keys that the user has set.
 
     Raises: ConfigError naming every key whose file is not there.
     """
-    problems = [str(problem) for problem in _missing(config, given)]
+    problems = [str(problem) for problem in _missing(data, model, given)]
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-def _missing(config: SftConfig, given: set[str]) -> Iterator[ConfigError]:
+def _missing(data: DataConfig, model: ModelConfig, given: set[str]) -> Iterator[ConfigError]:
     for key, paths, off in (
-        ("data.train_files", config.data.train_files, "data.train_files=path/to/train.parquet"),
-        ("data.val_files", config.data.val_files, "data.val_files=null, or data.val_files=path/to/val.parquet"),
+        ("data.train_files", data.train_files, "data.train_files=path/to/train.parquet"),
+        ("data.val_files", data.val_files, "data.val_files=null, or data.val_files=path/to/val.parquet"),
     ):
         for path in paths_of(paths):
             if "://" not in without_file_scheme(path) and not _exists(without_file_scheme(path)):
                 fix = f"a list is written {key}=[{path}]" if "," in path else off
                 yield ConfigError(f"{_named(key, given)}: no such file", found=path, fix=fix)
-    model = config.model.partial_pretrain
-    if _is_path(model) and not os.path.isdir(model):  # noqa: PTH112
+    base = model.partial_pretrain
+    if _is_path(base) and not os.path.isdir(base):  # noqa: PTH112
         key = _named("model.partial_pretrain", given)
         fix = "model.partial_pretrain=path/to/model, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct"
-        yield ConfigError(f"{key}: no such folder", found=model, fix=fix)
-    template = config.data.chat_template
+        yield ConfigError(f"{key}: no such folder", found=base, fix=fix)
+    template = data.chat_template
     if template is not None and _is_path(template) and not _is_file(template):
         fix = "data.chat_template=null for the tokenizer's own, or chatml, plain, jinja text"
         yield ConfigError("data.chat_template: no such file", found=template, fix=fix)
-    external = config.model.external_lib
+    external = model.external_lib
     if external is not None and not _is_module(external.partition(".")[0]):
         yield ConfigError("model.external_lib cannot be found", found=external, expected="a module on PYTHONPATH")
 
@@ -122,8 +126,7 @@ def _is_file(path: str) -> bool:
     return os.path.isfile(os.path.expanduser(path))  # noqa: PTH111, PTH113
 
 
-def _batches(config: SftConfig) -> Iterator[ConfigError]:
-    data = config.data
+def _batches(data: DataConfig) -> Iterator[ConfigError]:
     if data.micro_batch_size_per_gpu > data.train_batch_size and not data.use_dynamic_bsz:
         yield ConfigError(
             "data.micro_batch_size_per_gpu is larger than data.train_batch_size",
@@ -143,20 +146,20 @@ def _batches(config: SftConfig) -> Iterator[ConfigError]:
         )
 
 
-def _files(config: SftConfig, given: set[str]) -> Iterator[ConfigError]:
-    if "data.train_files" in given and "data.val_files" not in given and config.data.val_files:
+def _files(data: DataConfig, given: set[str]) -> Iterator[ConfigError]:
+    if "data.train_files" in given and "data.val_files" not in given and data.val_files:
         yield ConfigError(
             "data.train_files is yours, but data.val_files is still the default",
-            found=", ".join(paths_of(config.data.val_files)),
+            found=", ".join(paths_of(data.val_files)),
             expected="validation data that belongs to the training data",
             fix="set data.val_files, or data.val_files=null to train without validation",
         )
-    if not config.data.train_files:
+    if not data.train_files:
         yield ConfigError("data.train_files names no file", fix="data.train_files=path/to/train.parquet")
 
 
-def _precision(config: SftConfig) -> Iterator[ConfigError]:
-    master, compute = config.model.fsdp_config.model_dtype, config.model.fsdp_config.dtype
+def _precision(fsdp: FsdpConfig) -> Iterator[ConfigError]:
+    master, compute = fsdp.model_dtype, fsdp.dtype
     allowed = {"fp64": ("auto", "fp64"), "fp32": ("auto", "fp32", "bf16"), "bf16": ("auto", "bf16")}[master]
     if compute not in allowed:
         yield ConfigError(
@@ -166,9 +169,9 @@ def _precision(config: SftConfig) -> Iterator[ConfigError]:
         )
 
 
-def _exclusions(config: SftConfig) -> Iterator[ConfigError]:
+def _exclusions(model: ModelConfig) -> Iterator[ConfigError]:
     """PEFT reads `target_modules` in the same way, but knows `all-linear` there."""
-    excluded = config.model.exclude_modules
+    excluded = model.exclude_modules
     try:
         re.compile(excluded if isinstance(excluded, str) else "")
     except re.error as error:
@@ -179,8 +182,7 @@ def _exclusions(config: SftConfig) -> Iterator[ConfigError]:
         )
 
 
-def _four_bits(config: SftConfig) -> Iterator[ConfigError]:
-    model = config.model
+def _four_bits(model: ModelConfig, device: str) -> Iterator[ConfigError]:
     if not model.load_in_4bit:
         return
     if model.lora_rank == 0 and model.lora_adapter_path is None:
@@ -188,7 +190,7 @@ def _four_bits(config: SftConfig) -> Iterator[ConfigError]:
             "model.load_in_4bit=true needs LoRA: weights in 4 bits cannot be trained themselves",
             fix="model.lora_rank=16, or model.load_in_4bit=false",
         )
-    if config.trainer.device == "cpu":
+    if device == "cpu":
         yield ConfigError(
             "model.load_in_4bit=true needs CUDA", found="trainer.device=cpu", fix="model.load_in_4bit=false"
         )
@@ -206,8 +208,7 @@ def _four_bits(config: SftConfig) -> Iterator[ConfigError]:
         )
 
 
-def _compiled(config: SftConfig) -> Iterator[ConfigError]:
-    model = config.model
+def _compiled(model: ModelConfig) -> Iterator[ConfigError]:
     if model.compile and model.enable_gradient_checkpointing and model.gradient_checkpointing_policy == "selective":
         yield ConfigError(
             "model.compile=true does not go with selective checkpointing: compiled layers show no operators to select",
@@ -218,18 +219,17 @@ def _compiled(config: SftConfig) -> Iterator[ConfigError]:
         yield ConfigError("model.compile=true does not go with model.load_in_4bit=true", fix="model.compile=false")
 
 
-def _loggers(config: SftConfig) -> Iterator[ConfigError]:
-    if len(set(config.trainer.logger)) < len(config.trainer.logger):
-        yield ConfigError("trainer.logger names one twice", found=", ".join(config.trainer.logger))
-    for name in config.trainer.logger:
+def _loggers(names: tuple[str, ...]) -> Iterator[ConfigError]:
+    if len(set(names)) < len(names):
+        yield ConfigError("trainer.logger names one twice", found=", ".join(names))
+    for name in names:
         if name not in LOGGERS:
             close = difflib.get_close_matches(name, LOGGERS, n=1)
             fix = f"did you mean {close[0]}?" if close else None
             yield ConfigError("trainer.logger is unknown", found=name, expected=", ".join(LOGGERS), fix=fix)
 
 
-def _checkpoints(config: SftConfig) -> Iterator[ConfigError]:
-    trainer = config.trainer
+def _checkpoints(trainer: TrainerConfig, data: DataConfig) -> Iterator[ConfigError]:
     if (trainer.resume_mode == "resume_path") != (trainer.resume_from_path is not None):
         yield ConfigError(
             "trainer.resume_mode=resume_path and trainer.resume_from_path go together",
@@ -237,7 +237,7 @@ def _checkpoints(config: SftConfig) -> Iterator[ConfigError]:
             fix="set both, or neither",
         )
     for key in ("save_best_on", "early_stop_patience"):
-        if getattr(trainer, key) is not None and not config.data.val_files:
+        if getattr(trainer, key) is not None and not data.val_files:
             yield ConfigError(
                 f"trainer.{key} needs validation data", found="data.val_files=null", fix="set data.val_files"
             )
@@ -250,45 +250,54 @@ def _checkpoints(config: SftConfig) -> Iterator[ConfigError]:
         )
 
 
-def _contradictions(config: SftConfig, given: set[str]) -> Iterator[ConfigError]:
-    """Two keys of which one could only be ignored."""
-    if config.optim.lr_warmup_steps >= 0 and "optim.warmup_steps_ratio" in given:
+def _warm_up(optim: OptimConfig, given: set[str]) -> Iterator[ConfigError]:
+    if optim.lr_warmup_steps >= 0 and "optim.warmup_steps_ratio" in given:
         yield ConfigError(
             "optim.lr_warmup_steps and optim.warmup_steps_ratio both say how long the warm-up is",
             fix="give one of them",
         )
-    if "data.multiturn.messages_key" in given and not config.data.multiturn.enable:
+
+
+def _columns(data: DataConfig, given: set[str]) -> Iterator[ConfigError]:
+    """Refuse keys of two forms of data, of which one could only be ignored."""
+    if "data.multiturn.messages_key" in given and not data.multiturn.enable:
         yield ConfigError(
             "data.multiturn.messages_key is set, but data.multiturn.enable is false",
             fix="data.multiturn.enable=true for conversations, or leave the key out",
         )
     columns = [f"data.{key}" for key in ("prompt_key", "response_key") if f"data.{key}" in given]
-    if columns and config.data.multiturn.enable:
+    if columns and data.multiturn.enable:
         yield ConfigError(
             f"{' and '.join(columns)} and data.multiturn.enable=true name two forms of data",
             fix="leave out the columns of single-turn data, or data.multiturn.enable",
         )
-    custom = config.data.custom_cls
+    custom = data.custom_cls
     if (custom.name is None) != (custom.path is None):
         yield ConfigError(
             "data.custom_cls.path and data.custom_cls.name go together",
             found=f"path {custom.path}, name {custom.name}",
             fix="set both, or neither",
         )
-    lora = config.model.lora_rank > 0 or config.model.lora_adapter_path is not None
-    named = config.model.target_modules or config.model.target_parameters
-    if config.model.lora_rank > 0 and not named and config.model.lora_adapter_path is None:
+
+
+def _adapter(model: ModelConfig, export: str) -> Iterator[ConfigError]:
+    lora = model.lora_rank > 0 or model.lora_adapter_path is not None
+    named = model.target_modules or model.target_parameters
+    if model.lora_rank > 0 and not named and model.lora_adapter_path is None:
         yield ConfigError(
             "model.target_modules is empty: LoRA would train nothing",
             fix="model.target_modules=all-linear, or model.lora_rank=0",
         )
-    if config.trainer.export == "adapter" and not lora:
+    if export == "adapter" and not lora:
         yield ConfigError(
             "trainer.export=adapter needs LoRA: there would be nothing to save",
             fix="trainer.export=merged, or model.lora_rank",
         )
-    attention = config.model.attn_implementation
-    if config.trainer.device == "cpu" and attention in ("flash", "varlen"):
+
+
+def _kernel(model: ModelConfig, device: str) -> Iterator[ConfigError]:
+    attention = model.attn_implementation
+    if device == "cpu" and attention in ("flash", "varlen"):
         yield ConfigError(
             f"model.attn_implementation={attention} needs CUDA",
             found="trainer.device=cpu",

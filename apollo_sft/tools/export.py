@@ -18,7 +18,7 @@ from apollo_sft.checkpoint.run_folder import resume
 from apollo_sft.checkpoint.run_folder.folder import read_run
 from apollo_sft.checkpoint.run_folder.lookup import config_of, find_run, trained_stops
 from apollo_sft.checkpoint.run_folder.state import StateFiles
-from apollo_sft.config.schema import DataConfig, SftConfig
+from apollo_sft.config.schema import DataConfig, ModelConfig
 from apollo_sft.data.render.render import Renderer
 from apollo_sft.data.render.template import ChatTemplate
 from apollo_sft.data.render.tokens import fit_template
@@ -55,13 +55,14 @@ def export_checkpoint(checkpoint: Path, out: Path, export_dtype: str | None = No
     config = config_of(facts["config"])
     load_external_lib(config.model.external_lib)
     base, hf_config = open_base(config)
-    options = _options(config, base, checkpoint, export_dtype)
+    dtype = export_dtype or config.trainer.export_dtype
+    options = _options(config.model, config.data, base, checkpoint, dtype)
     out.mkdir(parents=True, exist_ok=True)
     notes += publish.recover(out)
     if lora_config(config.model, base.source) is None:
-        _write_full(config, base, hf_config, checkpoint, (out, options))
+        _write_full(config.model, base, hf_config, checkpoint, (out, options))
     else:
-        save_model(_merged(config, base, hf_config, checkpoint), base, out, options, is_writer=True)
+        save_model(_merged(config.model, base, hf_config, checkpoint), base, out, options, is_writer=True)
     return notes
 
 
@@ -87,24 +88,24 @@ def _check_out(out: Path) -> None:
         )
 
 
-def _options(config: SftConfig, base: BaseModel, checkpoint: Path, export_dtype: str | None) -> ExportOptions:
-    tokenizer = load_tokenizer(base.folder, config.model.trust_remote_code)
-    template = fit_template(tokenizer, config.data, config.model.add_special_tokens)
+def _options(
+    model: ModelConfig, data: DataConfig, base: BaseModel, checkpoint: Path, export_dtype: str
+) -> ExportOptions:
+    tokenizer = load_tokenizer(base.folder, model.trust_remote_code)
+    template = fit_template(tokenizer, data, model.add_special_tokens)
     stops = trained_stops(find_run(checkpoint))
-    stops = probed_stops(tokenizer, template, config.data) if stops is None else stops
-    if export_dtype is not None:
-        trainer = config.trainer.model_copy(update={"export_dtype": export_dtype})
-        config = config.model_copy(update={"trainer": trainer})
-    return options_of(config, tokenizer, template, stops)
+    if stops is None:
+        stops = probed_stops(tokenizer, template, data)
+    return options_of(tokenizer, template, stops, export_dtype, model.trust_remote_code)
 
 
 def _write_full(
-    config: SftConfig, base: BaseModel, hf_config: Any, checkpoint: Path, to: tuple[Path, ExportOptions]
+    model: ModelConfig, base: BaseModel, hf_config: Any, checkpoint: Path, to: tuple[Path, ExportOptions]
 ) -> None:
     """Tensor by tensor: the model is never whole in memory."""
     out, options = to
     attention.register(attention.sdpa_kernel)  # its name must be known; nothing runs
-    causal_lm = build_on_meta(hf_config, DTYPES[config.model.fsdp_config.model_dtype], config.model.trust_remote_code)
+    causal_lm = build_on_meta(hf_config, DTYPES[model.fsdp_config.model_dtype], model.trust_remote_code)
     form = model_form(causal_lm, IN_CHECKPOINT, base, options)
     staging = publish.staging_folder(out, "model")
     form.write_to(staging, StateFiles(checkpoint))  # reads back every byte
@@ -113,13 +114,15 @@ def _write_full(
 
 
 @torch.no_grad()
-def _merged(config: SftConfig, base: BaseModel, hf_config: Any, checkpoint: Path) -> Any:
+def _merged(model: ModelConfig, base: BaseModel, hf_config: Any, checkpoint: Path) -> Any:
     """The base with the adapter of a checkpoint added to its weights. What was held in 4 bits is so once more."""
     attention.register(attention.sdpa_kernel)
-    master, adapter = DTYPES[config.model.fsdp_config.model_dtype], lora_config(config.model, base.source)
-    stored = resolve_precision(config.model, on_cuda=True).compute if config.model.load_in_4bit else master
-    read = load_with_weights(base.folder, hf_config, stored, config.model.trust_remote_code)
-    causal_lm = quantised(config.model, read, adapter)
+    master = DTYPES[model.fsdp_config.model_dtype]
+    adapter = lora_config(model, base.source)
+    # The run read what it then held in 4 bits in the dtype of its forwards; from another one other codes would come.
+    stored = resolve_precision(model, on_cuda=True).compute if model.load_in_4bit else master
+    read = load_with_weights(base.folder, hf_config, stored, model.trust_remote_code)
+    causal_lm = quantised(model, read, adapter)
     inject(causal_lm, adapter, master)
     state = StateFiles(checkpoint)
     for name, parameter in causal_lm.named_parameters():

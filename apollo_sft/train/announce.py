@@ -41,18 +41,19 @@ def config_text(config: SftConfig, overridden: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def announce(config: SftConfig, prepared: Prepared, schedule: Schedule, loader: Loader, folder: RunFolder) -> None:
+def announce(prepared: Prepared, schedule: Schedule, loader: Loader, sp_size: int, folder: RunFolder) -> None:
     """Show what will be trained, and write it into the run folder: the audit, and every row that is not whole."""
     sources = prepared.sources
     audit = to_json(prepared.train, prepared.val, sources)
     folder.audit.write_text(json.dumps(audit, indent=2, ensure_ascii=False) + "\n")
     write_ledger(prepared.train, prepared.val, folder.rejected)
-    num_samples, batch_size = samples_per_epoch(len(prepared.train), loader.spec), config.data.train_batch_size
-    rows = steps_in_words(config, len(prepared.train), loader.spec, schedule)
+    num_samples = samples_per_epoch(len(prepared.train), loader.spec)
+    batch_size = loader.spec.batch_size
+    rows = steps_in_words(len(prepared.train), loader.spec, schedule)
     if loader.spec.dp_size > 1:
         rows.append(("imbalance", imbalance(loader)))
-    if config.ulysses_sequence_parallel_size > 1:
-        padding = padded_heads(prepared.hf_config, config.ulysses_sequence_parallel_size)
+    if sp_size > 1:
+        padding = padded_heads(prepared.hf_config, sp_size)
         if padding is not None:
             say(padding)
     colour = terminal().is_terminal
@@ -65,7 +66,7 @@ def announce(config: SftConfig, prepared: Prepared, schedule: Schedule, loader: 
         )
 
 
-def steps_in_words(config: SftConfig, num_samples: int, spec: PlanSpec, schedule: Schedule) -> list[tuple[str, str]]:
+def steps_in_words(num_samples: int, spec: PlanSpec, schedule: Schedule) -> list[tuple[str, str]]:
     """(name, value) of what the steps of a run are. `num_samples`: of the store."""
     in_epoch, num_samples = steps_per_epoch(num_samples, spec), samples_per_epoch(num_samples, spec)
     rows = [
@@ -74,7 +75,7 @@ def steps_in_words(config: SftConfig, num_samples: int, spec: PlanSpec, schedule
         ("warm-up steps", f"{schedule.warmup_steps:,}"),
         ("samples per step", f"{min(spec.batch_size, num_samples):,}"),
     ]
-    if config.data.drop_last and num_samples % spec.batch_size:
+    if spec.drop_last and num_samples % spec.batch_size:
         rows.append(("dropped an epoch", f"{num_samples % spec.batch_size:,} samples (data.drop_last)"))
     return rows
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from apollo_sft.config.schema import ModelConfig, SftConfig
+from apollo_sft.config.schema import ModelConfig, OptimConfig, SftConfig
 from apollo_sft.config.values import trains_adapter
 from apollo_sft.errors import ConfigError
 from apollo_sft.model import attention, load
@@ -39,15 +39,15 @@ def assemble(
     Rank 0 reads the weights and proves the architecture; the others build on meta and receive their shards.
     Raises: ConfigError as `check_strategy`, and when a kernel or the modules to shard are not there.
     """
-    check_strategy(config, world)
+    check_strategy(config.model, config.optim, world)
     precision = resolve_precision(config.model, world.device.type == "cuda")
-    strategy = strategy_named(strategy_name(config, world))
+    strategy = strategy_named(strategy_name(config.model, world))
     kernel, why = attention.choose_kernel(config.model.attn_implementation, world.device)
     say(why)
     attention.register(attention.sdpa_kernel)  # the proof runs on the CPU
     trust = config.model.trust_remote_code
     adapter = adapter_config(config.model, config.model.partial_pretrain)
-    stored = stored_dtype(config, world, adapter is not None)
+    stored = stored_dtype(config.model, world, adapter is not None)
     source, dtypes = None, {}
     if world.is_main:
         check = partial(_check_weights, folder=folder, trust_remote_code=trust)
@@ -60,10 +60,10 @@ def assemble(
 
             say(str(lora.inject(source.causal_lm, adapter, precision.master, config.model.lora_adapter_path)))
             source.attach_head()
-    attention.register(kernel, exchange(mesh))
+    attention.register(kernel, head_exchange(mesh))
     if mesh.shard is None:
         assert source is not None, "one process reads its own weights"
-        model = laid_out(config, source.to(world.device), world, mesh)
+        model = shard_model(config.model, source.to(world.device), world, mesh)
     else:
         built = load.build_on_meta(hf_config, stored, trust)
         if strategy.MIXES_DTYPES:
@@ -73,14 +73,14 @@ def assemble(
             from apollo_sft.model import lora
 
             lora.inject(causal_lm, adapter, precision.master)
-        model = laid_out(config, SftModel(causal_lm, mesh.sp_rank, mesh.sp_size), world, mesh)
+        model = shard_model(config.model, SftModel(causal_lm, mesh.sp_rank, mesh.sp_size), world, mesh)
         strategy.fill(model, source, world.device, offloads(config.model))
         check_filled(strategy.held(model), dict(strategy.outline(model).named_buffers()), source, mesh)
     if config.model.compile:
         from apollo_sft.model.compiled_layers import compile_layers
 
         say(compile_layers(model.causal_lm))
-    return model, optimizer_of(model, config)
+    return model, optimizer_of(model, config.optim)
 
 
 def adapter_config(model: ModelConfig, source: str) -> Any | None:
@@ -107,47 +107,52 @@ def _check_weights(loaded: Any, folder: Path, trust_remote_code: bool) -> None:
     check_read(loaded, folder)
 
 
-def stored_dtype(config: SftConfig, world: World, adapted: bool) -> torch.dtype:
-    """Of the weights that are read: frozen ones are kept as the forward needs them, where the strategy can."""
-    precision = resolve_precision(config.model, world.device.type == "cuda")
-    return (
-        precision.compute if adapted and strategy_named(strategy_name(config, world)).MIXES_DTYPES else precision.master
-    )
+def stored_dtype(model: ModelConfig, world: World, adapted: bool) -> torch.dtype:
+    """Return the dtype of the weights that are read.
+
+    Frozen weights, those beside an adapter, get the dtype of the forward where the strategy can mix dtypes.
+    """
+    precision = resolve_precision(model, world.device.type == "cuda")
+    if adapted and strategy_named(strategy_name(model, world)).MIXES_DTYPES:
+        return precision.compute
+    return precision.master
 
 
-def laid_out(config: SftConfig, model: SftModel, world: World, mesh: Mesh) -> SftModel:
-    """With checkpointing, and sharded over `mesh.shard` when there is one: on meta then, and not filled yet.
+def shard_model(config: ModelConfig, model: SftModel, world: World, mesh: Mesh) -> SftModel:
+    """Enable checkpointing, and shard the model over `mesh.shard` when there is one: on meta then, and not filled yet.
 
     Raises: ConfigError when the modules to shard are not there.
     """
-    if config.model.use_liger and world.device.type == "cuda":  # not where a step is only counted
+    if config.use_liger and world.device.type == "cuda":  # not where a step is only counted
         from apollo_sft.model import liger
 
         liger.apply(model.causal_lm)
-    _enable_checkpointing(model, config.model)
+    _enable_checkpointing(model, config)
     if mesh.shard is not None:
-        precision = resolve_precision(config.model, world.device.type == "cuda")
-        name, spec = strategy_name(config, world), _shard_spec(model, config.model, precision)
+        precision = resolve_precision(config, world.device.type == "cuda")
+        name = strategy_name(config, world)
+        spec = _shard_spec(model, config, precision)
         model = strategy_named(name).shard(model, mesh.shard, spec, _own_head(model))
         model.strategy = name
-    model.reduces_once = config.model.fsdp_config.use_no_sync_for_gradient_accumulation
+    model.reduces_once = config.fsdp_config.use_no_sync_for_gradient_accumulation
     return model
 
 
-def optimizer_of(model: SftModel, config: SftConfig) -> Optimizer:
-    return build_optimizer(model.causal_lm, config.optim, partial(strategy_of(model).num_dims, model))
+def optimizer_of(model: SftModel, optim: OptimConfig) -> Optimizer:
+    """Build the optimizer of a model that may be sharded."""
+    return build_optimizer(model.causal_lm, optim, partial(strategy_of(model).num_dims, model))
 
 
 def offloads(config: ModelConfig) -> bool:
     return config.fsdp_config.cpu_offload or config.fsdp_config.offload_params
 
 
-def needs_group(config: SftConfig, on_cuda: bool) -> bool:
-    """Whether a single process must shard too: what it asks for is done by the sharding itself."""
-    return resolve_precision(config.model, on_cuda).mixed or offloads(config.model)
+def needs_group(model: ModelConfig, on_cuda: bool) -> bool:
+    """Return whether a single process must shard too: the sharding itself mixes precisions and offloads."""
+    return resolve_precision(model, on_cuda).mixed or offloads(model)
 
 
-def exchange(mesh: Mesh) -> Ulysses | None:
+def head_exchange(mesh: Mesh) -> Ulysses | None:
     """Return what attention does between ranks that share a sequence; None where each rank has its own."""
     if mesh.sp_group is None:
         return None

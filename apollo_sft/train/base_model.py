@@ -12,7 +12,7 @@ from typing import Any
 from apollo_sft.checkpoint.model_folder.base_files import sort_files
 from apollo_sft.checkpoint.model_folder.tensor_files import FOREIGN_FORMS, StoredTensor, read_base, some, specs_of
 from apollo_sft.checkpoint.publish import read_json
-from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.schema import DataConfig, ModelConfig, SftConfig
 from apollo_sft.data.render.tokens import fit_template
 from apollo_sft.errors import CheckpointError, ModelError
 from apollo_sft.model.load import check_architecture, find_model, in_short, read_config, with_rows
@@ -38,7 +38,7 @@ def open_base(config: SftConfig, weights: bool = True) -> tuple[BaseModel, Any]:
     """
     model = config.model
     folder = find_model(model.partial_pretrain, weights)
-    _refuse_adapter(folder, config)
+    _refuse_adapter(folder, model.partial_pretrain)
     stored = read_base(folder, model.follow_links)
     _refuse_wrapped(folder, stored)
     hf_config = read_config(folder, model.trust_remote_code)
@@ -48,7 +48,7 @@ def open_base(config: SftConfig, weights: bool = True) -> tuple[BaseModel, Any]:
     untied = untied_in_files(hf_config, stored, model.trust_remote_code)
     if untied:
         raw, hf_config = _untied(raw, hf_config)
-    fitted = _fitted(config, folder)
+    fitted = _fitted(model, config.data, folder)
     growth = _growth(fitted, hf_config)
     if growth is not None:
         raw = _with_rows(raw, hf_config, growth.rows)
@@ -61,16 +61,21 @@ def open_base(config: SftConfig, weights: bool = True) -> tuple[BaseModel, Any]:
     return base, hf_config
 
 
-def as_files_hold(folder: Path, config: SftConfig) -> Any:
+def as_files_hold(folder: Path, model: ModelConfig) -> Any:
     """Read transformers' config of a model folder as `open_base` does, without added tokens. Raises: ModelError."""
-    trust = config.model.trust_remote_code
+    trust = model.trust_remote_code
     hf_config = read_config(folder, trust)
-    stored = read_base(folder, config.model.follow_links)
-    return _untied({}, hf_config)[1] if untied_in_files(hf_config, stored, trust) else hf_config
+    stored = read_base(folder, model.follow_links)
+    if not untied_in_files(hf_config, stored, trust):
+        return hf_config
+    return _untied({}, hf_config)[1]
 
 
-def _refuse_adapter(folder: Path, config: SftConfig) -> None:
-    """Refuse an adapter in the place of a model, or beside one. Raises: ModelError."""
+def _refuse_adapter(folder: Path, source: str) -> None:
+    """Refuse an adapter in the place of a model, or beside one. `source`: the value of `model.partial_pretrain`.
+
+    Raises: ModelError.
+    """
     if not (folder / ADAPTER_CONFIG).is_file():
         return
     if (folder / "config.json").is_file():
@@ -83,10 +88,10 @@ def _refuse_adapter(folder: Path, config: SftConfig) -> None:
         )
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "the model that it was trained on"
     raise ModelError(
-        f"model.partial_pretrain={config.model.partial_pretrain} is a LoRA adapter, not a model",
+        f"model.partial_pretrain={source} is a LoRA adapter, not a model",
         found=f"{ADAPTER_CONFIG} and no config.json",
         expected="a folder with config.json and the weights of a whole model",
-        fix=f"model.partial_pretrain={base} model.lora_adapter_path={config.model.partial_pretrain}",
+        fix=f"model.partial_pretrain={base} model.lora_adapter_path={source}",
     )
 
 
@@ -135,12 +140,12 @@ def in_words(base: BaseModel, copied: Sequence[str], writes_model: bool) -> list
     return lines
 
 
-def growth_of(config: SftConfig, folder: Path, hf_config: Any) -> Growth | None:
+def growth_of(model: ModelConfig, data: DataConfig, folder: Path, hf_config: Any) -> Growth | None:
     """Say what `model.add_special_tokens` adds to the model in `folder`; None when nothing is missing.
 
     Raises: ModelError, DataError.
     """
-    return _growth(_fitted(config, folder), hf_config)
+    return _growth(_fitted(model, data, folder), hf_config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +158,13 @@ class _Fitted:
     added: tuple[str, ...]
 
 
-def _fitted(config: SftConfig, folder: Path) -> _Fitted | None:
+def _fitted(model: ModelConfig, data: DataConfig, folder: Path) -> _Fitted | None:
     """Fit the base's tokenizer, where `model.add_special_tokens` asks for it."""
-    if not config.model.add_special_tokens:
+    if not model.add_special_tokens:
         return None
-    tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
+    tokenizer = load_tokenizer(folder, model.trust_remote_code)
     before, known = tokenizer.get_vocab(), set(tokenizer.get_added_vocab())
-    fit_template(tokenizer, config.data, add=True)
+    fit_template(tokenizer, data, add=True)
     added = sorted((number, token) for token, number in tokenizer.get_added_vocab().items() if token not in known)
     return _Fitted(tokenizer, before, tuple(token for _, token in added))
 

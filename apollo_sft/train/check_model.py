@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from apollo_sft.checkpoint.model_folder.write import ADAPTER_FILE
 from apollo_sft.checkpoint.publish import read_json
 from apollo_sft.checkpoint.run_folder.resume import whole_checkpoints
 from apollo_sft.checkpoint.run_folder.state import num_bytes as checkpoint_bytes
-from apollo_sft.config.schema import ModelConfig, SftConfig
+from apollo_sft.config.schema import ModelConfig, OptimConfig, SftConfig, TrainerConfig
 from apollo_sft.config.values import trains_adapter
 from apollo_sft.errors import ConfigError
 from apollo_sft.model import attention
@@ -45,7 +46,7 @@ def check_model(config: SftConfig) -> dict[str, Any]:
         if (base.folder / "generation_config.json").is_file():
             read_json(base.folder / "generation_config.json")
         plan = plan_export(causal_lm, base, config.trainer.export_dtype)
-        _check_layer_names(config, causal_lm)
+        _check_layer_names(model.fsdp_config.wrap_policy.transformer_layer_cls_to_wrap, causal_lm)
         if model.lora_adapter_path is not None:
             for name in (ADAPTER_FILE, "adapter_config.json"):
                 safe_path(Path(model.lora_adapter_path), name, model.follow_links)
@@ -55,7 +56,7 @@ def check_model(config: SftConfig) -> dict[str, Any]:
 
     file_bytes = sum((base.folder / name).stat().st_size for name in base.carried)
     model_bytes = sum(map(num_bytes, plan.tensors.values())) + file_bytes
-    _check_disk(config, causal_lm, model_bytes, trains_adapter(model))
+    _check_disk(config.trainer, config.optim, causal_lm, model_bytes, trains_adapter(model))
 
     for line in in_words(base, plan.copied, config.trainer.export != "adapter"):
         say(line)
@@ -63,17 +64,24 @@ def check_model(config: SftConfig) -> dict[str, Any]:
     return {"base": files | {"copied_tensors": plan.copied, "untied": base.untied}}
 
 
-def _check_disk(config: SftConfig, causal_lm: Any, model_bytes: int, is_lora: bool) -> None:
+def _check_disk(trainer: TrainerConfig, optim: OptimConfig, causal_lm: Any, model_bytes: int, is_lora: bool) -> None:
     """The disk must hold two checkpoints and the finished model. A run that goes on has one of them already.
 
     Raises: ConfigError.
     """
-    root, contents = Path(config.trainer.default_local_dir), config.trainer.checkpoint.save_contents
-    hf_bytes = checkpoint_bytes(causal_lm, 0, ["model"]) if is_lora else model_bytes
-    moments = state_bytes(build_optimizer(causal_lm, config.optim))
-    one = checkpoint_bytes(causal_lm, moments, contents) + ("hf_model" in contents) * hf_bytes
+    root = Path(trainer.default_local_dir)
+    contents = trainer.checkpoint.save_contents
+
+    moments = state_bytes(build_optimizer(causal_lm, optim))
+    one = checkpoint_bytes(causal_lm, moments, contents)
+    if "hf_model" in contents:
+        # With LoRA `hf/` is the adapter: as large as the weights of a checkpoint, which holds only what is trained.
+        one += checkpoint_bytes(causal_lm, 0, ["model"]) if is_lora else model_bytes
+
     has_one = any(whole_checkpoints(root / "checkpoints"))
-    needed = (1 if has_one else 2) * one + (config.trainer.export != "adapter") * model_bytes
+    needed = one if has_one else 2 * one
+    if trainer.export != "adapter":
+        needed += model_bytes
     if free_bytes(root) < needed:
         raise ConfigError(
             f"trainer.default_local_dir={root} has no room for two checkpoints and the finished model",
@@ -106,8 +114,7 @@ def _adapter_on_grown(growth: Growth) -> ConfigError:
     )
 
 
-def _check_layer_names(config: SftConfig, causal_lm: Any) -> None:
-    wanted = config.model.fsdp_config.wrap_policy.transformer_layer_cls_to_wrap
+def _check_layer_names(wanted: Sequence[str], causal_lm: Any) -> None:
     known = {type(module).__name__ for module in causal_lm.modules()}
     if wanted and not known & set(wanted):
         raise ConfigError(

@@ -14,7 +14,7 @@ from apollo_sft.checkpoint.model_folder.write import (
     save_model,
 )
 from apollo_sft.checkpoint.run_folder.folder import RunFolder
-from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.schema import ModelConfig, TrainerConfig
 from apollo_sft.config.values import trains_adapter
 from apollo_sft.data.render.template import ChatTemplate, is_own
 from apollo_sft.model.sft_model import SftModel
@@ -33,55 +33,70 @@ NAMED_STAGES = 4
 """Stages of a run that its last words name."""
 
 
-def export(config: SftConfig, prepared: Prepared, model: SftModel, folder: RunFolder | None, world: World) -> None:
+def export(
+    keys: ModelConfig,
+    trainer: TrainerConfig,
+    prepared: Prepared,
+    model: SftModel,
+    folder: RunFolder | None,
+    world: World,
+) -> None:
     """Write the model into the run folder. Every rank calls it; `folder` is None off rank 0.
 
     Raises: CheckpointError when what was written is not what was to be written; nothing is visible then.
     """
     root = folder.root if folder is not None else prepared.base.folder
     say("writing the model")
-    if trains_adapter(config.model):
+    if trains_adapter(keys):
         from apollo_sft.train.finish_adapter import export_adapter
 
-        export_adapter(config, prepared, model, root, world)
+        export_adapter(keys, trainer, prepared, model, root, world)
         return
 
+    options = export_options(prepared, trainer.export_dtype, keys.trust_remote_code)
     model = strategy_of(model).by_rows(model)
-    save_model(model.causal_lm, prepared.base, root, export_options(config, prepared), world.is_main)
+    save_model(model.causal_lm, prepared.base, root, options, world.is_main)
 
 
-def export_options(config: SftConfig, prepared: Prepared) -> ExportOptions:
-    return options_of(config, prepared.tokenizer, prepared.template, tuple(prepared.train.summary.stop_tokens))
+def export_options(prepared: Prepared, export_dtype: str, trust_remote_code: bool) -> ExportOptions:
+    """Return how the model of a run is written."""
+    stops = tuple(prepared.train.summary.stop_tokens)
+    return options_of(prepared.tokenizer, prepared.template, stops, export_dtype, trust_remote_code)
 
 
-def options_of(config: SftConfig, tokenizer: Any, template: ChatTemplate, stops: tuple[int, ...]) -> ExportOptions:
+def options_of(
+    tokenizer: Any, template: ChatTemplate, stops: tuple[int, ...], export_dtype: str, trust_remote_code: bool
+) -> ExportOptions:
+    """Return how a model is written, with the template that it was trained with where that is not the tokenizer's."""
     return ExportOptions(
         tokenizer=tokenizer,
         chat_template=None if is_own(tokenizer, template) else template.text,
         stop_token_ids=stops,
-        export_dtype=config.trainer.export_dtype,
-        trust_remote_code=config.model.trust_remote_code,
+        export_dtype=export_dtype,
+        trust_remote_code=trust_remote_code,
     )
 
 
-def hf_form(config: SftConfig, prepared: Prepared, causal_lm: Any) -> ModelForm | AdapterForm | None:
+def hf_form(
+    model: ModelConfig, trainer: TrainerConfig, prepared: Prepared, causal_lm: Any
+) -> ModelForm | AdapterForm | None:
     """Return how checkpoints make `hf/`, or None when they do not. `causal_lm`: live, or on meta to know sizes only."""
-    if "hf_model" not in config.trainer.checkpoint.save_contents:
+    if "hf_model" not in trainer.checkpoint.save_contents:
         return None
-    options = export_options(config, prepared)
-    if trains_adapter(config.model):
+    options = export_options(prepared, trainer.export_dtype, model.trust_remote_code)
+    if trains_adapter(model):
         from apollo_sft.train.finish_adapter import adapter_form
 
         return adapter_form(prepared, causal_lm, IN_CHECKPOINT, options)
     return model_form(causal_lm, IN_CHECKPOINT, prepared.base, options)
 
 
-def summary(reporter: Reporter, config: SftConfig, stages: Mapping[str, float]) -> str:
+def summary(reporter: Reporter, trainer: TrainerConfig, stages: Mapping[str, float]) -> str:
     """Say what was reached, where the time went, where the model lies, how to open it, and where it can be seen.
 
     `stages`: seconds of each stage of this start.
     """
-    folder = config.trainer.default_local_dir
+    folder = trainer.default_local_dir
     lines = [f"Done: {reporter.steps:,} steps, {reporter.tokens:,} tokens in {clock(reporter.seconds)}."]
     lines.append(f"Time: {longest_stages(stages)}.")
     total = sum(reporter.source_targets.values())
@@ -94,9 +109,9 @@ def summary(reporter: Reporter, config: SftConfig, stages: Mapping[str, float]) 
             f"Validation loss: last {last['val/loss']:.4f}, best {best['val/loss']:.4f} at step {int(best['step'])}."
         )
         lines += [f"  {name}: last {loss:.4f}" for name, loss in losses_by_name(last, "val").items()]
-    if config.trainer.save_best_on is not None and reporter.validations:
+    if trainer.save_best_on is not None and reporter.validations:
         lines.append(f"The best checkpoint is {folder}/checkpoints/best.")
-    if config.trainer.export == "adapter":
+    if trainer.export == "adapter":
         lines += [
             f"The adapter lies in {folder}/adapter:",
             "  from peft import AutoPeftModelForCausalLM",

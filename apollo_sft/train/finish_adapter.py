@@ -14,7 +14,7 @@ from apollo_sft.checkpoint.model_folder.write import (
     save_adapter,
     save_model,
 )
-from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.schema import ModelConfig, TrainerConfig
 from apollo_sft.model.lora import adapter_tensors, merge, saved_config, trained
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World
@@ -25,18 +25,20 @@ from apollo_sft.train.prepare_run import Prepared
 from apollo_sft.train.strategy import strategy_of
 
 
-def export_adapter(config: SftConfig, prepared: Prepared, model: SftModel, root: Path, world: World) -> None:
+def export_adapter(
+    keys: ModelConfig, trainer: TrainerConfig, prepared: Prepared, model: SftModel, root: Path, world: World
+) -> None:
     """Write the adapter and, as `trainer.export` says, the merged model into `root`. Every rank calls it.
 
     Raises: CheckpointError when what was written is not what was to be written.
     """
-    check = _merged_check(config, prepared, model, world)
+    check = _merged_check(keys, prepared, model, world)
     model = strategy_of(model).by_rows(model)
-    options = export_options(config, prepared)
+    options = export_options(prepared, trainer.export_dtype, keys.trust_remote_code)
 
     written = AdapterFolder(saved_config(model.causal_lm), prepared.base, options)
     save_adapter(adapter_tensors(model.causal_lm), written, root, model, world.is_main)
-    if config.trainer.export == "adapter":
+    if trainer.export == "adapter":
         return
 
     merge(model.causal_lm, cast)
@@ -52,9 +54,9 @@ def adapter_form(prepared: Prepared, causal_lm: Any, prefix: str, options: Expor
     return AdapterForm(names, written, num_bytes)
 
 
-def _merged_check(config: SftConfig, prepared: Prepared, model: SftModel, world: World) -> Callable[[Path], None]:
+def _merged_check(keys: ModelConfig, prepared: Prepared, model: SftModel, world: World) -> Callable[[Path], None]:
     """Return what is asked of the merged model before it is visible. Collective: all ranks compute the right loss."""
     probe = probe_of(prepared.train)
     live = live_loss(model, probe, world)
-    computed = resolve_precision(config.model, world.device.type == "cuda").compute
-    return lambda written: check_merged(written, probe, live, computed, config.model.trust_remote_code)
+    computed = resolve_precision(keys, world.device.type == "cuda").compute
+    return lambda written: check_merged(written, probe, live, computed, keys.trust_remote_code)

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from apollo_sft.checkpoint.model_folder.sidecars import end_tokens
-from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.batch.loader import pack
 from apollo_sft.data.store.audit import decoded, target_mask
 from apollo_sft.data.store.store_files import SampleStore
@@ -117,11 +116,11 @@ def _asking(text: Sequence[int]) -> Sample:
     return Sample(np.asarray(text, dtype=np.int32), labels, RowRef("", 0), ())
 
 
-def generations_of(config: SftConfig, prepared: Prepared, world: World) -> Generations:
-    """Those of `trainer.generate_samples`, from the first validation rows."""
+def generations_of(number: int, prepared: Prepared, world: World) -> Generations:
+    """Return the prompts of the first `number` validation rows with a trained reply, for this run."""
     prompts: list[Prompt] = []
     if prepared.val is not None:
-        prompts = first_prompts(prepared.val, prepared.tokenizer, config.trainer.generate_samples)
+        prompts = first_prompts(prepared.val, prepared.tokenizer, number)
     stops = frozenset(end_tokens(prepared.base, prepared.train.summary.stop_tokens))
     return Generations(prompts, prepared.tokenizer, stops, world, position_limit(prepared.hf_config))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.schema import DataConfig, SftConfig
 from apollo_sft.data.batch.loader import Loader
 from apollo_sft.data.batch.plan import PlanSpec, attention_cost
 from apollo_sft.parallel.launch import World
@@ -16,14 +16,13 @@ if TYPE_CHECKING:
     from apollo_sft.data.batch.mixture import Mixture
 
 
-def plan_spec(config: SftConfig, mesh: Mesh, hf_config: Any, sources: Mixture | None = None) -> PlanSpec:
-    """How the steps of a training are laid out over this mesh. `sources`: those of its data, where they have names."""
-    data = config.data
+def plan_spec(data: DataConfig, seed: int, mesh: Mesh, hf_config: Any, sources: Mixture | None = None) -> PlanSpec:
+    """Return how the steps of a training are laid out over this mesh. `sources`: of its data, where they have names."""
     return PlanSpec(
         batch_size=data.train_batch_size,
         micro_batch_size=data.micro_batch_size_per_gpu,
         dp_size=mesh.dp_size,
-        seed=config.trainer.seed,
+        seed=seed,
         drop_last=data.drop_last,
         max_tokens=data.max_token_len_per_gpu and data.max_token_len_per_gpu * mesh.sp_size,
         balance=data.balance_dp_token,
@@ -36,7 +35,7 @@ def lay_out(config: SftConfig, prepared: Prepared, world: World) -> tuple[Mesh, 
     """Lay the ranks and the steps out: the mesh, the loader of the training data, and that of the validation data."""
     mesh = build_mesh(world, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
     pinned = world.device.type == "cuda"
-    spec = plan_spec(config, mesh, prepared.hf_config, prepared.train_sources)
+    spec = plan_spec(config.data, config.trainer.seed, mesh, prepared.hf_config, prepared.train_sources)
     train = Loader(prepared.train, spec, mesh.dp_rank, mesh.sp_size, pinned)
     if prepared.val is None:
         return mesh, train, None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from apollo_sft.checkpoint.model_folder.tokenizer_files import end_token, rehearse
-from apollo_sft.config.schema import SftConfig, Source
+from apollo_sft.config.schema import DataConfig, SftConfig, Source
 from apollo_sft.config.sources import Entries, named, own_paths, paths_of
 from apollo_sft.data.read.files import expand_paths, shown
 from apollo_sft.data.render.template import ChatTemplate, is_own
@@ -63,7 +63,7 @@ def prepare(config: SftConfig, weights: bool = True) -> Prepared:
     """
     base, hf_config = open_base(config, weights)
     trust = config.model.trust_remote_code
-    _check_positions(config, hf_config)
+    _check_positions(config.data.max_length, config.model.partial_pretrain, hf_config)
     check_longest(hf_config, config.data.max_length)
     tokenizer = load_tokenizer(base.folder, trust)
     template = fit_template(tokenizer, config.data, config.model.add_special_tokens)
@@ -72,12 +72,12 @@ def prepare(config: SftConfig, weights: bool = True) -> Prepared:
     changed = None if is_own(tokenizer, template) else template.text
     with about_the_base():
         rehearse(base, tokenizer, changed, (), trust)
-    train, train_of = _store(config, "train", tokenizer, template)
+    train, train_of = _store(config.data, "train", tokenizer, template)
     stops = tuple(train.summary.stop_tokens)
     if end_token(tokenizer, changed, stops) is not None:  # which nothing could know before
         with about_the_base():
             rehearse(base, tokenizer, changed, stops, trust)
-    val, val_of = _store(config, "val", tokenizer, template) if config.data.val_files else (None, {})
+    val, val_of = _store(config.data, "val", tokenizer, template) if config.data.val_files else (None, {})
     for store in (train, val):
         if store is not None:
             _check_token_ids(store, hf_config)
@@ -96,10 +96,9 @@ def _growth_in_words(growth: Growth) -> str:
 
 
 def _store(
-    config: SftConfig, split: Literal["train", "val"], tokenizer: Any, template: ChatTemplate
+    data: DataConfig, split: Literal["train", "val"], tokenizer: Any, template: ChatTemplate
 ) -> tuple[SampleStore, dict[str, int]]:
     """The store of a split, and which of its named entries each file belongs to."""
-    data = config.data
     entries, key = (data.train_files, "data.train_files") if split == "train" else (data.val_files, "data.val_files")
     of_files = _source_of_files(entries, key)  # before anything is read
     paths = paths_of(entries)
@@ -139,13 +138,13 @@ def _mixture(store: SampleStore, entries: Entries, of_files: dict[str, int], key
     return mixture(parts, sizes, key)
 
 
-def _check_positions(config: SftConfig, hf_config: Any) -> None:
+def _check_positions(max_length: int, source: str, hf_config: Any) -> None:
     positions = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and config.data.max_length > positions:
+    if positions is not None and max_length > positions:
         raise ConfigError(
             "data.max_length is above the number of positions that the model knows",
-            found=config.data.max_length,
-            expected=f"at most {positions} (max_position_embeddings of {config.model.partial_pretrain})",
+            found=max_length,
+            expected=f"at most {positions} (max_position_embeddings of {source})",
             fix=f"data.max_length={positions}",
         )
 

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apollo_sft.checkpoint.run_folder.folder import RunFolder
-from apollo_sft.config.compose import recorded
-from apollo_sft.config.schema import SftConfig, TrainerConfig
+from apollo_sft.config.schema import TrainerConfig
 from apollo_sft.report.console import Console
 from apollo_sft.report.metrics import LineWriter, MetricsWriter, Record, read_metrics, targets_by_name
 from apollo_sft.report.sinks import RunInfo, Sinks
@@ -81,10 +80,14 @@ class Reporter:
         self.close()
 
 
-def open_reporter(config: SftConfig, folder: RunFolder | None, last_step: int, first_step: int) -> Reporter:
-    """Open the reporter of a run. `folder`: None off rank 0. `first_step`: the number of steps done before."""
+def open_reporter(
+    trainer: TrainerConfig, facts: dict[str, Any], folder: RunFolder | None, last_step: int, first_step: int
+) -> Reporter:
+    """Open the reporter of a run. `folder`: None off rank 0. `first_step`: the number of steps done before.
+
+    `facts`: the config as loggers get it.
+    """
     if folder is None:
-        return Reporter(config.trainer, None, last_step)
-    trainer = config.trainer
-    info = RunInfo(folder.root, trainer.project_name, trainer.experiment_name, recorded(config), first_step)
+        return Reporter(trainer, None, last_step)
+    info = RunInfo(folder.root, trainer.project_name, trainer.experiment_name, facts, first_step)
     return Reporter(trainer, info, last_step)

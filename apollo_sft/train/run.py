@@ -51,11 +51,11 @@ def train(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str]
     trainer = config.trainer
     seconds = trainer.collective_timeout_seconds
 
-    stages.on_all("setting up the process", set_up_process, config)
+    stages.on_all("setting up the process", set_up_process, trainer.deterministic, config.model.external_lib)
     on_cuda = trainer.device != "cpu" and torch.cuda.is_available()
 
     with (
-        stages.process_group(trainer.device, needs_group(config, on_cuda), seconds) as world,
+        stages.process_group(trainer.device, needs_group(config.model, on_cuda), seconds) as world,
         # Half: when a rank stands still it is named before the others give up waiting for it.
         stages.heartbeat(seconds / 2) as step_ended,
         stages.run_folder(partial(claim_folder, config, overridden, notes, world, stop)) as folder,
@@ -63,16 +63,16 @@ def train(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str]
         run_stages(config, stages, folder, stop, step_ended)
 
 
-def set_up_process(config: SftConfig) -> None:
+def set_up_process(deterministic: bool, external_lib: str | None) -> None:
     """Do what must come first in a process: its place in the run, determinism, the user's module, logging."""
     place = read_place(os.environ)
     os.environ.update(place.variables)
     setup_logging(place.rank == 0)
 
-    if config.trainer.deterministic:
+    if deterministic:
         make_deterministic()
         say("deterministic: every operation gives the same bits each time, on the same hardware and versions")
-    load_external_lib(config.model.external_lib)
+    load_external_lib(external_lib)
     if place.starter != "torchrun" and place.size > 1:
         say(f"waiting at {place.variables['MASTER_ADDR']} for the {place.size} processes of {place.starter}")
 
@@ -92,7 +92,7 @@ def run_stages(
 
     mesh, train_loader, val_loader = stages.on_all("laying out the steps", lay_out, config, prepared, world)
     schedule = schedule_of(trainer, config.optim, train_loader.steps_per_epoch)
-    stages.on_main("showing what will be trained", announce, config, prepared, schedule, train_loader, folder)
+    stages.on_main("showing what will be trained", announce, prepared, schedule, train_loader, mesh.sp_size, folder)
 
     stages.on_all("seeding", seed_everything, trainer.seed, world.rank)
     base = prepared.base
@@ -106,10 +106,10 @@ def run_stages(
         schedule.total_steps,
         facts={"processes": world.size, "data": prepared.data_key, "config": recorded(config)},
         is_main=world.is_main,
-        form=hf_form(config, prepared, outline),
+        form=hf_form(config.model, trainer, prepared, outline),
     )
     first_step = stages.on_all("reading the checkpoint", checkpoints.resume, folder, world, model, optimizer)
-    reporter = open_reporter(config, folder, schedule.total_steps, first_step)
+    reporter = open_reporter(trainer, recorded(config), folder, schedule.total_steps, first_step)
 
     with stages.between_steps("training"), reporter, checkpoints.settled_on_failure():
         run = Run(
@@ -123,31 +123,32 @@ def run_stages(
             checkpoints=checkpoints,
             reporter=reporter,
             step_ended=step_ended,
-            meter=meter_of(config, outline, world, train_loader.steps_per_epoch, folder),
-            generations=_generations(config, prepared, world),
+            meter=meter_of(trainer, config.model, outline, world, train_loader.steps_per_epoch, folder),
+            generations=_generations(trainer.generate_samples, prepared, world),
         )
         run_loop(run, stop, first_step)
 
-    stages.on_all("writing the model", export, config, prepared, model, folder, world, kept=CHECKPOINT_KEPT)
-    say(summary(reporter, config, stages.seconds))
+    written = (config.model, trainer, prepared, model, folder, world)
+    stages.on_all("writing the model", export, *written, kept=CHECKPOINT_KEPT)
+    say(summary(reporter, trainer, stages.seconds))
     stages.model_is_written()
-
     if trainer.default_hdfs_dir is not None:
         _upload(trainer, stages)
 
 
+def _generations(number: int, prepared: Prepared, world: World) -> Generations | None:
+    """Return the prompts of so many validation rows; None where `trainer.generate_samples` is 0."""
+    if not number:
+        return None
+    from apollo_sft.train.generations import generations_of
+
+    return generations_of(number, prepared, world)
+
+
 def _upload(trainer: TrainerConfig, stages: Stages) -> None:
+    """Upload the model. run.json notes beforehand that it is not uploaded, which holds when this process is killed."""
     from apollo_sft.train.upload import upload
 
     stages.record({"uploaded": False})
     stages.on_main("uploading the model", upload, trainer, kept=MODEL_KEPT)
     stages.record({"uploaded": True})
-
-
-def _generations(config: SftConfig, prepared: Prepared, world: World) -> Generations | None:
-    """Return what `trainer.generate_samples` asks for; None where it asks for nothing."""
-    if not config.trainer.generate_samples:
-        return None
-    from apollo_sft.train.generations import generations_of
-
-    return generations_of(config, prepared, world)

@@ -32,7 +32,7 @@ def check_world(config: SftConfig, world: World, overridden: Mapping[str, Any]) 
     Raises: TopologyError, ConfigError.
     """
     check_mesh(world.size, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
-    check_strategy(config, world)
+    check_strategy(config.model, config.optim, world)
     if config.model.load_in_4bit:
         from apollo_sft.model import four_bit
 

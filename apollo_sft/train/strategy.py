@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.schema import ModelConfig, OptimConfig
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.fsdp2 import ShardSpec
 from apollo_sft.parallel.launch import World
@@ -54,18 +54,20 @@ def strategy_of(model: SftModel) -> Strategy:
     return strategy_named(model.strategy)
 
 
-def check_strategy(config: SftConfig, world: World) -> None:
+def check_strategy(model: ModelConfig, optim: OptimConfig, world: World) -> None:
     """Raises: ConfigError when the strategy cannot train exactly what is asked for."""
-    fsdp, precision = config.model.fsdp_config, resolve_precision(config.model, world.device.type == "cuda")
-    reduces_once, name = fsdp.use_no_sync_for_gradient_accumulation, strategy_name(config, world)
-    strategy_named(name).check(fsdp.fsdp_size, precision.compute, reduces_once)
-    check_optimizer(config.optim, name)
-    if config.model.compile:
+    fsdp = model.fsdp_config
+    precision = resolve_precision(model, world.device.type == "cuda")
+    name = strategy_name(model, world)
+
+    strategy_named(name).check(fsdp.fsdp_size, precision.compute, fsdp.use_no_sync_for_gradient_accumulation)
+    check_optimizer(optim, name)
+    if model.compile:
         from apollo_sft.model.compiled_layers import check_compile
 
         check_compile(world.device, name)
 
 
-def strategy_name(config: SftConfig, world: World) -> str:
-    """One process has nothing to shard: mixed precision and offload are FSDP2's then."""
-    return config.model.strategy if world.size > 1 else "fsdp2"
+def strategy_name(model: ModelConfig, world: World) -> str:
+    """Return the name of the strategy that shards. One process shards nothing: FSDP2 mixes precisions and offloads."""
+    return model.strategy if world.size > 1 else "fsdp2"

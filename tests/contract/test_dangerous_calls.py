@@ -18,6 +18,9 @@ FORBIDDEN_VALUES = {("shell", True), ("allow_pickle", True), ("weights_only", Fa
 IMPORTED_BY_NAME = {
     "apollo_sft/train/process.py": "model.external_lib, which is the user's own",
     "apollo_sft/cli/main.py": "the commands, from a table",
+    "apollo_sft/data/read/rows.py": "the readers of kinds of files, from a table",
+    "apollo_sft/report/sinks.py": "the loggers, from a table",
+    "apollo_sft/train/strategy.py": "FSDP2 and FSDP1, from a table",
 }
 """Where importlib.import_module is used, and of what."""
 

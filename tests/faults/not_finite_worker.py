@@ -61,7 +61,9 @@ def cases(folder: Path, world: World) -> dict[str, Any]:
     hf_config = load.read_config(base, False)
     model, optimizer = assemble(config, base, hf_config, world, mesh)
     loader = Loader(
-        SampleStore(folder / "store"), replace(plan_spec(config, mesh, hf_config), shuffle=False), mesh.dp_rank
+        SampleStore(folder / "store"),
+        replace(plan_spec(config.data, config.trainer.seed, mesh, hf_config), shuffle=False),
+        mesh.dp_rank,
     )
     found: dict[str, Any] = {"healthy": train_step(model, optimizer, loader.batch(0), world, 1.0).loss}
     found["loss"] = refused(model, optimizer, loader.batch(1), world)

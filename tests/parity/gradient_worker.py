@@ -63,7 +63,7 @@ class Cells:
         ]
 
     def cell(self, model: SftModel, optimizer: Optimizer, config: SftConfig, step: int) -> dict[str, Any]:
-        spec = replace(plan_spec(config, self.mesh, self.hf_config), shuffle=False)
+        spec = replace(plan_spec(config.data, config.trainer.seed, self.mesh, self.hf_config), shuffle=False)
         batch = Loader(self.store, spec, self.mesh.dp_rank).batch(step)
         loss, gradients = self.expected[step]
         result = train_step(model, optimizer, batch, self.world, None)

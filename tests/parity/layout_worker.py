@@ -87,7 +87,7 @@ class Laid:
         """Relative differences of the worst gradient, the loss and the norm."""
         config = config_of(self.base, self.store, overrides)
         self.model.reduces_once = config.model.fsdp_config.use_no_sync_for_gradient_accumulation
-        spec = plan_spec(config, self.mesh, self.hf_config)
+        spec = plan_spec(config.data, config.trainer.seed, self.mesh, self.hf_config)
         batch = Loader(self.store, spec, self.mesh.dp_rank, self.mesh.sp_size).batch(0)
         result = train_step(self.model, self.optimizer, batch, self.world, None)
         assert [batch.num_targets, batch.num_tokens, batch.num_samples] == expected.counts
@@ -121,7 +121,7 @@ def main(out: Path, folder: Path, cells: dict[str, list[list[str]]]) -> None:
             if world.size == 1:
                 forget_meshes()
                 launch.stop()
-                world = launch.start("cpu", needs_group(config_of(base, store, shared), on_cuda=False))
+                world = launch.start("cpu", needs_group(config_of(base, store, shared).model, on_cuda=False))
             laid = Laid(base, store, [*shared, *adapter], world)
             figures += [[name, cell, *laid.figures([*cell, *adapter], expected)] for cell in group]
             del laid

@@ -37,7 +37,7 @@ class Totals(MemTracker):
 def main(out: Path, folder: Path, cells: list[list[str]]) -> None:
     """`cells`: names of a model, then the keys of a layout."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    grouped = any(needs_group(compose([*BASE, *keys]).config, on_cuda=False) for _, *keys in cells)
+    grouped = any(needs_group(compose([*BASE, *keys]).config.model, on_cuda=False) for _, *keys in cells)
     world = launch.start("cpu", needs_group=ranks > 1 or grouped)
     store = SampleStore(folder / "store")
     samples = [store[i] for i in range(len(store))]

@@ -43,7 +43,7 @@ def cell(folder: Path, kind: str, world: World, values: list[str], out: Path) ->
     mesh = build_mesh(world, config.ulysses_sequence_parallel_size)
     base, hf_config = open_base(config)
     model, optimizer = assemble(config, base.folder, hf_config, world, mesh)
-    spec = replace(plan_spec(config, mesh, hf_config), shuffle=False)
+    spec = replace(plan_spec(config.data, config.trainer.seed, mesh, hf_config), shuffle=False)
     batch = Loader(SampleStore(folder / "store"), spec, mesh.dp_rank, mesh.sp_size).batch(0)
     with StaysDouble():
         result = train_step(model, optimizer, batch, world, None)

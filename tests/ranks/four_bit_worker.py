@@ -66,7 +66,7 @@ class Training:
         torch.manual_seed(0)
         self.model, self.optimizer = assemble(self.config, self.base, hf_config, world, mesh)
         self.store = SampleStore(folder / "store")
-        spec = replace(plan_spec(self.config, mesh, hf_config), shuffle=False)
+        spec = replace(plan_spec(self.config.data, self.config.trainer.seed, mesh, hf_config), shuffle=False)
         self.loader = Loader(self.store, spec, mesh.dp_rank, sp)
         facts = {"processes": world.size, "data": "d", "config": recorded(self.config)}
         self.checkpoints = Checkpoints(self.config.trainer, 4, 4, facts, world.is_main, None)

@@ -52,7 +52,7 @@ def cell(base: Path, growth: Growth, world: World, values: list[str], wanted: tu
     mesh = build_mesh(world, config.ulysses_sequence_parallel_size)
     hf_config = load.with_rows(load.read_config(base, False), growth.rows)
     model, optimizer = assemble(config, base, hf_config, world, mesh, growth)
-    spec = replace(plan_spec(config, mesh, hf_config), shuffle=False)
+    spec = replace(plan_spec(config.data, config.trainer.seed, mesh, hf_config), shuffle=False)
     store = SampleStore(base.parent / "store")
     batch = Loader(store, spec, mesh.dp_rank, mesh.sp_size).batch(0)
     with StaysDouble():

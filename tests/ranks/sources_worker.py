@@ -60,7 +60,12 @@ def expected(base: Path, store: SampleStore, config: SftConfig) -> list[dict[str
     hf_config = load.read_config(base, False)
     attention.register(attention.sdpa_kernel)
     model = load.load_with_weights(base, hf_config, torch.float64, False).eval()
-    spec = replace(plan_spec(config, build_mesh(World(0, 1, 0, torch.device("cpu")), 1), hf_config, SOURCES), dp_size=1)
+    spec = replace(
+        plan_spec(
+            config.data, config.trainer.seed, build_mesh(World(0, 1, 0, torch.device("cpu")), 1), hf_config, SOURCES
+        ),
+        dp_size=1,
+    )
     steps = [plan(store.lengths, spec, step).samples for step in range(STEPS)]
     found = []
     for ids in [*steps, torch.arange(len(store)).numpy()]:
@@ -82,7 +87,7 @@ def measured(base: Path, store: SampleStore, values: dict[str, Any], world: Worl
     model, optimizer = assemble(config, base, hf_config, world, mesh)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    spec = plan_spec(config, mesh, hf_config, SOURCES)
+    spec = plan_spec(config.data, config.trainer.seed, mesh, hf_config, SOURCES)
     loader = Loader(store, spec, mesh.dp_rank, mesh.sp_size)
     found = []
     for step in range(STEPS):

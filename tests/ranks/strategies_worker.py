@@ -60,7 +60,7 @@ class Training:
         hf_config = load.read_config(self.base, False)
         torch.manual_seed(0)
         self.model, self.optimizer = assemble(config, self.base, hf_config, world, self.mesh)
-        spec = replace(plan_spec(config, self.mesh, hf_config), shuffle=False)
+        spec = replace(plan_spec(config.data, config.trainer.seed, self.mesh, hf_config), shuffle=False)
         self.loader = Loader(SampleStore(folder / "store"), spec, self.mesh.dp_rank, self.mesh.sp_size)
         facts = {"processes": world.size, "data": "d", "config": {}}
         self.checkpoints = Checkpoints(config.trainer, STEPS, STEPS, facts, world.is_main, None)

@@ -71,7 +71,7 @@ def steps(base: Path, world: World, mesh: Mesh, store: SampleStore, *more: str) 
     config = config_of(base, *more)
     model, optimizer = assembled(base, world, mesh, *more)
     before = {name: whole(value.detach()).clone() for name, value in model.causal_lm.named_parameters()}
-    spec = replace(plan_spec(config, mesh, load.read_config(base, False)), shuffle=False)
+    spec = replace(plan_spec(config.data, config.trainer.seed, mesh, load.read_config(base, False)), shuffle=False)
     loader = Loader(store, spec, mesh.dp_rank)
     results = [train_step(model, optimizer, loader.batch(n), world, config.optim.clip_grad) for n in range(STEPS)]
     after = {name: whole(value.detach()) for name, value in model.causal_lm.named_parameters()}
@@ -98,7 +98,8 @@ def evaluations(base: Path, world: World, mesh: Mesh, folder: Path) -> list[list
         with torch.no_grad():
             total, targets = oracle_loss(plain, [store[i] for i in range(rows)])
         for size in range(1, 5):
-            spec = plan_spec(config_of(base, f"data.micro_batch_size_per_gpu={size}"), mesh, hf_config)
+            config = config_of(base, f"data.micro_batch_size_per_gpu={size}")
+            spec = plan_spec(config.data, config.trainer.seed, mesh, hf_config)
             spec = replace(spec, batch_size=size * mesh.dp_size, shuffle=False)
             loss, counted, _ = evaluate(model, Loader(store, spec, mesh.dp_rank), world)
             found.append([rows, size, loss, counted, float(total) / targets, targets])

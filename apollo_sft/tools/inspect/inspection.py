@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.schema import DataConfig, SftConfig
 from apollo_sft.config.values import with_values
 from apollo_sft.data.batch.plan import PlanSpec, steps_per_epoch
 from apollo_sft.data.store.audit import findings, stretches, usual_sample
@@ -103,7 +103,7 @@ def inspect_data(config: SftConfig, processes: int | None) -> Inspection:
     load_external_lib(config.model.external_lib)
     prepared, refusal = _prepare(config)
     mesh = Mesh(0, processes // sp_size, 0, sp_size, None)
-    spec = plan_spec(config, mesh, prepared.hf_config, prepared.train_sources)
+    spec = plan_spec(config.data, trainer.seed, mesh, prepared.hf_config, prepared.train_sources)
     schedule = schedule_of(config.trainer, config.optim, steps_per_epoch(len(prepared.train), spec))
     stores = [("train", prepared.train)] + ([("validation", prepared.val)] if prepared.val is not None else [])
     scans = [count.scan(store) for _, store in stores]
@@ -112,7 +112,7 @@ def inspect_data(config: SftConfig, processes: int | None) -> Inspection:
             name,
             store,
             count.count_files(store),
-            _losses(store, config),
+            _losses(store, config.data.truncation),
             count.duplicates(store, scan.digests),
             scan.unstopped,
             findings(store.summary, without=IN_THE_LEDGER),
@@ -151,7 +151,7 @@ def _prepare(config: SftConfig) -> tuple[Prepared, str | None]:
     try:
         return prepare(config, weights=False), None
     except DataError as error:
-        lenient = with_values(config, _lenient(config))
+        lenient = with_values(config, _lenient(config.data))
         if lenient == config:
             raise
         refusal = error
@@ -161,15 +161,17 @@ def _prepare(config: SftConfig) -> tuple[Prepared, str | None]:
         raise refusal from None
 
 
-def _lenient(config: SftConfig) -> dict[str, Any]:
+def _lenient(data: DataConfig) -> dict[str, Any]:
     changes: dict[str, Any] = {"data.bad_rows": "skip", "data.max_bad_ratio": 1.0}
-    return changes | ({"data.truncation": "drop"} if config.data.truncation == "error" else {})
+    if data.truncation == "error":
+        changes["data.truncation"] = "drop"
+    return changes
 
 
-def _losses(store: SampleStore, config: SftConfig) -> list[Loss]:
-    """The ledger. Long rows that only the inspection drops are refused by a training."""
+def _losses(store: SampleStore, truncation: str) -> list[Loss]:
+    """Read the ledger. Long rows that only the inspection drops are refused by a training."""
     found = count.losses(store.rejected())
-    if config.data.truncation == "error":
+    if truncation == "error":
         for loss in found:
             if "data.truncation=drop" in loss.reason:
                 loss.kind, loss.reason = "refused", loss.reason.replace("truncation=drop", "truncation=error")

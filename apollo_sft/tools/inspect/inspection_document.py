@@ -184,7 +184,7 @@ def _lengths(split: Split, clean: Clean) -> Bars:
 
 def _facts(found: Inspection) -> list[tuple[str, str]]:
     data, packing, spec = found.config.data, found.packing, found.spec
-    rows = steps_in_words(found.config, len(found.prepared.train), spec, found.schedule)
+    rows = steps_in_words(len(found.prepared.train), spec, found.schedule)
     ranks = f"{spec.dp_size:,}" + (f" of {found.processes // spec.dp_size:,} processes each" if _sp(found) > 1 else "")
     rows += [
         ("data ranks", ranks),

@@ -25,8 +25,7 @@ from torch.optim import Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apollo_sft.config.schema import SftConfig
-from apollo_sft.config.values import with_values
+from apollo_sft.config.schema import ModelConfig, SftConfig
 from apollo_sft.data.batch.loader import StepBatch
 from apollo_sft.model import attention, four_bit, load, lora
 from apollo_sft.model.attention import AttentionOptions, Documents
@@ -37,11 +36,11 @@ from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
 from apollo_sft.tools.plan.allocations import HEAD, LAYERS, OPTIMIZER, SHARDING, Allocations, recorded
 from apollo_sft.train.assemble import (
-    exchange,
-    laid_out,
+    head_exchange,
     needs_group,
     offloads,
     optimizer_of,
+    shard_model,
     stored_dtype,
 )
 from apollo_sft.train.optim.build import fill_state
@@ -121,8 +120,8 @@ def step_memory(
 
     Raises: ConfigError, ModelError, TopologyError as a training.
     """
-    config = _with_dtype(config, ranks)
-    kinds = _kinds(meta_model(config, hf_config, ranks))
+    config = config.model_copy(update={"model": _with_dtype(config.model, ranks)})
+    kinds = _kinds(meta_model(config.model, hf_config, ranks))
     few = {kind: min(number, repeats) for kind, number in kinds.items()}
     chunk = chunk_rows(hf_config.get_text_config().hidden_size)
     short = replace(pack, targets=min(pack.targets, repeats * chunk))
@@ -147,23 +146,24 @@ def _grow(whole: dict[str, dict[str, float]], first: dict[str, Parts], more: dic
             parts[part] += times * (more[when][part] - first[when][part])
 
 
-def _with_dtype(config: SftConfig, ranks: Ranks) -> SftConfig:
-    """What `auto` will be there."""
-    compute = resolve_precision(config.model, ranks.on_cuda).compute
+def _with_dtype(model: ModelConfig, ranks: Ranks) -> ModelConfig:
+    """Return the keys with the dtype that `auto` becomes on the planned ranks: here there are only CPU tensors."""
+    compute = resolve_precision(model, ranks.on_cuda).compute
     name = next(name for name, dtype in DTYPES.items() if dtype == compute)
-    return with_values(config, {"model.fsdp_config.dtype": name})
+    fsdp = model.fsdp_config.model_copy(update={"dtype": name})
+    return model.model_copy(update={"fsdp_config": fsdp})
 
 
-def meta_model(config: SftConfig, hf_config: Any, ranks: Ranks) -> Any:
-    """The causal language model without memory, with adapters. Raises: ConfigError, ModelError."""
+def meta_model(model: ModelConfig, hf_config: Any, ranks: Ranks) -> Any:
+    """Build the causal language model without memory, with adapters. Raises: ConfigError, ModelError."""
     attention.register(attention.sdpa_kernel)  # its name must be known; nothing runs
-    config = _with_dtype(config, ranks)
-    adapter = lora.lora_config(config.model, config.model.partial_pretrain)
-    stored = stored_dtype(config, World(0, ranks.size, 0, CPU), adapter is not None)
-    built = load.build_on_meta(hf_config, stored, config.model.trust_remote_code)
-    causal_lm = four_bit.quantised(config.model, built, adapter)
+    model = _with_dtype(model, ranks)
+    adapter = lora.lora_config(model, model.partial_pretrain)
+    stored = stored_dtype(model, World(0, ranks.size, 0, CPU), adapter is not None)
+    built = load.build_on_meta(hf_config, stored, model.trust_remote_code)
+    causal_lm = four_bit.quantised(model, built, adapter)
     if adapter is not None:
-        lora.inject(causal_lm, adapter, resolve_precision(config.model, ranks.on_cuda).master)
+        lora.inject(causal_lm, adapter, resolve_precision(model, ranks.on_cuda).master)
     return causal_lm
 
 
@@ -184,7 +184,7 @@ class _Step:
     def peaks(self, few: Mapping[Kind, int]) -> dict[str, Parts]:
         """Parts at the worst moment of each phase, with so many layers of each kind; and, as HOST, those offloaded."""
         try:
-            with _group(self.config, self.ranks), warnings.catch_warnings():
+            with _group(self.config.model, self.ranks), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return self._peaks(few)
         finally:
@@ -193,23 +193,23 @@ class _Step:
     def _peaks(self, few: Mapping[Kind, int]) -> dict[str, Parts]:
         sp_size, fsdp_size = self.config.ulysses_sequence_parallel_size, self.config.model.fsdp_config.fsdp_size
         mesh = build_mesh(self.world, sp_size, fsdp_size)
-        causal_lm = meta_model(self.config, self.hf_config, self.ranks)
+        causal_lm = meta_model(self.config.model, self.hf_config, self.ranks)
         _keep(causal_lm, few)
         layers = [layer for some in _layer_lists(causal_lm) for layer in some]
-        attention.register(self._kernel(), exchange(mesh))
+        attention.register(self._kernel(), head_exchange(mesh))
         model = SftModel(causal_lm, mesh.sp_rank, mesh.sp_size)
         late = self.config.model.strategy == "fsdp" and self.ranks.size > 1  # it gives memory while it cuts
         if not late:
-            model = laid_out(self.config, model, self.world, mesh)
+            model = shard_model(self.config.model, model, self.world, mesh)
         with FakeTensorMode(allow_non_fake_inputs=True), _Answers(self.pack.targets):
             if late:
-                model = laid_out(self.config, model, self.world, mesh)
+                model = shard_model(self.config.model, model, self.world, mesh)
                 fill_buffers(model, None, CPU)
             else:
                 model.to_empty(device="cpu")
             if mesh.shard is None:
                 causal_lm.tie_weights()  # where nothing is sharded, memory was given to each of two tied weights
-            optimizer = optimizer_of(model, self.config)
+            optimizer = optimizer_of(model, self.config.optim)
             timeline, marks = self._run(model, optimizer, layers[max(0, len(layers) - 2)])
         return _worst(timeline, marks, offloads(self.config.model) and self.ranks.on_cuda)
 
@@ -244,9 +244,9 @@ class _Step:
 
 
 @contextmanager
-def _group(config: SftConfig, ranks: Ranks) -> Iterator[None]:
+def _group(model: ModelConfig, ranks: Ranks) -> Iterator[None]:
     """A process group in which no one answers."""
-    if ranks.size == 1 and not needs_group(config, ranks.on_cuda):
+    if ranks.size == 1 and not needs_group(model, ranks.on_cuda):
         yield
         return
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks.size)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from apollo_sft.checkpoint.run_folder.state import num_bytes as checkpoint_bytes
-from apollo_sft.config.schema import NEUTRAL, FileSet, SftConfig, Source
+from apollo_sft.config.schema import NEUTRAL, DataConfig, FileSet, SftConfig, Source
 from apollo_sft.config.sources import own_paths
 from apollo_sft.config.values import value_of, with_values
 from apollo_sft.data.batch.plan import steps_per_epoch
@@ -127,14 +127,14 @@ class Planner:
         self.config, self.machine = config, machine
         self.ranks = Ranks(machine.gpus, machine.on_cuda)
         try:
-            self.hf_config = as_files_hold(folder, config)
+            self.hf_config = as_files_hold(folder, config.model)
         except ModelError:  # of weights, which need not be here
             self.hf_config = read_config(folder, config.model.trust_remote_code)
         check_architecture(self.hf_config, config.model.trust_remote_code)
-        growth = growth_of(config, folder, self.hf_config)
+        growth = growth_of(config.model, config.data, folder, self.hf_config)
         if growth is not None:
             self.hf_config = with_rows(self.hf_config, growth.rows)
-        self.causal_lm = meta_model(config, self.hf_config, self.ranks)
+        self.causal_lm = meta_model(config.model, self.hf_config, self.ranks)
         self._seen: dict[tuple[Any, ...], StepMemory] = {}
 
     def plan(self) -> Plan:
@@ -179,7 +179,8 @@ class Planner:
         """Bytes grow with the size as a straight line, or bend upwards: where a line through two points meets the
         limit is tried first, then whether one more fits, then the middle. `known`: what sizes take, is filled.
         """
-        least, step, most = _sizes(config, self.machine)
+        dp_size = self.machine.gpus // config.ulysses_sequence_parallel_size
+        least, step, most = _sizes(config.data, dp_size, config.ulysses_sequence_parallel_size)
 
         def fits(size: int) -> bool:
             if size not in known:
@@ -201,7 +202,7 @@ class Planner:
     def _advice(self) -> Advice:
         tried = 0
         for tried, values in enumerate(self._candidates(), start=1):
-            least, *_ = _sizes(with_values(self.config, values), self.machine)
+            least, *_ = _sizes(self.config.data, self.machine.gpus // values[SP], values[SP])
             key = CAP if self.config.data.use_dynamic_bsz else MICRO
             config = with_values(self.config, values | {key: least})
             known = {least: self.memory(config, least)}
@@ -241,7 +242,7 @@ class Planner:
         steps = trainer.total_training_steps
         if samples is not None:
             mesh = Mesh(0, self.machine.gpus // sp, 0, sp, None)
-            in_epoch = steps_per_epoch(samples, plan_spec(self.config, mesh, self.hf_config))
+            in_epoch = steps_per_epoch(samples, plan_spec(data, trainer.seed, mesh, self.hf_config))
             steps = steps or trainer.total_epochs * in_epoch
         number = (steps or 1) * data.train_batch_size
         if samples is not None and trainer.total_training_steps is None and not data.drop_last:
@@ -270,13 +271,13 @@ def _rows_of(entry: str | FileSet) -> int:
     return num_rows(expand_paths(own_paths(entry), "data.train_files"))
 
 
-def _sizes(config: SftConfig, machine: Machine) -> tuple[int, int, int]:
-    """The least micro-batch (one sample), by how much it grows, and the largest of any use: all that a step has."""
-    sp, data = config.ulysses_sequence_parallel_size, config.data
-    samples = -(-data.train_batch_size // (machine.gpus // sp))
+def _sizes(data: DataConfig, dp_size: int, sp_size: int) -> tuple[int, int, int]:
+    """Return the least micro-batch (one sample), by how much it grows, and the largest of any use: that of a step."""
+    samples = -(-data.train_batch_size // dp_size)
     if not data.use_dynamic_bsz:
         return 1, 1, samples
-    least, most = -(-data.max_length // sp), -(-samples * data.max_length // sp)
+    least = -(-data.max_length // sp_size)
+    most = -(-samples * data.max_length // sp_size)
     return least, GRAIN, least + (most - least) // GRAIN * GRAIN
 
 

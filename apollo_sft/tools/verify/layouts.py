@@ -74,29 +74,24 @@ def layouts(config: SftConfig, ranks: int, cap_tokens: int) -> list[Layout]:
     """All of them, in the order of processes; the user's own first. `cap_tokens`: of the token-capped ones."""
     capped = {"data.use_dynamic_bsz": True, "data.max_token_len_per_gpu": cap_tokens}
     micro = {MICRO: config.data.micro_batch_size_per_gpu}
+    own = {key: value_of(config, key) for key in NEUTRAL}
     found = []
     for processes in worlds(ranks):
-        if fits(config, processes):
-            found.append(Layout(f"yours: {_describe(own_values(config), processes)}", processes, {}))
+        if fits(config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size, processes):
+            found.append(Layout(f"yours: {_describe(own, processes)}", processes, {}))
         cells = list(_one(micro, capped)) if processes == 1 else list(_several(processes, micro, capped))
         if config.optim.name != "adamw":
             cells = [cell for cell in cells if cell.get("model.strategy") != "fsdp"]  # refused
         for values in (NEUTRAL | cell for cell in cells):
             layout = Layout(_describe(values, processes), processes, values)
-            if layout not in found and (processes, values) != (processes, own_values(config)):
+            if layout not in found and (processes, values) != (processes, own):
                 found.append(layout)
     return found
 
 
-def own_values(config: SftConfig) -> dict[str, Any]:
-    """The user's own layout, in the same keys."""
-    return {key: value_of(config, key) for key in NEUTRAL}
-
-
-def fits(config: SftConfig, processes: int) -> bool:
-    """Whether the user's own layout can be made of that many processes."""
-    sharded = config.model.fsdp_config.fsdp_size
-    return processes % config.ulysses_sequence_parallel_size == 0 and (sharded == -1 or processes % sharded == 0)
+def fits(sp_size: int, fsdp_size: int, processes: int) -> bool:
+    """Return whether the user's own layout can be made of that many processes."""
+    return processes % sp_size == 0 and (fsdp_size == -1 or processes % fsdp_size == 0)
 
 
 def _one(micro: dict[str, Any], capped: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from apollo_sft.checkpoint.host_memory import available_memory
-from apollo_sft.config.schema import SftConfig
+from apollo_sft.config.schema import DataConfig, ModelConfig, SftConfig
 from apollo_sft.config.sources import paths_of
 from apollo_sft.config.values import with_values
 from apollo_sft.data.store.store_files import SampleStore, StoreSummary, StoreWriter
@@ -42,7 +42,7 @@ class Rehearsal:
     description: list[tuple[str, str]]
 
 
-def rehearse(config: SftConfig, ranks: int, real_weights: bool, folder: Path) -> Rehearsal:
+def set_up(config: SftConfig, ranks: int, real_weights: bool, folder: Path) -> Rehearsal:
     """Prepare as a training does, then write rows, model and job into `folder`.
 
     Raises: ConfigError, DataError, ModelError as a training; ModelError when real weights do not fit into memory.
@@ -50,9 +50,9 @@ def rehearse(config: SftConfig, ranks: int, real_weights: bool, folder: Path) ->
     setup_logging(is_main=False)  # the table speaks
     load_external_lib(config.model.external_lib)
     attention.register(attention.sdpa_kernel)
-    config = with_values(config, _changes(config))
+    config = with_values(config, _changes(config.data))
     prepared = prepare(config)
-    samples = _slice(prepared.train, config, None if real_weights else TOKENS)
+    samples = _slice(prepared.train, config.data.train_batch_size, None if real_weights else TOKENS)
     if real_weights:
         base, hf_config, vocabulary = prepared.base.folder, silent(prepared.hf_config), None
         growth = prepared.base.growth
@@ -63,20 +63,22 @@ def rehearse(config: SftConfig, ranks: int, real_weights: bool, folder: Path) ->
         base, growth = folder / "model", None
         hf_config = shrink(prepared.hf_config, len(vocabulary), _number(prepared.hf_config, vocabulary))
         write_model(hf_config, base, config.trainer.seed)
-    config = with_values(config, _adapter(config, base, real_weights, folder))
+    continued = config.model.lora_adapter_path if real_weights else None
+    config = with_values(config, _adapter(config.model, config.trainer.seed, base, continued, folder))
     _write_store(folder / "store", samples)
     lengths = [len(sample.input_ids) for sample in samples]
     job = Job(config, base, layouts(config, ranks, max(max(lengths), sum(lengths) // (4 * STEPS))), growth)
     job.write(folder)
-    return Rehearsal(job, _description(prepared, hf_config, samples, config, vocabulary))
+    lora_words = ", with LoRA" if config.model.lora_adapter_path is not None else ""
+    return Rehearsal(job, _description(prepared, hf_config, samples, lora_words, vocabulary))
 
 
-def _changes(config: SftConfig) -> dict[str, Any]:
+def _changes(data: DataConfig) -> dict[str, Any]:
     """What float64 on the CPU, a few rows and nothing random ask for."""
-    rows = min(config.data.train_batch_size, ROWS)
-    limit = config.data.train_max_samples
+    rows = min(data.train_batch_size, ROWS)
+    limit = data.train_max_samples
     return {
-        "data.train_files": paths_of(config.data.train_files),
+        "data.train_files": paths_of(data.train_files),
         "data.val_files": (),
         "data.train_batch_size": rows,
         "data.train_max_samples": STEPS * rows if limit == -1 else limit,
@@ -90,9 +92,9 @@ def _changes(config: SftConfig) -> dict[str, Any]:
     }
 
 
-def _slice(store: SampleStore, config: SftConfig, most_tokens: int | None) -> list[Sample]:
+def _slice(store: SampleStore, batch_size: int, most_tokens: int | None) -> list[Sample]:
     """The first rows that make two steps. Raises: DataError when nothing in them is a target."""
-    samples = [store[i] for i in range(min(len(store), STEPS * config.data.train_batch_size))]
+    samples = [store[i] for i in range(min(len(store), STEPS * batch_size))]
     if most_tokens is not None:
         samples = [Sample(s.input_ids[-most_tokens:], s.labels[-most_tokens:], s.ref, s.turns) for s in samples]
     trained = [sample for sample in samples if sample.num_targets]
@@ -126,20 +128,22 @@ def _write_store(folder: Path, samples: list[Sample]) -> None:
     writer.finish("verify", summary)
 
 
-def _adapter(config: SftConfig, base: Path, real_weights: bool, folder: Path) -> dict[str, Any]:
-    """With LoRA: an adapter whose A and B both matter, as a folder to go on with. A new one would start with B = 0."""
-    adapter = lora.lora_config(config.model, str(base))
+def _adapter(model: ModelConfig, seed: int, base: Path, continued: str | None, folder: Path) -> dict[str, Any]:
+    """Write an adapter whose A and B both matter, and return the key that names it; without LoRA nothing.
+
+    A new adapter starts with B = 0, which would hide errors in A. `continued`: the user's own, which is kept.
+    """
+    adapter = lora.lora_config(model, str(base))
     if adapter is None:
         return {}
     adapter.lora_dropout = 0.0
-    continued = config.model.lora_adapter_path if real_weights else None
-    model = load.load_with_weights(base, as_files_hold(base, config), torch.float32, config.model.trust_remote_code)
-    lora.inject(model, adapter, torch.float32, continued)
-    generator = torch.Generator().manual_seed(config.trainer.seed)
-    tensors = lora.adapter_tensors(model)
+    loaded = load.load_with_weights(base, as_files_hold(base, model), torch.float32, model.trust_remote_code)
+    lora.inject(loaded, adapter, torch.float32, continued)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = lora.adapter_tensors(loaded)
     if continued is None:
         tensors = {n: 0.2 * torch.randn(t.shape, generator=generator) for n, t in tensors.items()}
-    lora.saved_config(model).save_pretrained(folder / "adapter")
+    lora.saved_config(loaded).save_pretrained(folder / "adapter")
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "adapter" / "adapter_model.safetensors")
     return {"model.lora_adapter_path": str(folder / "adapter")}
 
@@ -158,7 +162,7 @@ def _check_memory(prepared: Prepared) -> None:
 
 
 def _description(
-    prepared: Prepared, hf_config: Any, samples: list[Sample], config: SftConfig, vocabulary: np.ndarray | None
+    prepared: Prepared, hf_config: Any, samples: list[Sample], lora_words: str, vocabulary: np.ndarray | None
 ) -> list[tuple[str, str]]:
     text = hf_config.get_text_config()
     name = ", ".join(hf_config.architectures or [type(hf_config).__name__])
@@ -176,6 +180,4 @@ def _description(
         else 0
     ):
         rows += f"; of {cut} the last {TOKENS:,} tokens"
-    if config.model.lora_adapter_path is not None:
-        model += ", with LoRA"
-    return [("model", model), ("rows", rows)]
+    return [("model", model + lora_words), ("rows", rows)]

@@ -76,7 +76,7 @@ class Job:
         return cls(validate(raw["config"]), Path(raw["base"]), [Layout(**layout) for layout in raw["layouts"]], growth)
 
     def hf_config(self) -> Any:
-        found = silent(as_files_hold(self.base, self.config))
+        found = silent(as_files_hold(self.base, self.config.model))
         return found if self.growth is None else load.with_rows(found, self.growth.rows)
 
 
@@ -90,7 +90,7 @@ def write_oracle(job: Job, store: SampleStore, folder: Path) -> Figures:
         lora.inject(model, adapter, torch.float64, job.config.model.lora_adapter_path)
     model.set_attn_implementation("eager")
     optimizer = build_optimizer(model, job.config.optim)
-    spec = plan_spec(job.config, Mesh(0, 1, 0, 1, None), hf_config)
+    spec = plan_spec(job.config.data, job.config.trainer.seed, Mesh(0, 1, 0, 1, None), hf_config)
     losses, norms = [], []
     for step in range(STEPS):
         samples = [store[int(i)] for i in plan(store.lengths, spec, step).samples]
@@ -116,7 +116,7 @@ def measure(job: Job, index: int, store: SampleStore, folder: Path, world: World
     hf_config = job.hf_config()
     seed_everything(config.trainer.seed, world.rank)
     model, optimizer = assemble(config, job.base, hf_config, world, mesh, job.growth)
-    loader = Loader(store, plan_spec(config, mesh, hf_config), mesh.dp_rank, mesh.sp_size)
+    loader = Loader(store, plan_spec(config.data, config.trainer.seed, mesh, hf_config), mesh.dp_rank, mesh.sp_size)
     results: list[StepResult] = []
     off: list[tuple[float, float, str]] = []  # difference, its bound, what differs
     for step, bound in enumerate(BOUNDS):
@@ -171,7 +171,7 @@ def main(folder: Path) -> None:
             continue
         if world.size == 1:
             launch.stop()
-            world = launch.start("cpu", needs_group(with_values(job.config, layout.values), on_cuda=False))
+            world = launch.start("cpu", needs_group(with_values(job.config, layout.values).model, on_cuda=False))
         figures = _measure_or_fail(job, index, store, folder, world)
         if world.is_main:
             _report(figures, folder)

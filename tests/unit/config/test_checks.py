@@ -102,7 +102,7 @@ def test_weights_in_four_bits_are_not_compiled() -> None:
 def paths_refused(*arguments: str) -> str:
     composed = compose(arguments)
     with pytest.raises(ConfigError) as caught:
-        check_paths(composed.config, set(composed.overridden))
+        check_paths(composed.config.data, composed.config.model, set(composed.overridden))
     return str(caught.value)
 
 
@@ -132,7 +132,7 @@ MODEL = "model.partial_pretrain=~/model"
 )
 def test_paths_that_exist_or_are_not_local_pass(arguments: list[str], files: Path) -> None:
     composed = compose(arguments)
-    check_paths(composed.config, set(composed.overridden))
+    check_paths(composed.config.data, composed.config.model, set(composed.overridden))
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_nothing_but_a_config_or_a_config_error(seed: int, recwarn: pytest.Warni
         try:
             composed = compose(arguments)
             num_accepted += 1
-            check_paths(composed.config, set(composed.overridden))
+            check_paths(composed.config.data, composed.config.model, set(composed.overridden))
         except ConfigError:
             continue
         except Exception as error:

@@ -146,7 +146,7 @@ def test_all_hosts_need_the_same_bitsandbytes() -> None:
 def test_verify_holds_nothing_in_4_bits() -> None:
     """It computes in float64, which bitsandbytes does not know."""
     config = compose([*BASE, *QLORA]).config
-    assert not with_values(config, rehearsal._changes(config)).model.load_in_4bit
+    assert not with_values(config, rehearsal._changes(config.data)).model.load_in_4bit
 
 
 def test_a_plan_counts_half_a_byte_and_the_scales() -> None:
@@ -155,7 +155,7 @@ def test_a_plan_counts_half_a_byte_and_the_scales() -> None:
     ranks, pack = Ranks(2, on_cuda=True), Pack((4,), 4)
     configs = [compose([*BASE, "model.lora_rank=4", f"model.load_in_4bit={held}"]).config for held in ("true", "false")]
     four, sixteen = (step_memory(config, hf_config, ranks, pack, 1) for config in configs)
-    parameters = [m for m in meta_model(configs[0], hf_config, ranks).parameters() if m.dtype == torch.uint8]
+    parameters = [m for m in meta_model(configs[0].model, hf_config, ranks).parameters() if m.dtype == torch.uint8]
     saved = sum(p.numel() for p in parameters) * (16 - 4.5) / 4.5 / 2
     assert sixteen.parts[PARAMETERS] - four.parts[PARAMETERS] == saved
     one_matrix = 64 * 4096 * 2

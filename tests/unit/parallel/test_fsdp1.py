@@ -16,7 +16,7 @@ REPLICATED = "model.fsdp_config.fsdp_size=1"
 
 def check(processes: int, *overrides: str) -> None:
     config = compose(["data.train_files=x", "data.val_files=null", *overrides]).config
-    check_strategy(config, World(0, processes, 0, torch.device("cpu")))
+    check_strategy(config.model, config.optim, World(0, processes, 0, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(

@@ -42,11 +42,11 @@ def test_precisions(overrides: list[str], on_cuda: bool, expected: tuple[torch.d
 
 
 def test_one_process_needs_a_group_for_what_sharding_does() -> None:
-    assert not needs_group(config_of(), on_cuda=False)
-    assert needs_group(config_of(), on_cuda=True)
-    assert needs_group(config_of("model.fsdp_config.dtype=bf16"), on_cuda=False)
-    assert needs_group(config_of("model.fsdp_config.cpu_offload=true"), on_cuda=False)
-    assert needs_group(config_of("model.fsdp_config.offload_params=true"), on_cuda=False)
+    assert not needs_group(config_of().model, on_cuda=False)
+    assert needs_group(config_of().model, on_cuda=True)
+    assert needs_group(config_of("model.fsdp_config.dtype=bf16").model, on_cuda=False)
+    assert needs_group(config_of("model.fsdp_config.cpu_offload=true").model, on_cuda=False)
+    assert needs_group(config_of("model.fsdp_config.offload_params=true").model, on_cuda=False)
 
 
 def assembled(base: Path, *overrides: str) -> Any:

@@ -25,7 +25,9 @@ def said(folder: Path, *keys: str) -> str:
         for record in records:
             reporter.record(record)
         reporter.close()
-    return summary(reporter, config, {"a": 1.0, "preparing the data": 2.0, "training": 150.0, "b": 5.0, "c": 62.0})
+    return summary(
+        reporter, config.trainer, {"a": 1.0, "preparing the data": 2.0, "training": 150.0, "b": 5.0, "c": 62.0}
+    )
 
 
 def test_it_speaks_of_the_whole_run(tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ from apollo_sft.data.store.open import SampleStore
 from apollo_sft.errors import ConfigError
 from apollo_sft.model.flops import cost_of
 from apollo_sft.model.load import build_on_meta, read_config
-from apollo_sft.train.meter import Meter, Profile, known_peak
+from apollo_sft.train.gpu_peaks import known_peak
+from apollo_sft.train.meter import Meter
 from apollo_sft.train.precision import DTYPES
 from apollo_sft.train.step import StepResult, Vote
+from apollo_sft.train.step_profile import Profile
 from tests.support.runs import arguments, train_here, without_clock, write_inputs
 from tests.support.samples import random_samples, write_store
 
