@@ -88,7 +88,9 @@ def declines(request: Request) -> bool:
 
     new = set(_python_path(request.environment, request.folder)) - set(sys.path)
     found = [path for folder in new if Path(folder).is_dir() for path in Path(folder).iterdir()]
-    return any(path.stem in AT_START or path.stem in sys.modules for path in found)
+    seen = [path for path in found if path.stem in AT_START or path.stem in sys.modules]
+    installed = [path for path in found if path.suffix == ".dist-info"]  # libraries have asked what there is
+    return bool(seen or installed)
 
 
 def _python_path(environment: dict[str, str], folder: str) -> list[str]:

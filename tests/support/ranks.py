@@ -1,10 +1,8 @@
 """Call a function of a test's file on N gloo ranks, and collect what it returned on each."""
 
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,28 +19,12 @@ TIMEOUT_SECONDS = 300
 PATIENCE_SECONDS = 60
 """For a rank that has answered, to end."""
 
-OTHERS_SECONDS = 5
+OTHERS_SECONDS = 3
 """For the other ranks to say what they met, when one has failed."""
 
 
 class RankError(Exception):
     """Some ranks failed. Its text has their tracebacks."""
-
-
-def run_ranks(script: Path, size: int, folder: Path, *arguments: str, seconds: float = TIMEOUT_SECONDS) -> Any:
-    """Run `script OUT *arguments` on `size` ranks; return the JSON that it wrote to OUT. It may take `seconds`."""
-    out = folder / f"{script.stem}-{size}.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
-    finished = subprocess.run(
-        [*command, str(script), str(out), *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-6000:]
-    return json.loads(out.read_text())
 
 
 def run_on_ranks(
