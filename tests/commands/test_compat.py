@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import python
 from tests.support.runs import TIMEOUT_SECONDS, arguments, finish, status, write_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,7 +18,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(COMPAT)}
 TRAINER = [sys.executable, "-m", "verl.trainer.fsdp_sft_trainer"]
 
 
-def python(*words: str) -> "subprocess.CompletedProcess[str]":
+def run(*words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
     )
@@ -42,7 +43,7 @@ def test_the_folder_holds_the_alias_and_nothing_else() -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_any_other_part_of_verl_is_refused_in_one_sentence(asked: tuple[str, ...], named: str) -> None:
-    ended = python(*asked)
+    ended = run(*asked)
     assert ended.returncode == 1
     last = ended.stderr.strip().splitlines()[-1]
     assert f"{named} is not here: {COMPAT} holds verl.trainer.fsdp_sft_trainer alone" in last
@@ -53,11 +54,11 @@ def test_any_other_part_of_verl_is_refused_in_one_sentence(asked: tuple[str, ...
 
 def test_code_that_asks_whether_verl_is_there_gets_the_usual_error() -> None:
     probing = "try:\n  from verl.utils import fs\nexcept ImportError:\n  import verl.trainer\n  print('without')"
-    assert python("-c", probing).stdout.strip() == "without"
+    assert run("-c", probing).stdout.strip() == "without"
 
 
 def test_refusals_are_those_of_the_trainer() -> None:
-    ended = python(*TRAINER[1:], "data.max_lenght=8")
+    ended = run(*TRAINER[1:], "data.max_lenght=8")
     assert ended.returncode == 2
     assert ended.stderr.startswith("apollo-sft: unknown key data.max_lenght")
 
@@ -65,7 +66,7 @@ def test_refusals_are_those_of_the_trainer() -> None:
 def test_a_signal_stops_it_as_it_stops_the_trainer(tmp_path: Path) -> None:
     inputs, out = write_inputs(tmp_path), tmp_path / "out"
     words = arguments(inputs, out, "trainer.total_training_steps=1000000", "data.val_files=null")
-    process = subprocess.Popen(
+    process = python.start(
         [*TRAINER, *words], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + TIMEOUT_SECONDS

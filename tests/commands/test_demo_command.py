@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import python
+
 
 def _demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return python.run(
         [sys.executable, "-m", "apollo_sft.cli.main", "demo", *arguments],
         cwd=folder,
         capture_output=True,

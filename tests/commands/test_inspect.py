@@ -14,6 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from apollo_sft.cli.main import main
+from tests.support import python
 from tests.support.data import UNSTOPPED, chat, tiny_tokenizer, write_parquet
 from tests.support.models import tiny_config
 from tests.support.runs import arguments as training_arguments
@@ -279,7 +280,7 @@ def test_help_and_a_reader_that_leaves(inspect: Inspect) -> None:
     command += [f"model.partial_pretrain={inspect.folder}/model", f"data.train_files={inspect.folder}/train.parquet"]
     command += ["data.multiturn.enable=true", f"data.store_dir={inspect.folder}/store", "data.max_length=200"]
     environment = os.environ | {"NO_COLOR": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+    with python.start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline() == b"What will be trained\n"
         process.stdout.close()

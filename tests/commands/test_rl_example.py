@@ -16,6 +16,7 @@ from apollo_sft.errors import DataError
 from examples.rl.grpo import SeenPrompts, main
 from examples.rl.reward import Rise, reward
 from examples.rl.start import Split, check_prompts, read_sft_run
+from tests.support import python
 
 ROOT = Path(__file__).resolve().parents[2]
 with_trl = pytest.mark.skipif(
@@ -25,7 +26,7 @@ with_trl = pytest.mark.skipif(
 
 def example(folder: Path, *arguments: str, timeout_seconds: float = 280) -> tuple[int, str]:
     """Exit code, and what it said."""
-    finished = subprocess.run(
+    finished = python.run(
         [sys.executable, "-m", "examples.rl.grpo", *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "HOME": str(folder)},

@@ -11,6 +11,7 @@ import pytest
 
 from apollo_sft.prepare.demo_model import write_base_model
 from apollo_sft.prepare.word_problems import write_word_problems
+from tests.support import python
 
 LEAK = """
 import torch
@@ -65,7 +66,7 @@ def verify(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         "data.train_batch_size=8",
         "optim.lr=1e-3",
     ]
-    return subprocess.run(
+    return python.run(
         [sys.executable, "-m", "apollo_sft.cli.main", "verify", *common, *arguments],
         cwd=folder,
         env=os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "TMPDIR": str(folder)},

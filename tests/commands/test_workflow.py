@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from apollo_sft.prepare.demo_model import write_base_model
+from tests.support import python
 from tests.support.runs import TIMEOUT_SECONDS, status
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,9 +59,7 @@ def start(folder: Path, *words: str | Path) -> "subprocess.Popen[str]":
     model = [f"model.partial_pretrain={folder / 'model'}", f"trainer.default_local_dir={folder / 'out'}"]
     command = [sys.executable, "-m", "apollo_sft.cli.main", "workflow", *SMALL, *model, *map(str, words)]
     environment = os.environ | {"XDG_CACHE_HOME": str(folder), "HOME": str(folder)}
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return python.start(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def workflow(folder: Path, *words: str | Path) -> "subprocess.CompletedProcess[str]":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import python
 from tests.support.runs import TIMEOUT_SECONDS, arguments, status, write_inputs
 
 FAILING = """
@@ -41,9 +42,7 @@ def run(inputs: Path, out: Path, processes: int, *more: str) -> "subprocess.Comp
     words = arguments(inputs, out, "trainer.total_training_steps=3", "data.val_files=null", *more)
     command = [sys.executable, "-m", "apollo_sft.cli.main", "train", f"--nproc={processes}", *words]
     environment = os.environ | {"PYTHONPATH": f"{Path(__file__).resolve().parents[2]}:{inputs}"}
-    return subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=TIMEOUT_SECONDS, check=False
-    )
+    return python.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT_SECONDS, check=False)
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from apollo_sft.checkpoint import publish
+from tests.support import python
 from tests.support.interrupted import DROPOUT, KINDS, differences
 from tests.support.processes import descendants, kill, ranks, wait_until_gone
 from tests.support.reliability import record
@@ -115,7 +116,7 @@ def start(inputs: Path, out: Path, plan: Plan) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "apollo_sft.cli.main", "train", f"--nproc={plan.processes}", *words]
     log = out.with_suffix(".log").open("ab")
     try:
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        return python.start(command, stdout=log, stderr=log, start_new_session=True)
     finally:
         log.close()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import python
 from tests.support.data import write_parquet
 from tests.support.processes import descendants, kill, ranks, wait_until_gone
 from tests.support.reliability import record
@@ -34,7 +35,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(launcher: list[str], inputs: Path, out: Path, *more: str) -> "subprocess.Popen[str]":
     words = [*launcher, *arguments(inputs, out, *KEYS, *more)]
     log = out.with_suffix(".log").open("a")
-    return subprocess.Popen(words, stdout=log, stderr=log, text=True)
+    return python.start(words, stdout=log, stderr=log, text=True)
 
 
 def by(name: str) -> list[str]:

@@ -1,19 +1,34 @@
 """A loss that is not a number ends the run on every rank; it names step and rows, and nothing is poisoned."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
 
 from apollo_sft.__main__ import main
 from apollo_sft.checkpoint.publish import model_files
+from apollo_sft.config.compose import compose
+from apollo_sft.data.batch.loader import Loader, StepBatch
+from apollo_sft.data.store.store_files import SampleStore
+from apollo_sft.errors import TrainingError
+from apollo_sft.model import load
+from apollo_sft.model.sft_model import SftModel
+from apollo_sft.parallel.launch import World
+from apollo_sft.parallel.mesh import build_mesh
+from apollo_sft.train.assemble import assemble
+from apollo_sft.train.loaders import plan_spec
+from apollo_sft.train.step import train_step
 from tests.support.data import tiny_tokenizer, write_parquet
 from tests.support.models import save_tiny_model, tiny_config
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_on_ranks
 from tests.support.runs import arguments, finish, read_metrics, rows, start, status, write_inputs
 from tests.support.samples import random_samples, write_store
 
-WORKER = Path(__file__).with_name("not_finite_worker.py")
 BAD_ROW = 29
 
 
@@ -58,6 +73,52 @@ def test_two_processes(inputs: Path, tmp_path: Path) -> None:
     check(inputs, tmp_path / "out", said)
 
 
+def bits(model: SftModel, optimizer: Optimizer) -> dict[str, Tensor]:
+    """This rank's part of all weights and moments."""
+    values = dict(model.named_parameters())
+    for number, state in enumerate(optimizer.state.values()):
+        values |= {f"{number} {name}": value for name, value in state.items()}
+    return {name: getattr(value, "_local_tensor", value).detach().clone() for name, value in values.items()}
+
+
+def refused(model: SftModel, optimizer: Optimizer, batch: StepBatch, world: World) -> dict[str, Any]:
+    before = bits(model, optimizer)
+    message = "the step was applied"
+    try:
+        train_step(model, optimizer, batch, world, 1.0)
+    except TrainingError as error:
+        message = str(error)
+    after = bits(model, optimizer)
+    return {"message": message, "changed": [name for name in before if not torch.equal(before[name], after[name])]}
+
+
+def cases(world: World, folder: Path) -> dict[str, Any]:
+    base = folder / "model"
+    keys = [
+        "data.train_batch_size=4",
+        "data.micro_batch_size_per_gpu=1",
+        "data.train_files=none",
+        "data.val_files=null",
+    ]
+    config = compose([*keys, f"model.partial_pretrain={base}", "optim.lr=1e-2"]).config
+    mesh = build_mesh(world, 1)
+    hf_config = load.read_config(base, False)
+    model, optimizer = assemble(config, base, hf_config, world, mesh)
+    loader = Loader(
+        SampleStore(folder / "store"),
+        replace(plan_spec(config.data, config.trainer.seed, mesh, hf_config), shuffle=False),
+        mesh.dp_rank,
+    )
+    found: dict[str, Any] = {"healthy": train_step(model, optimizer, loader.batch(0), world, 1.0).loss}
+    found["loss"] = refused(model, optimizer, loader.batch(1), world)
+    if world.rank == world.size - 1:
+        model.causal_lm.model.norm.register_forward_hook(
+            lambda _module, _inputs, output: output.register_hook(lambda gradient: gradient * float("inf")) and None
+        )
+    found["gradient"] = refused(model, optimizer, loader.batch(0), world)
+    return found
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_no_weight_changes_on_any_rank(tmp_path: Path, processes: int) -> None:
     folder = save_tiny_model(tmp_path / "model", tiny_config("Llama"))
@@ -67,7 +128,7 @@ def test_no_weight_changes_on_any_rank(tmp_path: Path, processes: int) -> None:
     samples = random_samples(8, vocab_size=96)
     samples[6].input_ids[0] = 96
     write_store(tmp_path / "store", samples)
-    ranks = run_ranks(WORKER, processes, tmp_path, str(tmp_path))
+    ranks = run_on_ranks(cases, processes, tmp_path)
     assert len(ranks) == processes
     for rank in ranks:
         assert rank["healthy"] > 0

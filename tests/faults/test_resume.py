@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from apollo_sft.prepare.demo_model import write_base_model
 from apollo_sft.prepare.word_problems import write_word_problems
 from apollo_sft.report.metrics import read_metrics
+from tests.support import python
 from tests.support.processes import descendants, kill
 
 STEPS = 12
@@ -53,12 +54,12 @@ def command(inputs: Path, out: Path, processes: int, *more: str) -> list[str]:
 
 
 def run(words: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, capture_output=True, text=True, timeout=200, check=False)
+    return python.run(words, capture_output=True, text=True, timeout=200, check=False)
 
 
 def stop_at(words: list[str], out: Path, step: int, number: signal.Signals) -> int:
     """Start the command and send a signal to its whole group once `step` steps are written down."""
-    process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = python.start(words, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     metrics = out / "metrics.jsonl"
     for _ in range(6000):
         if metrics.is_file() and len(metrics.read_text().splitlines()) >= step:

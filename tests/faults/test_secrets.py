@@ -11,6 +11,7 @@ import yaml
 
 from apollo_sft.errors import ConfigError
 from apollo_sft.redact import redact
+from tests.support import python
 from tests.support.runs import arguments, write_inputs
 
 OF_THE_ENVIRONMENT = {
@@ -43,7 +44,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(command: list[str], **variables: str) -> "subprocess.CompletedProcess[str]":
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | variables
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    return python.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
 
 
 def found_in(folder: Path, text: str) -> list[str]:

@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from apollo_sft.checkpoint.publish import STAGING_PREFIX, model_files
 from apollo_sft.errors import Preempted
+from tests.support import python
 from tests.support.data import write_parquet
 from tests.support.processes import ranks
 from tests.support.reliability import record
@@ -36,10 +38,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(inputs: Path, out: Path, processes: int, *more: str) -> "subprocess.Popen[str]":
+def train(inputs: Path, out: Path, processes: int, *more: str, starts: Any = python.start) -> "subprocess.Popen[str]":
     words = arguments(inputs, out, f"trainer.total_training_steps={STEPS}", *more)
     command = [sys.executable, "-m", "apollo_sft.cli.main", "train", f"--nproc={processes}", *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process: subprocess.Popen[str] = starts(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return process
 
 
 def num_lines(out: Path) -> int:
@@ -117,7 +120,8 @@ def test_a_signal_in_any_phase(inputs: Path, tmp_path: Path, name: str, phase: s
     more = [f"data.store_dir={tmp_path / 'store'}", *(text.format(inputs=inputs) for text in more)]
     if phase != "it validates":
         more.append("data.val_files=null")
-    process = train(inputs, out, processes, *more)
+    starts = subprocess.Popen if phase == "it imports" else python.start  # what is forked imports nothing
+    process = train(inputs, out, processes, *more, starts=starts)
     wait_for(process, lambda: listens(process.pid))
     wait_for(process, lambda: reached(out))
     if phase == "it validates":

@@ -4,22 +4,28 @@
 """
 
 import functools
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from apollo_sft.config.compose import compose
 from apollo_sft.data.batch.loader import pack
 from apollo_sft.errors import ModelError
 from apollo_sft.model import attention, load
 from apollo_sft.model.proof import prove
 from apollo_sft.model.sft_model import SftModel
+from apollo_sft.parallel.launch import World
+from apollo_sft.parallel.mesh import build_mesh
 from apollo_sft.tools.verify.oracle import StaysDouble
+from apollo_sft.train.assemble import assemble
 from tests.support.architectures import (
     CASES,
     MUST_PASS,
+    Gradients,
     case_config,
     documents,
     load_case,
@@ -30,10 +36,9 @@ from tests.support.architectures import (
     transformers_class,
     worst_difference,
 )
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_on_ranks
 
 BOUND = 1e-12
-WORKER = Path(__file__).with_name("architecture_worker.py")
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 HYBRIDS = ["Qwen3.5", "Qwen3-Next", "Granite 4 (hybrid)", "Jamba", "Mamba", "Mamba 2", "LFM2", "MiniMax"]
 
@@ -102,6 +107,39 @@ def judge(name: str, folder: Path) -> Verdict:
     return Verdict("", False, worst_difference(packed, alone), worst_difference(packed, plain))
 
 
+def assembled(place: Path, world: World) -> SftModel:
+    """The model as a run has it: built without memory, sharded, filled from rank 0, its row cut over all ranks."""
+    keys = [f"model.partial_pretrain={place}", "data.train_files=none", "data.val_files=null"]
+    keys += ["model.fsdp_config.model_dtype=fp64", f"ulysses_sequence_parallel_size={world.size}"]
+    config = compose(keys).config
+    mesh = build_mesh(world, world.size, config.model.fsdp_config.fsdp_size)
+    model, _ = assemble(config, place, load.read_config(place, False), world, mesh)
+    return model.eval()
+
+
+def gather(part: tuple[float, Gradients], size: int) -> tuple[float, Gradients]:
+    """The sum over ranks. Sharding averages gradients."""
+    loss = torch.tensor(part[0], dtype=torch.float64)
+    dist.all_reduce(loss)
+    return float(loss), {name: gradient.full_tensor() * size for name, gradient in part[1].items()}
+
+
+def slice_all(world: World, folder: Path, names: list[str]) -> dict[str, float]:
+    """On every rank: each architecture under sequence parallelism against one process, in fp64."""
+    micro_batch = pack(documents(), multiple=world.size)
+    figures = {}
+    for name in names:
+        attention.register(attention.sdpa_kernel)
+        place = save_case(folder, name)
+        with StaysDouble():
+            whole = run_packed(SftModel(load_case(place)), micro_batch)
+        model = assembled(place, world)
+        with StaysDouble():
+            sliced = gather(run_packed(model, micro_batch), world.size)
+        figures[name] = worst_difference(sliced, whole)
+    return figures
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("architectures")
@@ -110,9 +148,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sliced(folder: Path) -> dict[str, float]:
     """Figures on two ranks, of those that are not refused."""
-    names = folder / "names.json"
-    names.write_text(json.dumps([name for name in CASES if judge(name, folder).exact]))
-    figures: dict[str, float] = run_ranks(WORKER, 2, folder, str(folder), str(names))
+    names = [name for name in CASES if judge(name, folder).exact]
+    figures: dict[str, float] = run_on_ranks(slice_all, 2, folder, names)[0]
     return figures
 
 

@@ -1,6 +1,6 @@
 """Loss, gradient norm and every gradient of a step are those of one document at a time, however the step is split."""
 
-import json
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,21 +9,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM
 
+from apollo_sft.config.compose import compose
+from apollo_sft.config.schema import SftConfig
+from apollo_sft.data.batch.loader import Loader
+from apollo_sft.data.store.store_files import SampleStore
 from apollo_sft.model import attention, load
+from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World
+from apollo_sft.parallel.mesh import Mesh, build_mesh
 from apollo_sft.tools.verify.oracle import StaysDouble
+from apollo_sft.train.assemble import assemble
+from apollo_sft.train.loaders import plan_spec
+from apollo_sft.train.step import train_step
 from apollo_sft.types import IGNORE_INDEX, Sample
-from tests.parity.gradient_worker import run_cells
 from tests.support.models import save_tiny_model, tiny_config
-from tests.support.oracle import oracle_gradients, total_norm, worst_difference
-from tests.support.ranks import run_ranks
+from tests.support.oracle import oracle_gradients, total_norm, whole, worst_difference
+from tests.support.ranks import run_on_ranks
 from tests.support.samples import random_samples, write_store
 
 EXACT, EAGER = 1e-12, 1e-6
 """transformers computes norms and the softmax of eager attention in float32, whatever the weights."""
-WORKER = Path(__file__).with_name("gradient_worker.py")
 
 MHA, MQA, TIED = {"num_key_value_heads": 4}, {"num_key_value_heads": 1}, {"tie_word_embeddings": True}
 MODELS = {
@@ -94,14 +102,86 @@ def model_folder(folder: Path, name: str) -> Path:
     return place if place.exists() else save_tiny_model(place, tiny_config(family, **changes))
 
 
+BATCH = 16
+
+
+def config_of(base: Path, micro_batch_size: int, checkpointing: bool) -> SftConfig:
+    keys = [f"model.partial_pretrain={base}", "data.train_files=none", "data.val_files=null"]
+    keys += [f"data.train_batch_size={BATCH}", f"data.micro_batch_size_per_gpu={micro_batch_size}"]
+    keys += [f"model.enable_gradient_checkpointing={checkpointing}", "model.fsdp_config.model_dtype=fp64"]
+    return compose(keys).config
+
+
+class OfModel:
+    """All cells of one model folder. The rate is 0, so that a model serves for many steps."""
+
+    def __init__(self, base: Path, store: SampleStore, world: World, mesh: Mesh) -> None:
+        self.base, self.store, self.world, self.mesh = base, store, world, mesh
+        self.hf_config = load.read_config(base, False)
+        self.rows = [list(range(first, min(first + BATCH, len(store)))) for first in range(0, len(store), BATCH)]
+        attention.register(attention.sdpa_kernel)
+        plain = load.load_with_weights(base, self.hf_config, torch.float64, False)
+        self.expected = [oracle_gradients(plain, self.samples(step)) for step in range(len(self.rows))]
+
+    def samples(self, step: int) -> list[Any]:
+        return [self.store[i] for i in self.rows[step]]
+
+    def run(self, micro_batch_sizes: list[int], checkpointing: bool) -> list[dict[str, Any]]:
+        config = config_of(self.base, 1, checkpointing)
+        model, optimizer = assemble(config, self.base, self.hf_config, self.world, self.mesh)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        return [
+            self.cell(model, optimizer, config_of(self.base, size, checkpointing), step)
+            for size in micro_batch_sizes
+            for step in range(len(self.rows))
+        ]
+
+    def cell(self, model: SftModel, optimizer: Optimizer, config: SftConfig, step: int) -> dict[str, Any]:
+        spec = replace(plan_spec(config.data, config.trainer.seed, self.mesh, self.hf_config), shuffle=False)
+        batch = Loader(self.store, spec, self.mesh.dp_rank).batch(step)
+        loss, gradients = self.expected[step]
+        result = train_step(model, optimizer, batch, self.world, None)
+        found = {name: whole(p.grad) for name, p in model.causal_lm.named_parameters()}
+        norm = total_norm(gradients)
+        samples = self.samples(step)
+        return {
+            "cell": f"{self.base.name} micro-batch {spec.micro_batch_size} step {step} "
+            f"checkpointing {config.model.enable_gradient_checkpointing}",
+            "worst": worst_difference(found, gradients),
+            "loss": abs(result.loss - loss) / loss,
+            "norm": abs(result.grad_norm - norm) / norm,
+            "counts": [batch.num_targets, batch.num_tokens, batch.num_samples],
+            "expected_counts": [
+                sum(sample.num_targets for sample in samples),
+                sum(len(sample.input_ids) for sample in samples),
+                len(samples),
+            ],
+            "my_targets": sum(micro_batch.num_targets for micro_batch in batch.micro_batches),
+            "logged": result.loss,
+        }
+
+
+def run_cells(world: World, folder: Path, models: dict[str, list[list[Any]]]) -> list[dict[str, Any]]:
+    """On every rank. `models`: name of a model folder -> (micro-batch sizes, gradient checkpointing) of its cells."""
+    mesh = build_mesh(world, 1)
+    store = SampleStore(folder / "store")
+    figures = []
+    for name, wanted in models.items():
+        cells = OfModel(folder / name, store, world, mesh)
+        for micro_batch_sizes, checkpointing in wanted:
+            figures += cells.run(micro_batch_sizes, checkpointing)
+            gc.collect()
+    return figures
+
+
 def check(processes: int, models: dict[str, Cells], folder: Path, note: Callable[[str], None]) -> None:
     for name in models:
         model_folder(folder, name)
     if processes == 1:
-        cells = run_cells(folder, models, World(0, 1, 0, torch.device("cpu")))
+        cells = run_cells(World(0, 1, 0, torch.device("cpu")), folder, models)
     else:
-        (folder / "models.json").write_text(json.dumps(models))
-        cells = run_ranks(WORKER, processes, folder, str(folder), str(folder / "models.json"))
+        cells = run_on_ranks(run_cells, processes, folder, models)[0]
     assert len(cells) == 3 * sum(len(sizes) for wanted in models.values() for sizes, _ in wanted)
     figures = [(max(cell["worst"], cell["loss"], cell["norm"]), cell["cell"]) for cell in cells]
     note(f"{processes} processes, {len(cells)} steps: worst {max(figures)[0]:.1e} ({max(figures)[1]})")

@@ -3,19 +3,27 @@
 `APOLLO_WRITE_DOCS=1 pytest tests/parity/test_memory.py` writes the table in the docs.
 """
 
-import json
+import gc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from apollo_sft.config.compose import compose
+from apollo_sft.data.batch.loader import StepBatch, pack
+from apollo_sft.data.store.store_files import SampleStore
+from apollo_sft.model import head, load
+from apollo_sft.parallel.launch import World
+from apollo_sft.parallel.mesh import build_mesh
+from apollo_sft.train.assemble import assemble
+from apollo_sft.train.step import train_step
 from apollo_sft.types import IGNORE_INDEX, RowRef, Sample
+from bench.memory import counted
 from tests.support.documents import section, table
 from tests.support.models import save_tiny_model, tiny_config
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_on_ranks
 from tests.support.samples import write_store
 
-WORKER = Path(__file__).with_name("memory_worker.py")
 SIZES = {"vocab_size": 1024, "num_hidden_layers": 4, "max_position_embeddings": 1024}
 MODELS = {"MHA": 4, "GQA": 2}
 """Four ranks hold each of two key heads twice."""
@@ -31,6 +39,31 @@ def documents() -> list[Sample]:
     return samples
 
 
+def count_bytes(world: World, folder: Path, names: list[str]) -> dict[str, dict[str, list[int]]]:
+    """On every rank: what it holds at sequence sizes 1, 2 and 4 of the same pack.
+
+    One chunk of the head takes all targets, so that the logits a rank forms are the logits it holds.
+    """
+    head.CHUNK_ROWS = 1024
+    store = SampleStore(folder / "store")
+    samples = [store[i] for i in range(len(store))]
+    figures: dict[str, dict[str, list[int]]] = {}
+    for name in names:
+        for sp in (1, 2, 4):
+            keys = [f"model.partial_pretrain={folder / name}", "data.train_files=none", "data.val_files=null"]
+            config = compose([*keys, f"ulysses_sequence_parallel_size={sp}"]).config
+            hf_config = load.read_config(folder / name, False)
+            model, optimizer = assemble(config, folder / name, hf_config, world, build_mesh(world, sp))
+            micro_batch = pack(samples, multiple=sp)
+            batch = StepBatch(0, 0, [micro_batch], [[]], 1, micro_batch.num_targets, micro_batch.input_ids.numel())
+            with counted(model.causal_lm.base_model, hf_config.vocab_size) as memory:
+                train_step(model, optimizer, batch, world, None)
+            figures.setdefault(name, {})[str(sp)] = [memory.activations.most, memory.logits.most, memory.all.most]
+            del model, optimizer
+            gc.collect()
+    return figures
+
+
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[int]]]:
     """Model -> sequence ranks -> bytes of activations, of logits, and of all that a step allocates."""
@@ -38,7 +71,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, lis
     write_store(folder / "store", documents())
     for name, kv_heads in MODELS.items():
         save_tiny_model(folder / name, tiny_config("Qwen2", num_key_value_heads=kv_heads, **SIZES))
-    found: dict[str, dict[str, list[int]]] = run_ranks(WORKER, 4, folder, str(folder), json.dumps(list(MODELS)))
+    found: dict[str, dict[str, list[int]]] = run_on_ranks(count_bytes, 4, folder, list(MODELS))[0]
     return found
 
 

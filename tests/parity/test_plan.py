@@ -6,8 +6,9 @@ the table in the docs.
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +18,10 @@ from apollo_sft.tools.plan.memory import Pack, Ranks, step_memory
 from apollo_sft.types import IGNORE_INDEX, RowRef, Sample
 from tests.support.documents import section, table
 from tests.support.models import save_tiny_model, tiny_config
-from tests.support.ranks import run_ranks
+from tests.support.peaks import needs_a_group, peaks
+from tests.support.ranks import run_on_ranks
 from tests.support.samples import write_store
 
-WORKER = Path(__file__).with_name("plan_worker.py")
 SIZES = {
     "vocab_size": 2048,
     "hidden_size": 128,
@@ -90,8 +91,8 @@ def measured(folder: Path, cells: list[Cell]) -> dict[Cell, int]:
     for size in sorted({ALL[layout][0] for _, layout in cells}):
         mine = [cell for cell in cells if ALL[cell[1]][0] == size]
         keys = [[model, *ALL[layout][1]] for model, layout in mine]
-        peaks: Any = run_ranks(WORKER, size, folder, str(folder), json.dumps(keys))
-        found |= dict(zip(mine, peaks, strict=True))
+        most: list[int] = run_on_ranks(peaks, size, folder, keys, needs_group=needs_a_group(keys))[0]
+        found |= dict(zip(mine, most, strict=True))
     return found
 
 
@@ -161,7 +162,10 @@ def test_a_plan_is_within_a_fifth_of_the_growth_of_resident_memory(
     hf_config = tiny_config("Llama", **LARGE)
     save_tiny_model(tmp_path / "model", hf_config)
     write_store(tmp_path / "store", documents((512,) * 4, LARGE["vocab_size"]))
-    grown = run_ranks(WORKER.with_name("rss_worker.py"), 1, tmp_path, str(tmp_path))
+    worker = Path(__file__).with_name("rss_worker.py")
+    out = tmp_path / "grown.json"
+    subprocess.run([sys.executable, str(worker), str(out), str(tmp_path)], check=True, timeout=300)
+    grown = json.loads(out.read_text())
     config = compose(["data.train_files=none", "data.val_files=null", f"model.partial_pretrain={tmp_path / 'model'}"])
     plan = step_memory(config.config, hf_config, Ranks(1, on_cuda=False), Pack((512,) * 4, 4 * 511), 2)
     assert grown >= 2**30

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from apollo_sft.checkpoint.model_folder.tensor_files import read_base_tensors
 from apollo_sft.cli.main import main
+from apollo_sft.config.compose import compose
+from apollo_sft.data.batch.loader import Loader
+from apollo_sft.data.store.store_files import SampleStore
+from apollo_sft.model import load
+from apollo_sft.parallel.launch import World
+from apollo_sft.parallel.mesh import build_mesh
+from apollo_sft.tools.verify.oracle import StaysDouble
+from apollo_sft.train.assemble import assemble
+from apollo_sft.train.loaders import plan_spec
+from apollo_sft.train.step import train_step
+from apollo_sft.train.strategy import strategy_of
 from apollo_sft.types import Growth
 from tests.support.data import write_parquet
 from tests.support.models import save_tiny_model, tiny_config
-from tests.support.ranks import run_ranks
+from tests.support.oracle import Gradients, oracle_gradients, whole, worst_difference
+from tests.support.ranks import run_on_ranks
 from tests.support.runs import finish, start, train_here
 from tests.support.samples import random_samples, write_store
 
-WORKER = Path(__file__).with_name("growth_worker.py")
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "tokenizers" / "gpt2"
 BOUND = 1e-9
 LAYOUTS = [
@@ -41,6 +53,52 @@ MODELS: dict[str, tuple[Any, Growth]] = {
 }
 
 
+BATCH = 8
+
+
+def expected(base: Path, growth: Growth, store: SampleStore) -> tuple[float, Gradients]:
+    """Plain transformers; the new rows are put there by hand."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64, attn_implementation="eager")
+    old = {name: table.detach().clone() for name, table in model.state_dict().items()}
+    model.resize_token_embeddings(growth.rows, mean_resizing=False)
+    with torch.no_grad():
+        for name, table in model.state_dict().items():
+            if table.shape != old[name].shape or len(table) == growth.rows:
+                table[: len(old[name])] = old[name]
+                table[list(growth.ids)] = old[name][: growth.known].mean(0)
+    with StaysDouble():
+        return oracle_gradients(model, [store[i] for i in range(BATCH)])
+
+
+def cell(base: Path, growth: Growth, world: World, values: list[str], wanted: tuple[float, Gradients]) -> list[float]:
+    """Relative differences of the loss and of the worst gradient."""
+    keys = [f"model.partial_pretrain={base}", "data.train_files=none", "data.val_files=null", *values]
+    keys += [f"data.train_batch_size={BATCH}", "data.micro_batch_size_per_gpu=2", "model.fsdp_config.model_dtype=fp64"]
+    config = compose(keys).config
+    mesh = build_mesh(world, config.ulysses_sequence_parallel_size)
+    hf_config = load.with_rows(load.read_config(base, False), growth.rows)
+    model, optimizer = assemble(config, base, hf_config, world, mesh, growth)
+    spec = replace(plan_spec(config.data, config.trainer.seed, mesh, hf_config), shuffle=False)
+    store = SampleStore(base.parent / "store")
+    batch = Loader(store, spec, mesh.dp_rank, mesh.sp_size).batch(0)
+    with StaysDouble():
+        result = train_step(model, optimizer, batch, world, None)
+    rows = strategy_of(model).by_rows(model, gradients=True)
+    found = {name: whole(p.grad) for name, p in rows.causal_lm.named_parameters()}
+    return [abs(result.loss - wanted[0]) / wanted[0], worst_difference(found, wanted[1])]
+
+
+def grow(world: World, folder: Path, models: dict[str, Growth], layouts: list[list[str]]) -> dict[str, list[float]]:
+    """On every rank: a step of every grown model under every layout, against the oracle."""
+    figures = {}
+    for name, growth in models.items():
+        wanted = expected(folder / name, growth, SampleStore(folder / "store"))
+        for values in layouts:
+            figures[f"{name} {' '.join(values)}"] = cell(folder / name, growth, world, values, wanted)
+            gc.collect()
+    return figures
+
+
 @pytest.mark.parametrize("size", [1, 2, pytest.param(4, marks=pytest.mark.long)])
 def test_gradients_of_a_grown_model(tmp_path: Path, size: int) -> None:
     for name, (config, _) in MODELS.items():
@@ -48,9 +106,8 @@ def test_gradients_of_a_grown_model(tmp_path: Path, size: int) -> None:
     samples = random_samples(8, vocab_size=99)
     assert {97, 98} <= {int(token) for sample in samples for token in sample.labels}
     write_store(tmp_path / "store", samples)
-    job = {"models": {name: asdict(growth) for name, (_, growth) in MODELS.items()}, "layouts": LAYOUTS}
-    (tmp_path / "job.json").write_text(json.dumps(job))
-    figures = run_ranks(WORKER, size, tmp_path, str(tmp_path))
+    models = {name: growth for name, (_, growth) in MODELS.items()}
+    figures = run_on_ranks(grow, size, tmp_path, models, LAYOUTS if size > 1 else [[]])[0]
     assert len(figures) == len(MODELS) * (1 if size == 1 else len(LAYOUTS))
     beyond = {name: values for name, values in figures.items() if not max(values) < BOUND}
     assert not beyond

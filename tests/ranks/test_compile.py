@@ -1,5 +1,6 @@
 """Compiled layers make the same steps as plain ones, under the same names."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,44 @@ import torch
 from apollo_sft.errors import ConfigError
 from apollo_sft.model.compiled_layers import check_compile
 from apollo_sft.parallel.launch import World
-from tests.ranks.compile_worker import CHECKPOINTING, cell
-from tests.ranks.strategies_worker import DOUBLE
 from tests.support.models import save_tiny_adapter, save_tiny_model, tiny_config
-from tests.support.ranks import run_ranks
+from tests.support.oracle import worst_difference
+from tests.support.ranks import run_on_ranks
 from tests.support.samples import random_samples, write_store
+from tests.support.strategies import DOUBLE, Training
 
-WORKER = Path(__file__).with_name("compile_worker.py")
 CPU = torch.device("cpu")
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
 SP = "ulysses_sequence_parallel_size=2"
 BOUNDS = {DOUBLE: (1e-7, 1e-6), "model.fsdp_config.dtype=fp32": (1e-5, 1e-4)}
 """Of losses and norms, and of weights after AdamW, which divides by the size of each gradient: fused kernels round
 elsewhere, no more. In float64, too, transformers computes norms and rotary embedding in float32."""
+
+
+COMPILE = "model.compile=true"
+CHECKPOINTING = "model.enable_gradient_checkpointing=true"
+
+
+def cell(folder: Path, model: str, world: World, *more: str) -> dict[str, Any]:
+    """Two steps of both, and what a checkpoint of each is called."""
+    runs = [Training(folder, model, "fsdp2", world, *more, *keys) for keys in ((), (COMPILE,))]
+    figures = [run.steps(0, 2) for run in runs]
+    weights = [run.weights() for run in runs]
+    return {
+        "figures": max(abs(a - b) / a for a, b in zip(*figures, strict=True)),
+        "weights": worst_difference(weights[1], weights[0]),
+        "names": [sorted(run.state()) for run in runs],
+    }
+
+
+def cells_of(world: World, folder: Path, cells: list[str]) -> dict[str, Any]:
+    """On every rank: the same steps with layers compiled and not."""
+    found = {}
+    for name in cells:
+        model, *more = name.split()
+        found[name] = cell(folder, model, world, *more)
+        gc.collect()
+    return found
 
 
 def check(found: dict[str, Any], dtype: str) -> None:
@@ -62,7 +88,7 @@ CELLS = {
 @pytest.mark.timeout(2000)
 @pytest.mark.parametrize("ranks", CELLS)
 def test_on_ranks(folder: Path, ranks: int) -> None:
-    found = run_ranks(WORKER, ranks, folder, str(folder), *CELLS[ranks], seconds=1800)
+    found = run_on_ranks(cells_of, ranks, folder, CELLS[ranks], seconds=1800)[0]
     for name in CELLS[ranks]:
         check(found[name], DOUBLE)
 

@@ -10,16 +10,53 @@ import transformers
 from peft import PeftModel
 
 from apollo_sft.checkpoint.run_folder.lookup import find_run
-from apollo_sft.train.generations import MAX_NEW_TOKENS
-from tests.ranks.generations_worker import LAYOUTS
+from apollo_sft.config.compose import compose
+from apollo_sft.model import load
+from apollo_sft.parallel.launch import World
+from apollo_sft.parallel.mesh import build_mesh
+from apollo_sft.train.assemble import assemble
+from apollo_sft.train.generations import MAX_NEW_TOKENS, continuations
 from tests.support.models import save_tiny_adapter, save_tiny_model, tiny_config
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_on_ranks
 from tests.support.runs import finish, read_metrics, start, status, train_here, write_inputs
 
-WORKER = Path(__file__).with_name("generations_worker.py")
 PROMPTS = [[5, 9, 14], [40], list(range(20, 60, 3)), [7, 7, 7, 7, 7]]
 LIMIT = 40
 KEYS = ("trainer.generate_samples=3", "trainer.test_freq=2", "trainer.save_freq=2", "trainer.total_training_steps=4")
+
+
+SP = "ulysses_sequence_parallel_size=2"
+FSDP1 = "model.strategy=fsdp"
+LAYOUTS: dict[str, tuple[str, list[str]]] = {
+    "data ranks": ("untied", []),
+    "tied": ("tied", []),
+    "sequence ranks": ("untied", [SP]),
+    "fsdp1": ("untied", [FSDP1]),
+    "fsdp1, tied, sequence ranks": ("tied", [FSDP1, SP]),
+    "offload": ("untied", ["model.fsdp_config.cpu_offload=true"]),
+    "adapter": ("lora", []),
+    "adapter, sequence ranks": ("lora", [SP]),
+}
+
+
+def said(folder: Path, name: str, more: list[str], world: World, asked: dict[str, Any]) -> Any:
+    base = folder / name
+    keys = [f"model.partial_pretrain={base}", "data.train_files=none", "data.val_files=null", *more]
+    keys += [f"model.lora_adapter_path={base / 'adapter'}"] if name == "lora" else []
+    config = compose(keys).config
+    mesh = build_mesh(world, config.ulysses_sequence_parallel_size)
+    model, _ = assemble(config, base, load.read_config(base, False), world, mesh)
+    stops = frozenset(asked["stops"][name])
+    found = continuations(model, asked["prompts"], stops, world, asked["limit"])
+    assert model.training
+    assert continuations(model, asked["prompts"], stops, world, stopped=lambda: True) is None
+    return found
+
+
+def said_by_all(world: World, folder: Path) -> dict[str, Any]:
+    """On every rank: what a model says under every layout."""
+    asked = json.loads((folder / "asked.json").read_text())
+    return {layout: said(folder, name, more, world, asked) for layout, (name, more) in LAYOUTS.items()}
 
 
 @torch.no_grad()
@@ -54,7 +91,7 @@ def opened(folder: Path, name: str) -> Any:
 
 
 def test_every_layout_says_what_transformers_says(folder: Path) -> None:
-    found = run_ranks(WORKER, 2, folder, str(folder))
+    found = run_on_ranks(said_by_all, 2, folder)[0]
     stops = json.loads((folder / "asked.json").read_text())["stops"]
     expected = {
         name: [greedy(opened(folder, name), prompt, LIMIT - len(prompt), stops[name]) for prompt in PROMPTS]

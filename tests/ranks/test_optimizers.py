@@ -1,20 +1,21 @@
 """muon and adamw_8bit make the same steps on any number of ranks, save what they need, and go on with it."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from apollo_sft.checkpoint.run_folder.resume import folder_of
 from apollo_sft.parallel.launch import World
-from tests.ranks.optimizers_worker import cell
 from tests.support.models import save_tiny_adapter, save_tiny_model, tiny_config
-from tests.support.oracle import worst_difference
-from tests.support.ranks import run_ranks
+from tests.support.oracle import whole, worst_difference
+from tests.support.ranks import run_on_ranks
 from tests.support.samples import random_samples, write_store
+from tests.support.strategies import DOUBLE, STEPS, Training
 
-WORKER = Path(__file__).with_name("optimizers_worker.py")
 EXACT = 1e-12
 OPTIMIZERS = ("muon", "adamw_8bit")
 LORA = [f"{optimizer} lora" for optimizer in OPTIMIZERS]
@@ -23,6 +24,56 @@ Found = tuple[Path, int, dict[int, dict[str, Any]]]
 
 
 LONG = [pytest.param((2, LORA), marks=pytest.mark.long), pytest.param((4, TIED + LORA), marks=pytest.mark.long)]
+
+
+OFFLOAD = "model.fsdp_config.cpu_offload=true"
+
+
+def cell(folder: Path, model: str, optimizer: str, world: World) -> dict[str, Any]:
+    """All steps in one piece, with a checkpoint in the middle; then on from there, and from that of two ranks."""
+    keys = [DOUBLE, f"optim.name={optimizer}"]
+    one = Training(folder, model, "fsdp2", world, *keys)
+    one.checkpoints.folder = folder / f"{model}-{optimizer}-{world.size}" / "checkpoints"
+    first = one.steps(0, STEPS // 2)
+    one.save(STEPS // 2)
+    figures = first + one.steps(STEPS // 2, STEPS)
+    again = Training(folder, model, "fsdp2", world, *keys)
+    again.checkpoints.folder = one.checkpoints.folder
+    again.go_on(STEPS // 2)
+    rest = again.steps(STEPS // 2, STEPS)
+    weights, state = one.weights(), one.state()
+    found = {
+        "figures": figures,
+        "resumed": rest == figures[len(first) :],
+        "same": all(torch.equal(weights[name], weight) for name, weight in again.weights().items()),
+        "state": {name.rpartition("/")[2]: str(value.dtype) for name, value in state.items()},
+        "moments": sorted(name for name in state if name.startswith("optim/")),
+    }
+    if world.is_main:
+        save_file(
+            {name: w.contiguous() for name, w in weights.items()}, folder / f"{model}-{optimizer}-{world.size}.st"
+        )
+    elsewhere = folder / f"{model}-{optimizer}-2" / "checkpoints"
+    if world.size == 1 and elsewhere.is_dir():
+        there = Training(folder, model, "fsdp2", world, *keys)
+        there.checkpoints.begin(folder_of(elsewhere, STEPS // 2), there.model, there.optimizer)
+        found["from two ranks"] = there.steps(STEPS // 2, STEPS)
+    return found
+
+
+def cells_of(world: World, folder: Path, cells: list[str]) -> dict[str, Any]:
+    """On every rank: steps by muon and adamw_8bit in fp64, and by muon with its state on the host."""
+    found: dict[str, Any] = {}
+    for name in cells:
+        optimizer, model = name.split()
+        found[name] = cell(folder, model, optimizer, world)
+        gc.collect()
+    plain = Training(folder, "tied", "fsdp2", world, DOUBLE, "optim.name=muon")
+    moved = Training(folder, "tied", "fsdp2", world, DOUBLE, "optim.name=muon", OFFLOAD)
+    figures = [plain.steps(0, 2), moved.steps(0, 2)]
+    pairs = zip(plain.model.parameters(), moved.model.parameters(), strict=True)
+    found["offload"] = [figures[0] == figures[1], all(torch.equal(whole(a), whole(b)) for a, b in pairs)]
+    return found
 
 
 @pytest.fixture(scope="module", params=[(2, TIED), *LONG], ids=["2", "2, lora", "4"])
@@ -35,7 +86,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     save_tiny_model(folder / "lora", tiny_config("Llama", **sizes))
     save_tiny_adapter(folder / "lora", target_modules=["q_proj", "down_proj", "embed_tokens"])
     write_store(folder / "store", random_samples(48))
-    several = run_ranks(WORKER, size, folder, str(folder), *cells)
+    several = run_on_ranks(cells_of, size, folder, cells)[0]
     here = World(0, 1, 0, torch.device("cpu"))
     return folder, size, {size: several, 1: {name: cell(folder, *reversed(name.split()), here) for name in cells}}
 

@@ -16,6 +16,7 @@ import pytest
 from apollo_sft.checkpoint.run_folder.folder import PROBE
 from apollo_sft.prepare.demo_model import write_base_model
 from apollo_sft.prepare.word_problems import write_word_problems
+from tests.support import python
 
 HOST = socket.gethostname()
 TIMEOUT_SECONDS = 200
@@ -80,7 +81,7 @@ def home(folder: Path, name: str, inputs: Path) -> dict[str, str]:
 def start_all(commands: Sequence[tuple[list[str], Mapping[str, str]]]) -> list[subprocess.CompletedProcess[str]]:
     """Start all commands at once, wait for all."""
     running = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        python.start(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for command, environment in commands
     ]
     try:

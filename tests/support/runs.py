@@ -12,6 +12,7 @@ import numpy as np
 
 from apollo_sft.config.compose import compose
 from apollo_sft.train.run import train
+from tests.support import python
 from tests.support.data import tiny_tokenizer, write_parquet
 from tests.support.models import save_tiny_model, tiny_config
 
@@ -74,7 +75,7 @@ def start(inputs: Path, out: Path, *more: str, processes: int = 1) -> "subproces
     """The same from the command line."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "apollo_sft", *arguments(inputs, out, *more)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    return python.start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
 
 
 def finish(process: "subprocess.Popen[str]") -> str:

@@ -23,6 +23,7 @@ from apollo_sft.errors import Preempted
 from apollo_sft.report.log import setup_logging
 from apollo_sft.report.metrics import MetricsWriter, Record, read_metrics
 from apollo_sft.report.sinks import RunInfo, Sinks, check_backends
+from tests.support import python
 from tests.support.interrupted import unfinished
 from tests.support.runs import arguments, write_inputs
 
@@ -280,7 +281,7 @@ def test_a_training_that_goes_on_from_its_checkpoint_is_one_run(info: RunInfo, t
         if out == again:
             unfinished(first, again, steps=2)
         command = [sys.executable, "-m", "apollo_sft", *arguments(inputs, out, *keys)]
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        ended = python.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
         assert ended.returncode == 0, ended.stderr[-3000:]
         assert warnings(ended.stderr) == []
         assert ended.stdout == ""

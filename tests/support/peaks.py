@@ -1,13 +1,8 @@
-"""One process of `test_plan`: the most bytes of tensors that live in a step, by torch's own tracker. Rank 0 writes."""
+"""The most bytes of tensors that live in a step, by torch's own tracker."""
 
 import gc
-import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -16,13 +11,13 @@ from apollo_sft.config.compose import compose
 from apollo_sft.data.batch.loader import StepBatch, pack
 from apollo_sft.data.store.store_files import SampleStore
 from apollo_sft.model import load
-from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
 from apollo_sft.train.assemble import assemble, needs_group
 from apollo_sft.train.step import train_step
 from apollo_sft.types import Sample
 
+BASE = ["data.train_files=none", "data.val_files=null"]
 MICRO_BATCHES = 2
 
 
@@ -34,22 +29,16 @@ class Totals(MemTracker):
     _pre_fw_hook = _post_fw_hook = _pre_bw_hook = _post_bw_hook = _nothing
 
 
-def main(out: Path, folder: Path, cells: list[list[str]]) -> None:
-    """`cells`: names of a model, then the keys of a layout."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    grouped = any(needs_group(compose([*BASE, *keys]).config.model, on_cuda=False) for _, *keys in cells)
-    world = launch.start("cpu", needs_group=ranks > 1 or grouped)
+def needs_a_group(cells: list[list[str]]) -> bool:
+    """Whether one process alone has to have a group for one of them."""
+    return any(needs_group(compose([*BASE, *keys]).config.model, on_cuda=False) for _, *keys in cells)
+
+
+def peaks(world: World, folder: Path, cells: list[list[str]]) -> list[int]:
+    """On every rank. `cells`: names of a model, then the keys of a layout."""
     store = SampleStore(folder / "store")
     samples = [store[i] for i in range(len(store))]
-    found = [_peak(folder / name, keys, samples, world) for name, *keys in cells]
-    if world.is_main:
-        out.write_text(json.dumps(found))
-    if world.size > 1:
-        launch.stop()
-    os._exit(0)
-
-
-BASE = ["data.train_files=none", "data.val_files=null"]
+    return [_peak(folder / name, keys, samples, world) for name, *keys in cells]
 
 
 def _peak(folder: Path, keys: list[str], samples: list[Sample], world: World) -> int:
@@ -70,7 +59,3 @@ def _peak(folder: Path, keys: list[str], samples: list[Sample], world: World) ->
     del model, optimizer, tracker
     gc.collect()
     return peak
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
