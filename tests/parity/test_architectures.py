@@ -46,25 +46,28 @@ INTRODUCTION = """\
 # Architectures
 
 Documents are packed into one row without padding, and a row can be cut over several ranks. Both are exact only if the
-layers of a model mix positions through the attention function that they are handed, and nothing else. So an
+layers of a model mix positions through the attention function that is passed to them, and through nothing else. So an
 architecture is either exact here, or refused at the start with the reason.
 
-* Before any weight is read the config is looked at: layers that carry state, attention that is not causal.
+* The config is checked before any weight is read: layers that carry state and attention that is not causal are
+  refused.
 * Any other causal language model of transformers may run too. When the weights are loaded, two packed documents must
-  give the loss that transformers' own eager forward gives for each alone, and sliding windows must reach the attention
-  function. Otherwise the run is refused. Those documents are short: what changes only with length is not seen.
+  give the loss that transformers' own eager forward gives for each alone, and sliding windows must be passed to the
+  attention function. Otherwise the run is refused. Those documents are short: behaviour that changes only with length
+  is not tested.
 * Sliding windows, soft-capped scores, sinks, scaled logits and tied heads are computed as transformers computes them.
 * The auxiliary load-balancing loss of experts is not part of the loss. transformers adds it only when `config.json`
-  says `output_router_logits: true`; such a model is refused until that is `false`.
-* `longrope` picks its factors by the longest document of a forward. Documents longer than
-  `original_max_position_embeddings` are refused, because they would change those that are packed beside them.
-* Multimodal models train on text; what belongs to images gets no gradient.
+  has `output_router_logits: true`; such a model is refused until that is `false`.
+* `longrope` chooses its factors by the longest document of a forward pass. Documents longer than
+  `original_max_position_embeddings` are refused, because they would change the documents that are packed with them.
+* Multimodal models train on text; the parts for images get no gradient.
 
-The table is written by `APOLLO_WRITE_DOCS=1 pytest tests/parity/test_architectures.py`; tiny models with random
-weights, in float64. A figure is the largest relative difference of the loss or of any parameter's gradient: *packed* is
-a pack against each document alone, *sp = 2* a pack cut over two ranks, with FSDP2, against one process, *plain* a pack
-against transformers' eager forward of each document. All must be below 1e-12. transformers computes norms, softmax and
-routers in float32 whatever the weights; here they are kept in float64, so that rounding hides nothing.
+`APOLLO_WRITE_DOCS=1 pytest tests/parity/test_architectures.py` writes the table, with tiny models with random
+weights, in float64 on a CPU. A figure is the largest relative difference of the loss or of any parameter's gradient:
+*packed* compares a pack with each document alone, *sp = 2* a pack split over two ranks, with FSDP2, with one process,
+*plain* a pack with transformers' eager forward of each document. All must be below 1e-12. transformers computes
+norms, softmax and routers in float32 for weights of any dtype; here they are computed in float64, so that rounding
+hides no error.
 
 """
 COLUMNS = ["Architecture", "transformers class", "Verdict", "packed", "sp = 2", "plain", "Reason"]
