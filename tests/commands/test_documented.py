@@ -16,6 +16,7 @@ import pytest
 
 from apollo_sft.prepare.demo_model import write_base_model
 from apollo_sft.prepare.word_problems import write_word_problems
+from tests.support import python
 from tests.support.chain import write_chain_model
 from tests.support.data import write_parquet
 
@@ -67,15 +68,26 @@ def documented() -> list[str]:
     return commands
 
 
+MODULES = {"apollo-sft": ["-m", "apollo_sft.cli.main"], "torchrun": ["-m", "torch.distributed.run"], "python": []}
+"""What the programs of an installation run."""
+
+
 def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command, one of MODULES as a forked process. `test_commands_that_print` starts the programs themselves."""
+    program, *words = arguments
+    if program not in MODULES:
+        return started(arguments, folder)
+    assert (BIN / program).is_file()
+    return started([sys.executable, *MODULES[program], *words], folder)
+
+
+def started(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "HOME": str(folder),
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "XDG_CACHE_HOME": str(folder),
     }
-    return subprocess.run(
-        arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    return python.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def replaced(command: str, inputs: Inputs, out: Path) -> list[str]:
@@ -204,6 +216,6 @@ def test_the_commands_after_a_training(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", PRINTING)
 def test_commands_that_print(command: str, tmp_path: Path) -> None:
     words = [word for word in shlex.split(command) if "…" not in word and word != "key=value"]
-    finished = run([*words, *(["data.val_files=null"] if "--cfg" in words else [])], tmp_path)
+    finished = started([*words, *(["data.val_files=null"] if "--cfg" in words else [])], tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert PRINTING[command] in finished.stdout

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,12 +66,13 @@ ENVIRONMENT_BEGIN, ENVIRONMENT_END = map(int, Path("/proc/self/stat").read_text(
 
 @dataclass(frozen=True)
 class Request:
-    """One command. `line`: all of it; `words`: from the module's name on.
+    """One command. `line`: all of it; `what`: -m, -c or file; `words`: from the name of that, or the code, on.
 
     `numbers`: what the received `descriptors` are to be called in the process.
     """
 
     line: list[str]
+    what: str
     words: list[str]
     environment: dict[str, str]
     folder: str
@@ -174,8 +176,9 @@ def become(request: Request) -> None:
     os.chdir(request.folder)
 
     of_python = [entry for entry in sys.path[1:] if entry not in _python_path(ENVIRONMENT, str(python.ROOT))]
-    sys.path[:] = [request.folder, *_python_path(request.environment, request.folder), *of_python]
-    sys.argv = list(request.words)
+    first = {"-m": request.folder, "-c": "", "file": str(Path(request.folder, request.words[0]).resolve().parent)}
+    sys.path[:] = [first[request.what], *_python_path(request.environment, request.folder), *of_python]
+    sys.argv = ["-c", *request.words[1:]] if request.what == "-c" else list(request.words)
     sys.orig_argv = list(request.line)
     sys.dont_write_bytecode = bool(request.environment.get("PYTHONDONTWRITEBYTECODE"))
     tempfile.tempdir = None
@@ -220,13 +223,19 @@ def main() -> None:
             request = server_below(command.descriptors)
 
     become(command)
-    run_module(command.words[0])
+    go(command.what, command.words[0])
 
 
-def run_module(name: str) -> None:
-    """As `python -m` does, for which the name is a new one."""
-    sys.modules.pop(name, None)
-    runpy.run_module(name, run_name="__main__", alter_sys=True)
+def go(what: str, name: str) -> None:
+    """As Python does, for which every name is a new one."""
+    if what == "file":
+        runpy.run_path(name, run_name="__main__")
+    elif what == "-m":
+        sys.modules.pop(name, None)
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    else:
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(name, "<string>", "exec"), vars(sys.modules["__main__"]))  # noqa: S102
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""`python -m …` as a real process of the test's own, without the seconds of imports: a fork server has them behind it.
+"""Python as a real process of the test's own, without the seconds of imports: a fork server has them behind it.
 
+It stands for `python -m …` of our modules, `python -c …` and `python FILE.py …`.
 `start` is `subprocess.Popen` and `run` is `subprocess.run`. What they start is a child of the caller like any other:
 it has a pid, an exit code, signals, pipes, a session and a parent whose death it may hear of. Commands that the server
 cannot stand for (see `fork_server.declines`) are started anew, and so is everything when there is no server.
@@ -84,28 +85,36 @@ def run(
     return finished
 
 
-def is_forked(command: Any) -> bool:
-    """Whether it is `python -m`, or `python -u -m`, of one of our modules."""
+def parts(command: Any) -> tuple[str, list[str]] | None:
+    """What is to be run (`-m`, `-c` or `file`), and the words from its name on; None when it cannot be forked."""
     if not isinstance(command, (list, tuple)) or command[0] != sys.executable:
-        return False
-    option, name = [*(word for word in command[1:4] if word != "-u"), "", ""][:2]
-    return option == "-m" and str(name).startswith(FORKED)
+        return None
+
+    words = [os.fsdecode(word) for word in command[1:]]
+    if words[:1] == ["-u"]:
+        del words[0]
+    if len(words) > 1 and (words[0] == "-c" or (words[0] == "-m" and words[1].startswith(FORKED))):
+        return words[0], words[1:]
+    if words and words[0].endswith(".py"):
+        return "file", words
+    return None
 
 
 def _fork(asked: dict[str, Any]) -> int | None:
     """The pid of the forked process; None when this one has to be started anew."""
     plain = not asked["shell"] and asked["preexec_fn"] is None and asked["executable"] is None
-    if not is_forked(asked["args"]) or not plain:
+    found = parts(asked["args"])
+    if found is None or not plain:
         return None
 
-    line = [os.fsdecode(word) for word in asked["args"]]
     ends = (asked["p2cread"], asked["c2pwrite"], asked["errwrite"])
     streams = [number if end == -1 else end for number, end in enumerate(ends)]
     passed = sorted(asked["pass_fds"])
     environment = os.environ if asked["env"] is None else asked["env"]
     request = {
-        "line": line,
-        "words": line[line.index("-m") + 1 :],
+        "line": [os.fsdecode(word) for word in asked["args"]],
+        "what": found[0],
+        "words": found[1],
         "environment": {os.fsdecode(name): os.fsdecode(value) for name, value in environment.items()},
         "folder": str(Path.cwd() if asked["cwd"] is None else Path(asked["cwd"]).absolute()),
         "new_session": bool(asked["start_new_session"]),

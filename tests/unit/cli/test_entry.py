@@ -24,6 +24,10 @@ COMMAND = ["-m", "apollo_sft.cli.main", "train"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2", "-m", "apollo_sft"]
 
 
+MOST_MODULES = 600
+"""So that a mistake is said at once: torch alone has more than a thousand, transformers several times that."""
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False)
 
@@ -35,9 +39,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     ids=["key", "type", "combination", "path"],
 )
 def test_a_mistake_is_one_message_code_2_and_no_torch(program: list[str], mistake: str) -> None:
-    started = time.monotonic()
     finished = run("-X", "importtime", *program, "data.train_files=/no/train.parquet", "data.val_files=null", mistake)
-    seconds = time.monotonic() - started
     loaded = {line.rpartition("|")[2].strip() for line in finished.stderr.splitlines() if "|" in line}
     said = [line for line in finished.stderr.splitlines() if not line.startswith("import time:")]
     assert finished.returncode == 2
@@ -46,7 +48,7 @@ def test_a_mistake_is_one_message_code_2_and_no_torch(program: list[str], mistak
     assert said[0].startswith("apollo-sft: ")
     assert not any("Traceback" in line for line in said)
     assert finished.stdout == ""
-    assert seconds < 3
+    assert len(loaded) < MOST_MODULES
 
 
 def test_torchrun_says_it_once() -> None:

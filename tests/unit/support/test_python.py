@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -25,13 +26,16 @@ def value(number):
 
 print(json.dumps({
     "arguments": sys.argv[1:],
+    "argument 0": sys.argv[0],
     "descriptors": sorted(os.listdir("/proc/self/fd"))[:3],
+    "buffers": [sys.stdout.line_buffering, sys.stdout.write_through],
     "encoding": [sys.stdout.encoding, sys.stdout.errors, sys.stderr.errors],
     "folder": os.getcwd(),
     "handlers": {number.name: value(number) for number in signal.Signals if number.name.startswith("SIG")},
     "is a leader": os.getsid(0) == os.getpid(),
     "name": __name__,
     "parent": os.getppid(),
+    "original": sys.orig_argv,
     "path": [entry for entry in sys.path if "site-packages" not in entry and "__editable__" not in entry],
     "variables": dict(os.environ),
 }))
@@ -46,15 +50,26 @@ def command(tmp_path: Path) -> list[str]:
     return [sys.executable, "-m", "apollo_sft_shows", "a=1", "ä b"]
 
 
-@pytest.mark.parametrize("in_session", [False, True])
-def test_it_is_what_a_started_process_is(command: list[str], tmp_path: Path, in_session: bool) -> None:
+@pytest.mark.parametrize(
+    ("line", "in_session"),
+    [
+        (["-m", "apollo_sft_shows"], False),
+        (["-m", "apollo_sft_shows"], True),
+        (["-u", "-m", "apollo_sft_shows"], True),
+        (["-c", SHOW], False),
+        (["apollo_sft_shows.py"], False),
+    ],
+    ids=["module", "session", "unbuffered", "code", "file"],
+)
+def test_it_is_what_a_started_process_is(command: list[str], tmp_path: Path, line: list[str], in_session: bool) -> None:
+    command = [command[0], *line, *command[3:]]
     how = {"cwd": tmp_path, "capture_output": True, "text": True, "start_new_session": in_session}
     how["env"] = {name: value for name, value in os.environ.items() if name != "HOME"} | {"MINE": "ü=1"}
     started = subprocess.run(command, **how)
     forked = python.run(command, **how)
     assert started.returncode == 7
     assert (forked.returncode, forked.stderr) == (7, started.stderr)
-    assert forked.stdout == started.stdout
+    assert json.loads(forked.stdout) == json.loads(started.stdout)
 
 
 def test_it_can_be_killed_and_found_by_its_variables(command: list[str], tmp_path: Path) -> None:

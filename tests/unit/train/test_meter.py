@@ -26,7 +26,25 @@ from apollo_sft.train.step_profile import Profile
 from tests.support.runs import arguments, train_here, without_clock, write_inputs
 from tests.support.samples import random_samples, write_store
 
-WAIT, WORK, VALIDATION = 0.05, 0.02, 0.4
+WAIT, WORK, VALIDATION = 2**-4, 2**-6, 2**-1
+"""Seconds of a clock that goes only while somebody sleeps. Powers of two add up exactly."""
+
+
+class Clock:
+    """In the place of `time.perf_counter` and `time.sleep`: no busy machine can make it late."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(time, "sleep", self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +68,7 @@ def test_only_a_known_gpu_has_a_peak(name: str, peak: float | None) -> None:
     assert known_peak(name) == peak
 
 
-def test_the_wait_is_what_the_loader_took_and_belongs_to_the_step(tmp_path: Path) -> None:
+def test_the_wait_is_what_the_loader_took_and_belongs_to_the_step(clock: Clock, tmp_path: Path) -> None:
     loader = Loader(write_store(tmp_path, random_samples(8)), PlanSpec(4, 1, 1, seed=1), 0)
 
     def slow() -> Iterator[StepBatch]:
@@ -125,7 +143,7 @@ def test_profiled_steps_are_a_first_and_a_last(value: str) -> None:
         compose(["data.val_files=null", f"trainer.profile_steps={value}"])
 
 
-def test_writing_the_trace_is_no_wait_for_data(tmp_path: Path) -> None:
+def test_writing_the_trace_is_no_wait_for_data(clock: Clock, tmp_path: Path) -> None:
     loader = Loader(write_store(tmp_path / "store", random_samples(8)), PlanSpec(4, 1, 1, seed=1), 0)
 
     class Slow(Profile):
@@ -135,5 +153,8 @@ def test_writing_the_trace_is_no_wait_for_data(tmp_path: Path) -> None:
 
     meter = Meter(steps_per_epoch=2, profile=Slow(1, 1, tmp_path))
     result = StepResult(1.0, 1.0, 2**20, Vote.NOTHING)
-    waits = [meter.record(batch, result, 1e-3) for batch in meter.batches(loader.batch(n) for n in range(2))]
+    waits = []
+    for batch in meter.batches(loader.batch(n) for n in range(2)):
+        clock.sleep(WORK)
+        waits.append(meter.record(batch, result, 1e-3))
     assert all(record["perf/data_wait_seconds"] < VALIDATION / 2 for record in waits)
