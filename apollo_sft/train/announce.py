@@ -25,15 +25,19 @@ IMBALANCE_STEPS = 16
 
 
 def config_text(config: SftConfig, overridden: Mapping[str, Any]) -> str:
-    """The resolved configuration: what was set on the command line a line each, the defaults close together."""
+    """Return the resolved configuration: a line for each key of the command line, the defaults in columns."""
     given: list[str] = []
     defaults: dict[str, list[str]] = {}
     for key, value in leaves(config.model_dump(mode="json")):
         if any(f"{key}.".startswith(f"{name}.") for name in overridden):
             given.append(f"{key}={_shown(value)}")
         else:
-            section, _, name = key.partition(".") if "." in key else ("top level", "", key)
+            section, dot, name = key.partition(".")
+            if not dot:
+                section = "top level"
+                name = key
             defaults.setdefault(section, []).append(f"{name}={_shown(value)}")
+
     lines = ["Set on the command line:", *(f"  {item}" for item in given or ["nothing"])]
     lines.append(f"Left at the defaults (all is in {config.trainer.default_local_dir}/config.yaml):")
     for section, items in defaults.items():
@@ -42,13 +46,18 @@ def config_text(config: SftConfig, overridden: Mapping[str, Any]) -> str:
 
 
 def announce(prepared: Prepared, schedule: Schedule, loader: Loader, sp_size: int, folder: RunFolder) -> None:
-    """Show what will be trained, and write it into the run folder: the audit, and every row that is not whole."""
+    """Show what will be trained, and write it into the run folder: the audit, and every row that is not complete.
+
+    `sp_size`: ranks that share one sequence.
+    """
     sources = prepared.sources
     audit = to_json(prepared.train, prepared.val, sources)
     folder.audit.write_text(json.dumps(audit, indent=2, ensure_ascii=False) + "\n")
     write_ledger(prepared.train, prepared.val, folder.rejected)
+
     num_samples = samples_per_epoch(len(prepared.train), loader.spec)
     batch_size = loader.spec.batch_size
+
     rows = steps_in_words(len(prepared.train), loader.spec, schedule)
     if loader.spec.dp_size > 1:
         rows.append(("imbalance", imbalance(loader)))
@@ -56,9 +65,13 @@ def announce(prepared: Prepared, schedule: Schedule, loader: Loader, sp_size: in
         padding = padded_heads(prepared.hf_config, sp_size)
         if padding is not None:
             say(padding)
+
     colour = terminal().is_terminal
-    table = [row for split, figures in sources.items() for row in source_rows(figures, split)]
+    table: list[Any] = []
+    for split, figures in sources.items():
+        table += source_rows(figures, split)
     say(describe(prepared.train, prepared.val, prepared.tokenizer, rows, colour, table))
+
     if num_samples < batch_size:
         warn(
             f"an epoch is one step of {num_samples:,} samples, fewer than data.train_batch_size={batch_size:,}; "
@@ -67,8 +80,10 @@ def announce(prepared: Prepared, schedule: Schedule, loader: Loader, sp_size: in
 
 
 def steps_in_words(num_samples: int, spec: PlanSpec, schedule: Schedule) -> list[tuple[str, str]]:
-    """(name, value) of what the steps of a run are. `num_samples`: of the store."""
-    in_epoch, num_samples = steps_per_epoch(num_samples, spec), samples_per_epoch(num_samples, spec)
+    """Return (name, value) rows about the steps of a run. `num_samples`: of the store."""
+    in_epoch = steps_per_epoch(num_samples, spec)
+    # Weights of sources repeat samples or leave some out: an epoch has another number of them than the store.
+    num_samples = samples_per_epoch(num_samples, spec)
     rows = [
         ("steps per epoch", f"{in_epoch:,}"),
         ("steps", f"{schedule.total_steps:,} ({schedule.total_steps / in_epoch:.4g} epochs)"),
@@ -81,16 +96,19 @@ def steps_in_words(num_samples: int, spec: PlanSpec, schedule: Schedule) -> list
 
 
 def imbalance(loader: Loader) -> str:
-    """Mean over steps that are spread over the first epoch."""
+    """Return the mean imbalance of the data ranks, in words."""
     in_epoch = steps_per_epoch(len(loader.store), loader.spec)
+    # To plan every step of a large store would take minutes: some steps, spread over the first epoch, are enough.
     wanted = range(0, in_epoch, -(-in_epoch // IMBALANCE_STEPS))
     found = [plan(loader.store.lengths, loader.spec, step).imbalance() for step in wanted]
     text = f"{sum(found) / len(found):.3f} (cost of the busiest of {loader.spec.dp_size:,} data ranks / mean)"
-    return text if loader.spec.balance else f"{text}; data.balance_dp_token=true evens it out"
+    if not loader.spec.balance:
+        text += "; data.balance_dp_token=true evens it out"
+    return text
 
 
 def padded_heads(hf_config: Any, sp_size: int) -> str | None:
-    """What sequence parallelism costs where it does not divide the heads; None when it does."""
+    """Return what sequence parallelism costs where it does not divide the heads; None when it does."""
     from apollo_sft.parallel.ulysses import added_heads
 
     heads = hf_config.get_text_config().num_attention_heads
@@ -101,16 +119,18 @@ def padded_heads(hf_config: Any, sp_size: int) -> str | None:
 
 
 def _shown(value: Any) -> str:
-    """YAML in one line; of a long text (a template) only the start."""
+    """Return a value as YAML in one line; of a long text (a template) only the start."""
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
     text = text.removesuffix("\n").removesuffix("\n...")
     if "\n" in text:
         text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]} … ({len(text):,} characters)"
+    if len(text) > LONGEST_VALUE:
+        return f"{text[:LONGEST_VALUE]} … ({len(text):,} characters)"
+    return text
 
 
 def _columns(title: str, items: Sequence[str]) -> list[str]:
-    """`title` and all items, as many in a line as fit."""
+    """Return lines with the title and all items, as many in a line as fit."""
     lines = [f"  {title:<{TITLE_WIDTH}}"]
     for item in items:
         if len(lines[-1]) + 2 + len(item) > LINE_WIDTH and lines[-1].strip() != title:

@@ -1,4 +1,4 @@
-"""Parallelism is applied from outside, in one order: attention, build, adapters, checkpointing, shard, optimizer."""
+"""Apply parallelism from outside, in one order: attention, build, adapters, checkpointing, shard, optimizer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def assemble(
     config: SftConfig, folder: Path, hf_config: Any, world: World, mesh: Mesh, growth: Growth | None = None
 ) -> tuple[SftModel, Optimizer]:
-    """The trainable model, sharded over `mesh` when there is one, and its optimizer. Every rank calls it.
+    """Return the trainable model, sharded over `mesh` when there is one, and its optimizer. Every rank calls it.
 
     Rank 0 reads the weights and proves the architecture; the others build on meta and receive their shards.
     Raises: ConfigError as `check_strategy`, and when a kernel or the modules to shard are not there.
@@ -42,24 +42,29 @@ def assemble(
     check_strategy(config.model, config.optim, world)
     precision = resolve_precision(config.model, world.device.type == "cuda")
     strategy = strategy_named(strategy_name(config.model, world))
+
     kernel, why = attention.choose_kernel(config.model.attn_implementation, world.device)
     say(why)
     attention.register(attention.sdpa_kernel)  # the proof runs on the CPU
+
     trust = config.model.trust_remote_code
     adapter = adapter_config(config.model, config.model.partial_pretrain)
     stored = stored_dtype(config.model, world, adapter is not None)
-    source, dtypes = None, {}
+    source = None
+    dtypes: dict[str, torch.dtype] = {}
     if world.is_main:
         check = partial(_check_weights, folder=folder, trust_remote_code=trust)
         read = load.load_with_weights(folder, hf_config, stored, trust, growth, check)
         dtypes = other_dtypes(read, stored)
         source = SftModel(_quantised(config.model, read, adapter, world.device))
         prove(source, config.trainer.seed)
+        # Adapters come after the proof: it compares with the model of transformers, which has none.
         if adapter is not None:
             from apollo_sft.model import lora
 
             say(str(lora.inject(source.causal_lm, adapter, precision.master, config.model.lora_adapter_path)))
             source.attach_head()
+
     attention.register(kernel, head_exchange(mesh))
     if mesh.shard is None:
         assert source is not None, "one process reads its own weights"
@@ -74,8 +79,10 @@ def assemble(
 
             lora.inject(causal_lm, adapter, precision.master)
         model = shard_model(config.model, SftModel(causal_lm, mesh.sp_rank, mesh.sp_size), world, mesh)
+        # On meta until here: no rank but the first ever holds more of the model than its shards.
         strategy.fill(model, source, world.device, offloads(config.model))
         check_filled(strategy.held(model), dict(strategy.outline(model).named_buffers()), source, mesh)
+
     if config.model.compile:
         from apollo_sft.model.compiled_layers import compile_layers
 
@@ -98,11 +105,13 @@ def _quantised(model: ModelConfig, causal_lm: Any, adapter: Any, device: torch.d
         return causal_lm
     from apollo_sft.model import four_bit
 
-    return four_bit.quantised(model, causal_lm, adapter, *(() if device is None else (device,)))
+    if device is None:
+        return four_bit.quantised(model, causal_lm, adapter)
+    return four_bit.quantised(model, causal_lm, adapter, device)
 
 
 def _check_weights(loaded: Any, folder: Path, trust_remote_code: bool) -> None:
-    """What rank 0 has read is what the files hold, and what the other ranks build. Raises: ModelError."""
+    """Check that rank 0 has read what the files hold, in the form that the other ranks build. Raises: ModelError."""
     check_as_built(loaded, load.build_on_meta(loaded.config, loaded.dtype, trust_remote_code))
     check_read(loaded, folder)
 
@@ -144,6 +153,7 @@ def optimizer_of(model: SftModel, optim: OptimConfig) -> Optimizer:
 
 
 def offloads(config: ModelConfig) -> bool:
+    """Return whether weights, gradients and optimizer state are kept on the CPU."""
     return config.fsdp_config.cpu_offload or config.fsdp_config.offload_params
 
 
@@ -185,7 +195,8 @@ def _shard_spec(model: SftModel, config: ModelConfig, precision: Precision) -> S
 
 
 def _own_head(model: SftModel) -> nn.Module | None:
-    """The head when its weight is its own, None when it is the embedding's."""
+    """Return the head when its weight is its own, None when it is the embedding's."""
     head: nn.Module = model.causal_lm.get_output_embeddings()
-    tied = head.weight is model.causal_lm.get_input_embeddings().weight
-    return None if tied else head
+    if head.weight is model.causal_lm.get_input_embeddings().weight:
+        return None
+    return head

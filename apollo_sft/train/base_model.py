@@ -1,4 +1,4 @@
-"""The base model as it lies on disk: its files, its config, and what must be changed in it before it is trained."""
+"""The base model on disk: its files, its config, and what must be changed in it before it is trained."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ WRAPPERS = {
 
 
 def open_base(config: SftConfig, weights: bool = True) -> tuple[BaseModel, Any]:
-    """Read what lies in the model folder, and transformers' config of it, looking at files before a library does.
+    """Read the model folder, and transformers' config of it, checking the files before a library reads them.
 
-    Where config.json ties the head to the embeddings and the files hold two different tensors, both are trained: the
-    config says so then. `weights` false: none is downloaded.
+    Where config.json ties the head to the embeddings and the files hold two different tensors, both are trained, and
+    the returned config does not tie them. `weights` false: none is downloaded.
     Raises: ModelError.
     """
     model = config.model
@@ -41,6 +41,7 @@ def open_base(config: SftConfig, weights: bool = True) -> tuple[BaseModel, Any]:
     _refuse_adapter(folder, model.partial_pretrain)
     stored = read_base(folder, model.follow_links)
     _refuse_wrapped(folder, stored)
+
     hf_config = read_config(folder, model.trust_remote_code)
     check_architecture(hf_config, model.trust_remote_code)
     raw = read_json(folder / "config.json")
@@ -48,6 +49,7 @@ def open_base(config: SftConfig, weights: bool = True) -> tuple[BaseModel, Any]:
     untied = untied_in_files(hf_config, stored, model.trust_remote_code)
     if untied:
         raw, hf_config = _untied(raw, hf_config)
+
     fitted = _fitted(model, config.data, folder)
     growth = _growth(fitted, hf_config)
     if growth is not None:
@@ -55,7 +57,9 @@ def open_base(config: SftConfig, weights: bool = True) -> tuple[BaseModel, Any]:
         hf_config = with_rows(hf_config, growth.rows)
 
     files = sort_files(folder, model.follow_links, model.trust_remote_code)
-    tokens = () if fitted is None else fitted.added
+    tokens: tuple[str, ...] = ()
+    if fitted is not None:
+        tokens = fitted.added
     of_files = (files.carried, files.left_out)
     base = BaseModel(model.partial_pretrain, folder, raw, specs_of(stored), growth, tokens, untied, *of_files)
     return base, hf_config
@@ -80,11 +84,11 @@ def _refuse_adapter(folder: Path, source: str) -> None:
         return
     if (folder / "config.json").is_file():
         raise ModelError(
-            f"{folder} holds a model and an adapter, and nothing says which of the two is meant",
+            f"{folder} holds a model and an adapter, so it is not clear which of the two to train",
             found=f"config.json and {ADAPTER_CONFIG}",
             expected="one of them",
-            fix=f"move {ADAPTER_CONFIG} and adapter_model.safetensors to a folder of their own; to go on with that "
-            "adapter, model.lora_adapter_path names it",
+            fix=f"move {ADAPTER_CONFIG} and adapter_model.safetensors to a folder of their own; to train that adapter "
+            "further, set model.lora_adapter_path to that folder",
         )
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "the model that it was trained on"
     raise ModelError(
@@ -101,10 +105,10 @@ def _refuse_wrapped(folder: Path, stored: dict[str, StoredTensor]) -> None:
         wrapped = [name for name in stored if name.startswith(prefix)]
         if wrapped and len(wrapped) > len(stored) // 2:
             raise ModelError(
-                f"the weights in {folder} have the names of a model that {who} had wrapped",
+                f"the names of the weights in {folder} are those of a model wrapped by {who}",
                 found=f"{len(wrapped)} of {len(stored)} names begin with {prefix}, such as {wrapped[0]}",
                 expected=wrapped[0].removeprefix(prefix),
-                fix=f"save the model that lies inside of the wrapper, or take {prefix} out of the names: load_file, "
+                fix=f"save the model inside the wrapper, or remove {prefix} from the names: load_file, "
                 "rename, save_file of safetensors.torch",
             )
 
@@ -123,25 +127,26 @@ def check_copied(base: BaseModel, copied: Sequence[str]) -> None:
 
 
 def in_words(base: BaseModel, copied: Sequence[str], writes_model: bool) -> list[str]:
-    """Say what the folder that will be written holds of the base beside what is trained, a line each."""
+    """Return a line for each part of the base that the written folder holds or lacks beside what is trained."""
     lines = []
     if base.untied:
-        written = "and the config.json that is written says tie_word_embeddings=false"
-        only_here = "and readers of the adapter must load the base so: transformers 4 ties them"
+        consequence = "and whoever loads the adapter must load the base untied too: transformers 4 ties them"
+        if writes_model:
+            consequence = "and tie_word_embeddings=false is written into config.json"
         lines.append(
             f"the base's config.json ties {' and '.join(base.untied)}, but its files hold two different tensors: both "
-            f"are used, {written if writes_model else only_here}"
+            f"are used, {consequence}"
         )
     if copied and writes_model:
-        lines.append(f"written as they are in the base, since training does not use them: {some(copied)}")
+        lines.append(f"copied unchanged from the base, since training does not use them: {some(copied)}")
     if base.left_out and writes_model:
         named = [f"{name} ({why})" for name, why in base.left_out.items()]
-        lines.append(f"not carried over from the base's folder: {some(named)}")
+        lines.append(f"not copied from the base's folder: {some(named)}")
     return lines
 
 
 def growth_of(model: ModelConfig, data: DataConfig, folder: Path, hf_config: Any) -> Growth | None:
-    """Say what `model.add_special_tokens` adds to the model in `folder`; None when nothing is missing.
+    """Return what `model.add_special_tokens` adds to the model in `folder`; None when nothing is missing.
 
     Raises: ModelError, DataError.
     """
@@ -150,12 +155,15 @@ def growth_of(model: ModelConfig, data: DataConfig, folder: Path, hf_config: Any
 
 @dataclass(frozen=True, slots=True)
 class _Fitted:
-    """A tokenizer that was fitted to the template. `before`: ids by token, of the base's own. `added`: what became an
-    added token, whether it is new or was a word of the vocabulary."""
+    """A tokenizer that was fitted to the template."""
 
     tokenizer: Any
+
     before: dict[str, int]
+    """Ids by token, of the base's own tokenizer."""
+
     added: tuple[str, ...]
+    """What became an added token, whether it is new or was a word of the vocabulary."""
 
 
 def _fitted(model: ModelConfig, data: DataConfig, folder: Path) -> _Fitted | None:
@@ -163,8 +171,10 @@ def _fitted(model: ModelConfig, data: DataConfig, folder: Path) -> _Fitted | Non
     if not model.add_special_tokens:
         return None
     tokenizer = load_tokenizer(folder, model.trust_remote_code)
-    before, known = tokenizer.get_vocab(), set(tokenizer.get_added_vocab())
+    before = tokenizer.get_vocab()
+    known = set(tokenizer.get_added_vocab())
     fit_template(tokenizer, data, add=True)
+
     added = sorted((number, token) for token, number in tokenizer.get_added_vocab().items() if token not in known)
     return _Fitted(tokenizer, before, tuple(token for _, token in added))
 
@@ -173,11 +183,14 @@ def _growth(fitted: _Fitted | None, hf_config: Any) -> Growth | None:
     """Find the rows that the embeddings need. A word of the vocabulary that becomes a control token keeps its row."""
     if fitted is None:
         return None
-    held, before = hf_config.get_text_config().vocab_size, fitted.before
+    held = hf_config.get_text_config().vocab_size
+    before = fitted.before
     added = {fitted.tokenizer.convert_tokens_to_ids(token): token for token in fitted.added if token not in before}
     if not added:
         return None
+
     ids = sorted(added)
+    # Models often have more rows than their tokenizer has tokens: then the new tokens need none.
     rows = max(held, ids[-1] + 1)
     known = min(held, max(before.values()) + 1)
     fresh = sorted({*ids, *range(held, rows)})
@@ -185,14 +198,16 @@ def _growth(fitted: _Fitted | None, hf_config: Any) -> Growth | None:
 
 
 def _with_rows(raw: dict[str, Any], hf_config: Any, rows: int) -> dict[str, Any]:
-    """Change config.json to so many embeddings: where a model of text and images keeps them, the one of its text."""
+    """Set the number of embeddings in config.json; in a model of text and images, in the config of its text."""
     parts = _text_parts(hf_config)
     changed = raw | {key: raw.get(key, {}) | {"vocab_size": rows} for key in parts}
-    return changed | {"vocab_size": rows} if not parts or "vocab_size" in raw else changed
+    if not parts or "vocab_size" in raw:
+        changed["vocab_size"] = rows
+    return changed
 
 
 def _untied(raw: dict[str, Any], hf_config: Any) -> tuple[dict[str, Any], Any]:
-    """Say in config.json, and in transformers' config, that the head is a weight of its own.
+    """Return config.json, and transformers' config, for a model whose head is a weight of its own.
 
     In a model of text and images transformers 5 reads that from the whole config, transformers 4 from the text's.
     """
@@ -209,14 +224,17 @@ def _text_parts(hf_config: Any) -> list[str]:
 
 
 def no_weights(folder: Path) -> ModelError:
-    """Say that a folder holds no weights that are read, and what lies there instead."""
+    """Return the error about a folder without weights that can be read; it names the weights in other formats."""
     others = sorted(path.name for path in folder.iterdir() if path.suffix in FOREIGN_FORMS)
+    found = "no weight file"
+    if others:
+        found = f"only {', '.join(others[:5])}"
     return ModelError(
         f"{folder} has no weights that can be loaded",
-        found=f"only {', '.join(others[:5])}" if others else "no weight file",
+        found=found,
         expected="model.safetensors, or shards with model.safetensors.index.json (pickled weights are not read: "
         "opening a pickle can run code)",
-        fix="where you trust the files, convert them once: "
+        fix="if you trust the files, convert them once: "
         "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)",
     )
 
@@ -232,7 +250,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     try:
         special_ids = tokenizer.all_special_ids
     except RecursionError as error:  # looking for the id of an unknown token gives that of unk_token
-        raise _no_tokenizer(folder, f"unk_token {tokenizer.unk_token!r}, which is none of its tokens") from error
+        raise _no_tokenizer(folder, f"unk_token {tokenizer.unk_token!r}, which is not in its vocabulary") from error
     if len(tokenizer) <= len(special_ids):  # transformers makes some from no file at all
         raise _no_tokenizer(folder, f"a {type(tokenizer).__name__} without a vocabulary")
     return tokenizer
@@ -249,7 +267,10 @@ def _no_tokenizer(folder: Path, found: str) -> ModelError:
 
 @contextmanager
 def about_the_base() -> Iterator[None]:
-    """What fails is a file of the base model, not one of a checkpoint. Raises: ModelError."""
+    """Raise an error about a checkpoint's files as one about the base model: the same code reads both.
+
+    Raises: ModelError.
+    """
     try:
         yield
     except CheckpointError as error:

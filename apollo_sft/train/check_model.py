@@ -26,9 +26,9 @@ from apollo_sft.types import BaseModel, Growth
 
 
 def check_model(config: SftConfig) -> dict[str, Any]:
-    """Build the model without memory and compare it with its files and the disk: what would else fail much later.
+    """Build the model without memory and compare it with its files and the disk, so that errors come early.
 
-    Returns what run.json says of the base's folder: what is carried over, written as it is, left out.
+    Return what run.json records about the base's folder: which files are copied, and which are left out.
     Raises: ModelError, ConfigError.
     """
     model = config.model
@@ -65,9 +65,9 @@ def check_model(config: SftConfig) -> dict[str, Any]:
 
 
 def _check_disk(trainer: TrainerConfig, optim: OptimConfig, causal_lm: Any, model_bytes: int, is_lora: bool) -> None:
-    """The disk must hold two checkpoints and the finished model. A run that goes on has one of them already.
+    """Raise ConfigError unless the disk has room for two checkpoints and the finished model.
 
-    Raises: ConfigError.
+    A run that resumes has one of the checkpoints already.
     """
     root = Path(trainer.default_local_dir)
     contents = trainer.checkpoint.save_contents
@@ -76,10 +76,15 @@ def _check_disk(trainer: TrainerConfig, optim: OptimConfig, causal_lm: Any, mode
     one = checkpoint_bytes(causal_lm, moments, contents)
     if "hf_model" in contents:
         # With LoRA `hf/` is the adapter: as large as the weights of a checkpoint, which holds only what is trained.
-        one += checkpoint_bytes(causal_lm, 0, ["model"]) if is_lora else model_bytes
+        if is_lora:
+            one += checkpoint_bytes(causal_lm, 0, ["model"])
+        else:
+            one += model_bytes
 
-    has_one = any(whole_checkpoints(root / "checkpoints"))
-    needed = one if has_one else 2 * one
+    # A new checkpoint is written before the oldest one is removed: for a moment there are two.
+    needed = one
+    if not any(whole_checkpoints(root / "checkpoints")):
+        needed += one
     if trainer.export != "adapter":
         needed += model_bytes
     if free_bytes(root) < needed:
@@ -107,8 +112,9 @@ def _check_adapter(model: ModelConfig, base: BaseModel, causal_lm: Any) -> None:
 
 def _adapter_on_grown(growth: Growth) -> ConfigError:
     return ConfigError(
-        "model.add_special_tokens with LoRA: the adapter would be one of a model that is nowhere in a folder",
-        found=f"{', '.join(growth.tokens)}, which the base model does not know",
+        "model.add_special_tokens cannot be combined with LoRA: the adapter would depend on an enlarged base "
+        "model that is not saved anywhere",
+        found=f"{', '.join(growth.tokens)}, missing from the base model",
         fix="model.lora_rank=0; or add them once, with transformers (add_tokens, resize_token_embeddings, "
         "save_pretrained), and train that folder with the embeddings in model.modules_to_save",
     )

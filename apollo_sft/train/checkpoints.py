@@ -1,4 +1,4 @@
-"""When a checkpoint is due, and the state that a run resumes from."""
+"""Decide when a checkpoint is due, and resume from one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DIGEST_LENGTH = 16
 class Checkpoints:
     """The checkpoints of one run, in `checkpoints/` of its folder. All ranks call its methods together.
 
-    `facts`: number of processes, key of the token store, config. `form`: how `hf/` is made; None makes none.
+    `facts`: number of processes, key of the token store, config. `form`: how `hf/` is written; None writes none.
     """
 
     unfinished: Record | None
@@ -62,10 +62,11 @@ class Checkpoints:
 
     @property
     def folder(self) -> Path:
+        """Return the folder that holds the checkpoints."""
         return self._saver.folder
 
     def vote(self) -> Vote:
-        """Return what this rank has to tell the others with the next step."""
+        """Return what this rank sends to the others with the next step."""
         vote = Vote.NOTHING
         if self._saver.has_failed():
             vote |= Vote.SAVE_FAILED
@@ -86,22 +87,24 @@ class Checkpoints:
         Raises: CheckpointError on every rank when a save could not be written; earlier checkpoints are untouched.
         """
         if votes & Vote.SAVE_FAILED:
-            self.settle()
+            self.wait_for_save()
 
         is_best = self.best.update(record) and self._keeps_best
         is_last = step == self._last_step or self.best.out_of_patience()
         if not (self._is_due(step, votes) or is_best or is_last or votes & Vote.STOP):
             return False
 
-        self.unfinished = record if unfinished else None
+        self.unfinished = None
+        if unfinished:
+            self.unfinished = record
         with_hf = is_best or is_last or self._hf_at_every or (unfinished and self._keeps_best)
         self.save(step, model, optimizer, is_best, with_hf)
         if is_last or votes & Vote.STOP:
-            self.settle()
+            self.wait_for_save()
         return True
 
     def finish_validation(self, record: Record) -> None:
-        """Judge the checkpoint that the run resumed from, once its validation is made up for: it may be the best.
+        """Compare the checkpoint that the run resumed from, once its validation is done: it may be the best.
 
         `record`: that of `unfinished` with the validation.
         """
@@ -121,22 +124,25 @@ class Checkpoints:
         }
         self._saver.save(model, optimizer, facts, is_best, with_hf)
 
-    def settle(self) -> None:
+    def wait_for_save(self) -> None:
         """Wait for a save in the background. Raises: CheckpointError on every rank when it could not be written."""
-        self._saver.settle()
+        self._saver.wait_for_save()
 
     @contextmanager
-    def settled_on_failure(self) -> Iterator[None]:
+    def waiting_on_failure(self) -> Iterator[None]:
         """Wait for a save in the background when a step fails: all ranks fail alike, and that save is a good one."""
         try:
             yield
         except TrainingError:
-            self.settle()
+            self.wait_for_save()
             raise
 
     def resume(self, folder: RunFolder | None, world: World, model: SftModel, optimizer: Optimizer) -> int:
         """Fill model and optimizer from the checkpoint that rank 0 has found, as `begin`. `folder`: None off rank 0."""
-        newest = from_main(None if folder is None else folder.resume_from, world)
+        newest = None
+        if folder is not None:
+            newest = folder.resume_from
+        newest = from_main(newest, world)
         return self.begin(newest, model, optimizer)
 
     def begin(self, checkpoint: Path | None, model: SftModel, optimizer: Optimizer) -> int:
@@ -174,7 +180,7 @@ class Checkpoints:
         return step % self._every_steps == 0
 
     def _check_data(self, checkpoint: Path, then: str) -> None:
-        """Raises: ConfigError when the checkpoint was trained on other tokens, and changes are not allowed."""
+        """Raise ConfigError when the checkpoint was trained on other tokens, and changes are not allowed."""
         now = self._facts["data"]
         if then != now and not self._allows_changes:
             raise ConfigError(
@@ -195,6 +201,6 @@ def _frequency(save_freq: int | str, steps_per_epoch: int) -> tuple[int, float |
 
 
 def _shortened(data_key: str) -> str:
-    """Shorten the digest; how sources are mixed, if they are, stands behind it."""
+    """Return the key with a shorter digest. How sources are mixed follows it, if they are."""
     digest, *mixed = data_key.split(" ", 1)
     return " ".join([f"{digest[:DIGEST_LENGTH]}…", *mixed])

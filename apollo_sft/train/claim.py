@@ -1,4 +1,4 @@
-"""Rank 0 claims the run folder: the first thing of a run that changes a disk."""
+"""Claim the run folder, on rank 0: nothing on a disk is changed before."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def claim_folder(
 ) -> RunFolder:
     """Check what can be checked before anything is changed, claim the run folder, and show the configuration.
 
-    `overridden`: keys that were set. `notes`: what composing the config has to say.
-    Raises: ConfigError, TopologyError; AlreadyDone when the folder holds the finished run, whose upload is made up for.
+    `overridden`: keys that were set. `notes`: lines from composing the config.
+    Raises: ConfigError, TopologyError; AlreadyDone when the folder holds the finished run, whose upload is then done.
     """
     trainer = config.trainer
     check_backends(trainer.logger)
@@ -49,7 +49,8 @@ def claim_folder(
             upload(trainer)
         raise
 
-    # From here on run.json has to say how the run ended: a signal waits until somebody is there to write that.
+    # From here on run.json must record how the run ended. Only `Stages` can write that, and it has no folder yet: a
+    # signal has to wait.
     stop.between_steps("claiming the run folder")
     with folder.released_on_failure():
         started = {"overridden": dict(overridden), "processes": world.size, "hosts": world.num_hosts}

@@ -27,10 +27,10 @@ from apollo_sft.train.reporter import Reporter
 from apollo_sft.train.strategy import strategy_of
 
 IN_CHECKPOINT = "model/causal_lm."
-"""What stands before a parameter's name in a checkpoint."""
+"""The prefix of a parameter's name in a checkpoint."""
 
 NAMED_STAGES = 4
-"""Stages of a run that its last words name."""
+"""Stages of a run that its summary names."""
 
 
 def export(
@@ -45,7 +45,10 @@ def export(
 
     Raises: CheckpointError when what was written is not what was to be written; nothing is visible then.
     """
-    root = folder.root if folder is not None else prepared.base.folder
+    # Off rank 0 nothing is written: any folder will do there.
+    root = prepared.base.folder
+    if folder is not None:
+        root = folder.root
     say("writing the model")
     if trains_adapter(keys):
         from apollo_sft.train.finish_adapter import export_adapter
@@ -67,10 +70,13 @@ def export_options(prepared: Prepared, export_dtype: str, trust_remote_code: boo
 def options_of(
     tokenizer: Any, template: ChatTemplate, stops: tuple[int, ...], export_dtype: str, trust_remote_code: bool
 ) -> ExportOptions:
-    """Return how a model is written, with the template that it was trained with where that is not the tokenizer's."""
+    """Return how a model is written. The template is written where it is not the tokenizer's own."""
+    changed = None
+    if not is_own(tokenizer, template):
+        changed = template.text
     return ExportOptions(
         tokenizer=tokenizer,
-        chat_template=None if is_own(tokenizer, template) else template.text,
+        chat_template=changed,
         stop_token_ids=stops,
         export_dtype=export_dtype,
         trust_remote_code=trust_remote_code,
@@ -80,7 +86,7 @@ def options_of(
 def hf_form(
     model: ModelConfig, trainer: TrainerConfig, prepared: Prepared, causal_lm: Any
 ) -> ModelForm | AdapterForm | None:
-    """Return how checkpoints make `hf/`, or None when they do not. `causal_lm`: live, or on meta to know sizes only."""
+    """Return how checkpoints write `hf/`, or None when they do not. `causal_lm`: live, or on meta for sizes only."""
     if "hf_model" not in trainer.checkpoint.save_contents:
         return None
     options = export_options(prepared, trainer.export_dtype, model.trust_remote_code)
@@ -92,16 +98,18 @@ def hf_form(
 
 
 def summary(reporter: Reporter, trainer: TrainerConfig, stages: Mapping[str, float]) -> str:
-    """Say what was reached, where the time went, where the model lies, how to open it, and where it can be seen.
+    """Return the summary of a run: losses, time, where the model is, how to open it, and the report.
 
     `stages`: seconds of each stage of this start.
     """
     folder = trainer.default_local_dir
     lines = [f"Done: {reporter.steps:,} steps, {reporter.tokens:,} tokens in {clock(reporter.seconds)}."]
     lines.append(f"Time: {longest_stages(stages)}.")
+
     total = sum(reporter.source_targets.values())
     for name, targets in reporter.source_targets.items():
         lines.append(f"  {name}: {targets:,} targets, {targets / total:.1%} of all")
+
     if reporter.validations:
         best = min(reporter.validations, key=lambda record: record["val/loss"])
         last = reporter.validations[-1]
@@ -111,15 +119,16 @@ def summary(reporter: Reporter, trainer: TrainerConfig, stages: Mapping[str, flo
         lines += [f"  {name}: last {loss:.4f}" for name, loss in losses_by_name(last, "val").items()]
     if trainer.save_best_on is not None and reporter.validations:
         lines.append(f"The best checkpoint is {folder}/checkpoints/best.")
+
     if trainer.export == "adapter":
         lines += [
-            f"The adapter lies in {folder}/adapter:",
+            f"The adapter is in {folder}/adapter:",
             "  from peft import AutoPeftModelForCausalLM",
             f'  model = AutoPeftModelForCausalLM.from_pretrained("{folder}/adapter")',
         ]
     else:
         lines += [
-            f"The model lies in {folder}:",
+            f"The model is in {folder}:",
             "  from transformers import AutoModelForCausalLM, AutoTokenizer",
             f'  model = AutoModelForCausalLM.from_pretrained("{folder}")',
             f'  tokenizer = AutoTokenizer.from_pretrained("{folder}")',

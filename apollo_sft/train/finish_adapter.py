@@ -28,10 +28,11 @@ from apollo_sft.train.strategy import strategy_of
 def export_adapter(
     keys: ModelConfig, trainer: TrainerConfig, prepared: Prepared, model: SftModel, root: Path, world: World
 ) -> None:
-    """Write the adapter and, as `trainer.export` says, the merged model into `root`. Every rank calls it.
+    """Write the adapter and, unless `trainer.export` is adapter, the merged model into `root`. Every rank calls it.
 
     Raises: CheckpointError when what was written is not what was to be written.
     """
+    # First: merging changes the weights of the model, and the check needs the loss of the model as it was trained.
     check = _merged_check(keys, prepared, model, world)
     model = strategy_of(model).by_rows(model)
     options = export_options(prepared, trainer.export_dtype, keys.trust_remote_code)
@@ -46,7 +47,7 @@ def export_adapter(
 
 
 def adapter_form(prepared: Prepared, causal_lm: Any, prefix: str, options: ExportOptions) -> AdapterForm:
-    """Return how a checkpoint makes the adapter's folder. `prefix`: before the names of parameters in a checkpoint."""
+    """Return how a checkpoint writes the adapter's folder. `prefix`: of the names of parameters in a checkpoint."""
     parameters = list(trained(causal_lm))
     names = {in_file: f"{prefix}{name}" for in_file, name, _ in parameters}
     num_bytes = sum(parameter.numel() * parameter.element_size() for _, _, parameter in parameters)
@@ -55,7 +56,7 @@ def adapter_form(prepared: Prepared, causal_lm: Any, prefix: str, options: Expor
 
 
 def _merged_check(keys: ModelConfig, prepared: Prepared, model: SftModel, world: World) -> Callable[[Path], None]:
-    """Return what is asked of the merged model before it is visible. Collective: all ranks compute the right loss."""
+    """Return the check that the merged model must pass before it is visible. Collective: all ranks compute the loss."""
     probe = probe_of(prepared.train)
     live = live_loss(model, probe, world)
     computed = resolve_precision(keys, world.device.type == "cuda").compute

@@ -1,6 +1,7 @@
-"""`trainer.generate_samples`: what the model that is being trained says to the prompts of the first validation rows.
+"""`trainer.generate_samples`: replies of the model that is being trained to the prompts of the first validation rows.
 
-Greedy, by plain forwards of the sharded model on all ranks together, without a cache: what is trained is what speaks.
+Greedy, by plain forwards of the sharded model on all ranks together, without a cache: the tokens come from the very
+model that is trained.
 """
 
 from __future__ import annotations
@@ -22,27 +23,34 @@ from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World
 from apollo_sft.redact import redact
 from apollo_sft.train.prepare_run import Prepared
+from apollo_sft.train.signals import not_stopped
 from apollo_sft.train.strategy import strategy_of
 from apollo_sft.types import IGNORE_INDEX, RowRef, Sample
 
 MAX_NEW_TOKENS = 128
 """Each costs a forward over all prompts."""
-ASKED = 0
+WANTED = 0
 """A label that only marks the position whose next token is wanted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """`ids`: up to where the first trained reply of a row begins. `text`, `expected`: it, and that reply, as text."""
+    """The beginning of a row, up to its first trained reply."""
 
     ref: RowRef
+
     ids: tuple[int, ...]
+    """The tokens up to where the reply begins."""
+
     text: str
+    """The same as text."""
+
     expected: str
+    """The reply of the row as text."""
 
 
 def first_prompts(store: SampleStore, tokenizer: Any, number: int) -> list[Prompt]:
-    """Of the first rows of the store, of each its first trained reply."""
+    """Return the prompts of the first `number` rows of the store that have a trained reply."""
     prompts: dict[RowRef, Prompt] = {}
     for index in range(len(store)):
         if len(prompts) == number:
@@ -51,17 +59,20 @@ def first_prompts(store: SampleStore, tokenizer: Any, number: int) -> list[Promp
         is_target = target_mask(sample)
         if sample.ref in prompts or not is_target.any():
             continue
+
+        # A row may have several replies: the prompt ends before the first one.
         first = int(np.argmax(is_target))
         end = first + int(np.argmin(np.append(is_target[first:], False)))
         ids = tuple(sample.input_ids[:first].tolist())
         if ids:
-            text, expected = (decoded(tokenizer, sample.input_ids, *span) for span in ((0, first), (first, end)))
+            text = decoded(tokenizer, sample.input_ids, 0, first)
+            expected = decoded(tokenizer, sample.input_ids, first, end)
             prompts[sample.ref] = Prompt(sample.ref, ids, text, expected)
     return list(prompts.values())
 
 
 def position_limit(hf_config: Any) -> int | None:
-    """Tokens that a text of this model may have; None is no limit that the config names."""
+    """Return the number of tokens that a text of this model may have; None where its config names no limit."""
     positions = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
     return min((n for n in (positions, longest_exact_document(hf_config)) if n is not None), default=None)
 
@@ -73,33 +84,43 @@ def continuations(
     stops: frozenset[int],
     world: World,
     limit: int | None = None,
-    stopped: Callable[[], bool] = lambda: False,
+    stopped: Callable[[], bool] = not_stopped,
 ) -> list[list[int]] | None:
-    """The most likely token after each prompt, again and again, until one of `stops`, MAX_NEW_TOKENS or `limit` in all.
+    """Return greedy continuations: each ends with one of `stops`, after MAX_NEW_TOKENS, or at `limit` tokens in all.
 
-    Collective: every rank gives the same prompts and gets the same tokens. `stopped` is asked after each token, as in
-    `evaluate`: None when it says so.
+    Collective: every rank gives the same prompts and gets the same tokens. `stopped` is called before each token, as
+    in `evaluate`: None is returned when it returns true.
     """
     model.eval()
     texts = [list(prompt) for prompt in prompts]
-    open_ones = list(range(len(texts)))
+    unfinished = list(range(len(texts)))
     interrupted = False
     for _ in range(MAX_NEW_TOKENS):
-        open_ones = [i for i in open_ones if limit is None or len(texts[i]) < limit]
-        if not open_ones or (interrupted := stopped()):
+        unfinished = [i for i in unfinished if limit is None or len(texts[i]) < limit]
+        if not unfinished:
             break
-        found = _next_tokens(model, [texts[i] for i in open_ones], world)
-        for i, token in zip(open_ones, found, strict=True):
+        interrupted = stopped()
+        if interrupted:
+            break
+
+        found = _next_tokens(model, [texts[i] for i in unfinished], world)
+        for i, token in zip(unfinished, found, strict=True):
             texts[i].append(token)
-        open_ones = [i for i in open_ones if texts[i][-1] not in stops]
+        unfinished = [i for i in unfinished if texts[i][-1] not in stops]
+
+    # Also after a stop: the state that is saved next is gathered from the shards.
     model.train()
     strategy_of(model).reshard(model)
-    return None if interrupted else [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+    if interrupted:
+        return None
+    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
 def _next_tokens(model: SftModel, texts: Sequence[Sequence[int]], world: World) -> list[int]:
-    """One forward over all texts in one pack. A rank knows those that end in its slice; the others tell it theirs."""
-    micro_batch = pack([_asking(text) for text in texts], model.sp_size)
+    """Return the most likely next token of each text, by one forward over all of them in one pack."""
+    micro_batch = pack([_labelled(text) for text in texts], model.sp_size)
+
+    # With sequence parallelism a rank holds a slice of the pack, and finds the tokens of the texts that end there.
     ends = np.cumsum([len(text) for text in texts]) - 1
     width = micro_batch.input_ids.shape[1] // model.sp_size
     mine = torch.from_numpy(np.flatnonzero(ends // width == model.sp_rank)).to(world.device)
@@ -110,9 +131,10 @@ def _next_tokens(model: SftModel, texts: Sequence[Sequence[int]], world: World) 
     return [int(token) for token in known.tolist()]
 
 
-def _asking(text: Sequence[int]) -> Sample:
+def _labelled(text: Sequence[int]) -> Sample:
+    """Return a text as a sample whose only label marks its last token."""
     labels = np.full(len(text), IGNORE_INDEX, dtype=np.int32)
-    labels[-1] = ASKED
+    labels[-1] = WANTED
     return Sample(np.asarray(text, dtype=np.int32), labels, RowRef("", 0), ())
 
 
@@ -126,7 +148,7 @@ def generations_of(number: int, prepared: Prepared, world: World) -> Generations
 
 
 class Generations:
-    """The prompts of a run, and what the model says to them."""
+    """The prompts of a run, and the model's replies to them."""
 
     def __init__(
         self, prompts: Sequence[Prompt], tokenizer: Any, stops: frozenset[int], world: World, limit: int | None
@@ -138,20 +160,26 @@ class Generations:
         self._limit = limit
 
     def replies(self, model: SftModel, stopped: Callable[[], bool]) -> list[dict[str, Any]]:
-        """A line of samples.jsonl for each prompt, without its step; none when a signal stopped it. Collective."""
+        """Return a line of samples.jsonl for each prompt, without its step; none after a stop. Collective."""
+        if not self._prompts:
+            return []
         ids = [prompt.ids for prompt in self._prompts]
-        found = continuations(model, ids, self._stops, self._world, self._limit, stopped) if ids else None
-        return [self._line(prompt, new) for prompt, new in zip(self._prompts, found or (), strict=found is not None)]
+        found = continuations(model, ids, self._stops, self._world, self._limit, stopped)
+        if found is None:
+            return []
+        return [self._line(prompt, new) for prompt, new in zip(self._prompts, found, strict=True)]
 
     def _line(self, prompt: Prompt, new: Sequence[int]) -> dict[str, Any]:
-        is_whole = bool(new) and new[-1] in self._stops
-        said = list(new[:-1] if is_whole else new)
+        has_stopped = bool(new) and new[-1] in self._stops
+        reply = list(new)
+        if has_stopped:
+            reply.pop()  # the stop token is no part of the text, and not every tokenizer counts it as special
         line = {
             "row": str(prompt.ref),
             "prompt": prompt.text,
             "expected": prompt.expected,
-            "text": self._tokenizer.decode(said, skip_special_tokens=True),
-            "stopped": is_whole,
+            "text": self._tokenizer.decode(reply, skip_special_tokens=True),
+            "stopped": has_stopped,
             "tokens": len(new),
         }
         return redact(line)

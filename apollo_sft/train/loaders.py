@@ -1,4 +1,4 @@
-"""What reads the batches of a run: how its steps are laid out over the ranks."""
+"""The loaders of a run: how its steps are divided over the ranks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def plan_spec(data: DataConfig, seed: int, mesh: Mesh, hf_config: Any, sources: 
 
 
 def lay_out(config: SftConfig, prepared: Prepared, world: World) -> tuple[Mesh, Loader, Loader | None]:
-    """Lay the ranks and the steps out: the mesh, the loader of the training data, and that of the validation data."""
+    """Build the mesh, the loader of the training data, and that of the validation data, if there is any."""
     mesh = build_mesh(world, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
     pinned = world.device.type == "cuda"
     spec = plan_spec(config.data, config.trainer.seed, mesh, prepared.hf_config, prepared.train_sources)

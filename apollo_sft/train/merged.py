@@ -1,4 +1,4 @@
-"""A merged model is opened again by plain transformers and must say what base and adapter said."""
+"""Check a merged model: opened by plain transformers, it must give the loss of base and adapter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, tor
 
 
 def probe_of(store: SampleStore) -> Sample:
-    """The first sample of the training, up to `MOST_TOKENS` tokens that hold its first targets."""
+    """Return the first sample of the training, or the `MOST_TOKENS` tokens around its first targets."""
     sample = store[0]
     first = int((sample.labels >= 0).argmax())
     start = max(0, min(first - MOST_TOKENS // 2, len(sample.labels) - MOST_TOKENS))
@@ -36,11 +36,12 @@ def probe_of(store: SampleStore) -> Sample:
 
 @torch.no_grad()
 def live_loss(model: SftModel, probe: Sample, world: World) -> float:
-    """The loss sum of the probe under the model as it was trained. Collective: every rank has the same sample."""
+    """Return the loss sum of the probe under the trained model. Collective: every rank has the same sample."""
     model.eval()
     loss = sum_over_ranks(model.loss_sum(pack([probe], model.sp_size), world.device))
     model.train()
     strategy_of(model).reshard(model)
+    # Every sequence group has computed the same loss: their number is taken out of the sum.
     return float(loss) * model.sp_size / world.size
 
 
@@ -48,7 +49,7 @@ def live_loss(model: SftModel, probe: Sample, world: World) -> float:
 def check_merged(folder: Path, probe: Sample, live: float, computed: torch.dtype, trust_remote_code: bool) -> None:
     """Compare the loss of the model in `folder`, in float32 or wider on the CPU, with the `live` one.
 
-    `computed`: what the run computed in. Says so, and does nothing, where the host has no room for the model.
+    `computed`: the dtype of the run's forwards. Where the host has no memory for the model, only a line is logged.
     Raises: CheckpointError when they differ.
     """
     from transformers import AutoModelForCausalLM
@@ -56,18 +57,22 @@ def check_merged(folder: Path, probe: Sample, live: float, computed: torch.dtype
     tensors = {name: stored.spec for name, stored in read_tensors(folder).items()}
     written = getattr(torch, main_dtype(tensors))
     dtype = torch.promote_types(computed, torch.float32)
-    needed, free = sum(math.prod(spec.shape) for spec in tensors.values()) * dtype.itemsize, available_memory()
+
+    needed = sum(math.prod(spec.shape) for spec in tensors.values()) * dtype.itemsize
+    free = available_memory()
     if needed > MEMORY_RATIO * free:
         say(f"the merged model is not opened again: that takes {needed:,} bytes of memory, {free:,} are free")
         return
+
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval()
     ids, labels = (torch.from_numpy(part.astype("int64")) for part in (probe.input_ids, probe.labels))
     logits = model(input_ids=ids[None], use_cache=False).logits[0].double()
+
     found = float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum"))
     off = abs(found - live) / max(1.0, abs(live))
     if not off <= max(TOLERANCE[computed], TOLERANCE[written]):  # NaN is not
         raise CheckpointError(
-            "the merged model does not say what the model with its adapter said",
+            "the merged model gives another loss than base + adapter on the same sample",
             found=f"loss {found:.6f} over {probe.num_targets} targets",
             expected=f"{live:.6f}",
         )

@@ -38,12 +38,15 @@ class Meter:
         self._cost = cost
         self._peak = peak
         self._profile = profile
-        self._began = self._received = 0.0
+        self._began = 0.0
+        self._received = 0.0
 
     def batches(self, batches: Iterable[StepBatch]) -> Iterator[StepBatch]:
-        """The same batches; a step begins when its batch is asked for. Writing a profile belongs to no step."""
+        """Return the same batches, with the time when each is requested: there its step begins."""
         timed = self._timed(iter(batches))
-        return timed if self._profile is None else self._profile.batches(timed)
+        if self._profile is None:
+            return timed
+        return self._profile.batches(timed)  # around the clock: writing a profile belongs to no step
 
     def _timed(self, waiting: Iterator[StepBatch]) -> Iterator[StepBatch]:
         while True:
@@ -55,7 +58,7 @@ class Meter:
             yield batch
 
     def record(self, batch: StepBatch, result: StepResult, lr: float) -> Record:
-        """The metrics of the step that has just been made of `batch`."""
+        """Return the metrics of the step that has just been made of `batch`."""
         seconds = time.perf_counter() - self._began
         facts = train_record(
             StepFacts(

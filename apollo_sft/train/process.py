@@ -1,4 +1,4 @@
-"""What is set up in a process before anything is read: the user's module, determinism, seeds."""
+"""Set up a process before anything is read: the user's module, determinism, seeds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load_external_lib(name: str | None) -> None:
 
 
 def make_deterministic() -> None:
-    """Operations that would not give the same bits each time are refused by torch. Before CUDA is used.
+    """Make torch refuse operations that would not give the same bits each time. To be called before CUDA is used.
 
     Source: docs.pytorch.org/docs/stable/notes/randomness.html.
     """
@@ -37,7 +37,10 @@ def make_deterministic() -> None:
 
 
 def seed_everything(seed: int, rank: int) -> None:
-    """Ranks draw different dropout masks; data order and initial weights do not depend on these generators."""
+    """Seed the generators of this process. Ranks draw different dropout masks.
+
+    The order of the data and initial weights do not depend on these generators.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed + rank)

@@ -14,30 +14,37 @@ from apollo_sft.report.sinks import RunInfo, Sinks
 
 
 class Reporter:
-    """Off rank 0 it is made with `info=None` and does nothing. What it counts is of the whole run, earlier starts too.
+    """Writes the records of a run. Off rank 0 it is made with `info=None` and does nothing.
 
-    `last_step`: the number of steps of the run.
+    Its counts are of the whole run, earlier starts too. `last_step`: the number of steps of the run.
 
     metrics.jsonl gets every record. The loggers get every `log_freq`-th step, the first, the last, and validations.
     """
 
     def __init__(self, trainer: TrainerConfig, info: RunInfo | None, last_step: int) -> None:
-        names = trainer.logger if info is not None else ()
         self.validations: list[Record] = []
-        self.steps, self.tokens, self.seconds = 0, 0, 0.0
+        self.steps = 0
+        self.tokens = 0
+        self.seconds = 0.0
         self.source_targets: Counter[str] = Counter()
         self._log_freq = trainer.log_freq
         self._last_step = last_step
-        self._writer = None if info is None else MetricsWriter(info.folder / "metrics.jsonl", info.first_step)
-        for record in read_metrics(info.folder / "metrics.jsonl") if info is not None else ():
-            self._count(record)  # of earlier processes of this run
-        self._replies = None
-        if info is not None and trainer.generate_samples:
-            self._replies = LineWriter(info.folder / "samples.jsonl", info.first_step)
-        self._sinks = None if info is None else Sinks(names, info)
-        self._console = Console(last_step, trainer.log_freq, enabled="console" in names)
+        self._writer: MetricsWriter | None = None
+        self._replies: LineWriter | None = None
+        self._sinks: Sinks | None = None
+        if info is not None:
+            # The writer first: it removes the records of steps that this start trains again.
+            self._writer = MetricsWriter(info.folder / "metrics.jsonl", info.first_step)
+            for record in read_metrics(info.folder / "metrics.jsonl"):
+                self._count(record)
+            if trainer.generate_samples:
+                self._replies = LineWriter(info.folder / "samples.jsonl", info.first_step)
+            self._sinks = Sinks(trainer.logger, info)
+        shows = info is not None and "console" in trainer.logger
+        self._console = Console(last_step, trainer.log_freq, enabled=shows)
 
     def record(self, record: Record) -> None:
+        """Write a record down, and hand it to the loggers when it is their turn."""
         if self._writer is None or self._sinks is None:
             return
         self._writer.write(record)
@@ -57,7 +64,7 @@ class Reporter:
             self.seconds += float(record["train/step_seconds"])
 
     def replies(self, step: int, replies: Sequence[Mapping[str, Any]]) -> None:
-        """What the model said at the validation after `step` steps: to samples.jsonl and to loggers that take text."""
+        """Write the model's replies after `step` steps to samples.jsonl and to loggers that take text."""
         if self._replies is None or self._sinks is None or not replies:
             return
         for reply in replies:
@@ -65,6 +72,7 @@ class Reporter:
         self._sinks.replies(step, replies)
 
     def close(self) -> None:
+        """Close the files and the loggers."""
         if self._writer is None or self._sinks is None:
             return
         if self._replies is not None:

@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from apollo_sft.train.generations import Generations
 
 CHECKPOINT_KEPT = "its last checkpoint holds all steps"
-MODEL_KEPT = "the model is whole in the run folder, and the same command uploads it"
+MODEL_KEPT = "the model in the run folder is complete, and the same command uploads it"
 
 
 def train(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str], stop: StopFlag | None = None) -> None:
-    """Run a whole training. Every rank calls it. Without `stop`, which is in use then, signals do what they always do.
+    """Run a whole training. Every rank calls it. `stop`: in use already; without it signals keep their usual effect.
 
     Raises: ApolloError with one message for the user; Stopped when a signal came where there was nothing to save.
     """
@@ -56,7 +56,7 @@ def train(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str]
 
     with (
         stages.process_group(trainer.device, needs_group(config.model, on_cuda), seconds) as world,
-        # Half: when a rank stands still it is named before the others give up waiting for it.
+        # Half: a rank that hangs is named before the collectives of the others reach their timeout.
         stages.heartbeat(seconds / 2) as step_ended,
         stages.run_folder(partial(claim_folder, config, overridden, notes, world, stop)) as folder,
     ):
@@ -64,7 +64,7 @@ def train(config: SftConfig, overridden: Mapping[str, Any], notes: Sequence[str]
 
 
 def set_up_process(deterministic: bool, external_lib: str | None) -> None:
-    """Do what must come first in a process: its place in the run, determinism, the user's module, logging."""
+    """Set up what must come first in a process: its place in the run, determinism, the user's module, logging."""
     place = read_place(os.environ)
     os.environ.update(place.variables)
     setup_logging(place.rank == 0)
@@ -72,6 +72,7 @@ def set_up_process(deterministic: bool, external_lib: str | None) -> None:
     if deterministic:
         make_deterministic()
         say("deterministic: every operation gives the same bits each time, on the same hardware and versions")
+
     load_external_lib(external_lib)
     if place.starter != "torchrun" and place.size > 1:
         say(f"waiting at {place.variables['MASTER_ADDR']} for the {place.size} processes of {place.starter}")
@@ -111,7 +112,7 @@ def run_stages(
     first_step = stages.on_all("reading the checkpoint", checkpoints.resume, folder, world, model, optimizer)
     reporter = open_reporter(trainer, recorded(config), folder, schedule.total_steps, first_step)
 
-    with stages.between_steps("training"), reporter, checkpoints.settled_on_failure():
+    with stages.between_steps("training"), reporter, checkpoints.waiting_on_failure():
         run = Run(
             world=world,
             model=model,

@@ -1,4 +1,4 @@
-"""What a training works on, from its first step to its last."""
+"""The state of a training, from its first step to its last."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What the loop works on."""
+    """All that the loop uses."""
 
     world: World
     model: SftModel
@@ -39,9 +39,10 @@ class Run:
     generations: Generations | None
 
     def validates_after(self, step: int) -> bool:
-        """Whether validation follows step `step` (from 0)."""
+        """Return whether validation follows step `step` (from 0)."""
         if self.val is None:
             return False
-        wanted = self.config.trainer.test_freq
-        every = self.train.steps_per_epoch if wanted == -1 else wanted
+        every = self.config.trainer.test_freq
+        if every == -1:
+            every = self.train.steps_per_epoch
         return (step + 1) % every == 0 or step + 1 == self.schedule.total_steps

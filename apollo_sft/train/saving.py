@@ -1,4 +1,4 @@
-"""How a checkpoint is saved: written aside, synced, then made visible; the oldest go after the newest."""
+"""Save a checkpoint: write it aside, sync it, then make it visible; the oldest go after the newest."""
 
 from __future__ import annotations
 
@@ -32,19 +32,22 @@ from apollo_sft.train.optim.build import state_bytes
 from apollo_sft.train.strategy import strategy_of
 
 WAIT = timedelta(days=7)
-"""Of the group in which a save is agreed upon: how long the writing of another rank takes depends on the disk."""
+"""The timeout of the group of saves: how long the writing of another rank takes depends on the disk."""
 
 
 class Saver:
     """Writes the checkpoints of one run into `folder`. All ranks call its methods together.
 
-    `form` makes `hf/`; None makes none.
+    `form` writes `hf/`; None writes none.
     """
 
     def __init__(self, trainer: TrainerConfig, is_main: bool, form: ModelForm | AdapterForm | None) -> None:
         self.folder = Path(trainer.default_local_dir).absolute() / "checkpoints"
         self.contents = trainer.checkpoint.save_contents
-        self.group = dist.new_group(backend="gloo", timeout=WAIT) if dist.is_initialized() else None
+        self.group = None
+        if dist.is_initialized():
+            # A group of its own: a save in the background must not mix its messages with those of a step.
+            self.group = dist.new_group(backend="gloo", timeout=WAIT)
         self._parts = set(self.contents) & set(PARTS)
         self._keep = trainer.max_ckpt_to_keep
         self._is_main = is_main
@@ -65,13 +68,15 @@ class Saver:
     def save(self, model: SftModel, optimizer: Optimizer, facts: dict[str, Any], is_best: bool, with_hf: bool) -> None:
         """Save the state after `facts["step"]` steps, in the background when so configured.
 
-        The next save, or `settle`, waits for one in the background.
+        The next save, or `wait_for_save`, waits for one in the background.
         Raises: CheckpointError on every rank when it, or the one before it, could not be written.
         """
-        self.settle()
+        self.wait_for_save()
         final = resume.folder_of(self.folder, facts["step"])
         with_hf = with_hf and self._form is not None
-        parts = self._parts | ({"model"} if with_hf else set())
+        parts = set(self._parts)
+        if with_hf:
+            parts.add("model")  # `hf/` is made of the weights
         self._on_main(partial(self._open, final.name))
 
         strategy = strategy_of(model)
@@ -85,9 +90,10 @@ class Saver:
         else:
             write()
 
-    def settle(self) -> None:
+    def wait_for_save(self) -> None:
         """Wait for a save in the background. Raises: CheckpointError on every rank when it could not be written."""
-        running, self._running = self._running, None
+        running = self._running
+        self._running = None  # before the result: a failed save is reported once
         if running is not None:
             running.result()
 
@@ -96,13 +102,15 @@ class Saver:
         return self._running is not None and self._running.done() and self._running.exception() is not None
 
     def point_best(self, step: int) -> None:
-        """Let the link `best` point to the checkpoint of a step. Raises: CheckpointError on every rank."""
+        """Point the link `best` to the checkpoint of a step. Raises: CheckpointError on every rank."""
         target = resume.folder_of(self.folder, step).name
         self._on_main(partial(publish.point, self.folder / resume.BEST, target))
 
     def _on_main(self, work: Any) -> None:
-        """Work on rank 0; its failure is one of every rank."""
-        failure = attempt(work) if self._is_main else None
+        """Run `work` on rank 0, and raise its failure on every rank."""
+        failure = None
+        if self._is_main:
+            failure = attempt(work)
         raise_on_all(failure, group=self.group)
 
     def _open(self, name: str) -> None:
@@ -115,7 +123,9 @@ class Saver:
         make_visible = partial(self._publish, staging, final, is_best, hf)
         try:
             raise_on_all(self._attempt(write), group=self.group)
-            failure = self._attempt(make_visible) if self._is_main else None
+            failure = None
+            if self._is_main:
+                failure = self._attempt(make_visible)
             raise_on_all(failure, group=self.group)
         except CheckpointError:
             if self._is_main:
@@ -123,18 +133,18 @@ class Saver:
             raise
 
     def _attempt(self, work: Any) -> Exception | None:
-        """Work, and return a failure in words about the disk where that is full or read-only."""
+        """Run `work`, and return its failure, as one about the disk where that is full or read-only."""
         return explained(attempt(work), self.folder, self._needed_bytes)
 
     def _publish(self, staging: Path, final: Path, is_best: bool, with_hf: bool) -> None:
-        lost: BaseFilesError | None = None
+        failure: BaseFilesError | None = None
         if with_hf and self._form is not None:
             try:
                 self._form.write(staging)
-            except BaseFilesError as error:  # the state is whole, and is kept
-                lost = error
+            except BaseFilesError as error:  # the state itself is complete, and is kept
+                failure = error
                 shutil.rmtree(staging / HF_FOLDER)
-        if "model" not in self._parts and lost is None:  # it was written for hf/ only
+        if "model" not in self._parts and failure is None:  # it was written for hf/ only
             for path in staging.glob("*.safetensors"):
                 path.unlink()
 
@@ -151,12 +161,12 @@ class Saver:
             publish.point(self.folder / resume.BEST, final.name)
         publish.recover(self.folder)
 
-        if lost is not None:
-            raise lost
+        if failure is not None:
+            raise failure
         resume.prune(self.folder, self._keep)
 
     def _has_memory(self, copy_bytes: int) -> bool:
-        """Return whether the ranks of every host may each copy that much. Says what checkpoints cost."""
+        """Return whether the ranks of every host may each copy that much, and log what checkpoints cost."""
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         enough = torch.tensor(int(copy_bytes * ranks <= MEMORY_RATIO * available_memory()))
         if self.group is not None:

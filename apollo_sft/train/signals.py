@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Literal
 
@@ -20,7 +21,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST_SECONDS = 2.0
 """A signal may come twice: from the scheduler, and from the launcher that passes it on."""
 GRACE_SECONDS = 10.0
-"""How long the main thread may take to stop at once. It hears nothing while it waits in a library."""
+"""How long the main thread may take to stop at once. It receives no signal while it waits in a library."""
 NOTHING_TO_SAVE = "no step was trained, so there was nothing to save"
 """What a user has when a signal ends a run before its first step."""
 
@@ -32,7 +33,7 @@ class StopFlag:
 
     What a signal does depends on the stage of the run, which `at_once`, `between_steps` and `never` set:
 
-    * `at_once` (the beginning): it raises `Stopped` in the main thread. If the main thread does not hear that, the
+    * `at_once` (the beginning): it raises `Stopped` in the main thread. If the main thread does not receive that, the
       process is ended after `GRACE_SECONDS`.
     * `between_steps`: it sets `name` only. A second signal, `SAME_REQUEST_SECONDS` after the first or later, ends the
       process with 128 + its number.
@@ -42,19 +43,19 @@ class StopFlag:
     name: str | None
     """The signal that came first, such as SIGTERM."""
 
-    last_words: Callable[[Literal["preempted", "failed"]], object]
+    on_exit: Callable[[Literal["preempted", "failed"]], object]
     """Called before the process is ended from a thread, with the status that fits."""
 
     def __init__(self) -> None:
         self.name = None
-        self.last_words = ignore
+        self.on_exit = ignore
         self._when: When = "at once"
         self._stage = "starting"
         self._kept = NOTHING_TO_SAVE
         self._ended = threading.Event()
 
     def __enter__(self) -> StopFlag:
-        self._heard, written = os.pipe()
+        self._received, written = os.pipe()
         os.set_blocking(written, False)
         self._written = written
         self._previous_fd = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
@@ -81,7 +82,7 @@ class StopFlag:
             self._stop()
 
     def between_steps(self, stage: str) -> None:
-        """Only set `name` from now on."""
+        """Set only `name` from now on."""
         self._stage = stage
         self._when = "between steps"
 
@@ -103,10 +104,13 @@ class StopFlag:
         return f"stopped by {self.name} while {self._stage}: {self._kept}"
 
     def _watch(self) -> None:
-        """In a thread of its own, which hears a signal at once whatever the main thread is waiting for."""
+        """Read signals from the pipe, until it is closed.
+
+        In a thread of its own, which receives a signal at once whatever the main thread is waiting for.
+        """
         first = None
-        with os.fdopen(self._heard, "rb", buffering=0) as heard:
-            while number := heard.read(1):
+        with os.fdopen(self._received, "rb", buffering=0) as received:
+            for number in iter(partial(received.read, 1), b""):
                 if number[0] in SIGNALS and self._when != "never":
                     first = first or time.monotonic()
                     self._end_if_due(number[0], time.monotonic() - first)
@@ -119,14 +123,21 @@ class StopFlag:
             self.end_now("preempted", Preempted.exit_code, self._in_words())
 
     def end_now(self, status: Literal["preempted", "failed"], code: int, found: str) -> None:
-        """End the process from any thread, whatever the main thread does. `found` is what the user is told."""
-        who = f"rank {os.environ['RANK']} on {socket.gethostname()}: " if "RANK" in os.environ else ""
+        """End the process from any thread, whatever the main thread does. `found`: the message to the user."""
+        who = ""
+        if "RANK" in os.environ:
+            who = f"rank {os.environ['RANK']} on {socket.gethostname()}: "
         try:
             sys.stderr.write(f"apollo-sft: {who}{found}\n")
             sys.stderr.flush()
-            self.last_words(status)
+            self.on_exit(status)
         finally:
-            os._exit(code)
+            os._exit(code)  # sys.exit would end this thread only
+
+
+def not_stopped() -> bool:
+    """Return false: no signal came."""
+    return False
 
 
 def end_with_parent() -> None:

@@ -1,4 +1,4 @@
-"""The stages of a run: which ranks work, what a signal may do meanwhile, and what run.json says.
+"""The stages of a run: which ranks work, what a signal may do meanwhile, and what run.json records.
 
 A stage has a name that completes the sentence "this came while …": `preparing the data`. Errors, signals, run.json and
 the report use that name.
@@ -59,7 +59,7 @@ class Stages:
             yield self.world
         except BaseException:
             # With several ranks the group stays open: the others must not lose their connections before this rank
-            # has said why.
+            # has logged why.
             if self.world.size == 1:
                 launch.stop()
             raise
@@ -86,7 +86,7 @@ class Stages:
         """Claim the run folder on rank 0, and write into its run.json how the run ended. Gives None off rank 0."""
         self._folder = self.on_main("claiming the run folder", claim)
         if self._folder is not None:
-            self._stop.last_words = self._last_words
+            self._stop.on_exit = self._on_exit
 
         try:
             yield self._folder
@@ -129,7 +129,7 @@ class Stages:
         with self._during(stage, between_steps=True):
             yield
 
-    # What run.json says
+    # What run.json records
 
     def record(self, facts: Mapping[str, Any] | None) -> None:
         """Add facts to run.json, with the next stage."""
@@ -165,10 +165,12 @@ class Stages:
             self.seconds[stage] = round(time.monotonic() - start, 3)
 
     def _explained(self, error: Exception) -> Exception:
-        """Return the error, in words about the disk where that is full or read-only."""
+        """Return the error, as one about the disk where that is full or read-only."""
         if not isinstance(error, OSError):
             return error
-        where = error.filename if isinstance(error.filename, str) else self._run_path
+        where = self._run_path
+        if isinstance(error.filename, str):
+            where = error.filename
         return explained(error, Path(where), None, "this run") or error
 
     def _end(self, status: Status) -> None:
@@ -180,7 +182,7 @@ class Stages:
         if self._folder is not None:
             self._folder.write_run(self._status, **self._facts, stage=self._stage, stages=self.seconds)
 
-    def _last_words(self, status: Literal["preempted", "failed"]) -> None:
+    def _on_exit(self, status: Literal["preempted", "failed"]) -> None:
         """Write how the run ended, from the thread that ends the process."""
         self._end(status)
         self._write()
@@ -192,7 +194,7 @@ class Stages:
         try:
             self._write()
         except OSError as error:
-            warn(f"{self._folder.run_json} does not say that the run has {self._status}: {error}")
+            warn(f"{self._folder.run_json} could not be updated to record that the run has {self._status}: {error}")
         finally:
-            self._stop.last_words = ignore
+            self._stop.on_exit = ignore
             self._folder.release()

@@ -1,4 +1,4 @@
-"""What is checked before a run folder is claimed or a file is read: the processes, and what they must agree on."""
+"""Checks before a run folder is claimed or a file is read: the processes, and the facts they must agree on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import socket
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,15 @@ from apollo_sft.train.prepare_run import Prepared
 from apollo_sft.train.strategy import check_strategy
 
 OF_A_HOST = frozenset(name for name, key in KEYS.items() if key.per_host)
-"""Where things lie may differ. What lies there may not: run folder, tokens and model are compared as such."""
+"""Paths may differ between hosts. The content may not: run folder, tokens and model are compared themselves."""
 
 
 def check_world(config: SftConfig, world: World, overridden: Mapping[str, Any]) -> None:
-    """The hosts and processes that were started are those that the config speaks of, and its strategy can serve them.
+    """Check that the hosts and processes that were started are those of the config, and that its strategy serves them.
 
     `overridden`: keys that were set.
 
-    `trainer.nnodes` is checked only when it was set: its default says nothing about what the user started.
+    `trainer.nnodes` is checked only when it was set: the user may have started more nodes without naming them.
     Raises: TopologyError, ConfigError.
     """
     check_mesh(world.size, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
@@ -41,7 +42,8 @@ def check_world(config: SftConfig, world: World, overridden: Mapping[str, Any]) 
         from apollo_sft.model import liger
 
         liger.check(config.model, world.device)
-    nnodes, per_node = config.trainer.nnodes, config.trainer.n_gpus_per_node
+
+    nnodes = config.trainer.nnodes
     if nnodes != world.num_hosts and "trainer.nnodes" in overridden:
         raise TopologyError(
             "trainer.nnodes is not the number of hosts that were started",
@@ -49,6 +51,8 @@ def check_world(config: SftConfig, world: World, overridden: Mapping[str, Any]) 
             fix=f"start the same command on each of {nnodes} hosts (torchrun --nnodes={nnodes}), "
             f"or trainer.nnodes={world.num_hosts}",
         )
+
+    per_node = config.trainer.n_gpus_per_node
     if per_node is not None and per_node * world.num_hosts != world.size:
         raise TopologyError(
             "trainer.n_gpus_per_node does not fit the processes that were started",
@@ -59,7 +63,9 @@ def check_world(config: SftConfig, world: World, overridden: Mapping[str, Any]) 
 
 
 def _hosts(world: World) -> str:
-    return f"{world.size} processes on {world.num_hosts} {'host' if world.num_hosts == 1 else 'hosts'}"
+    if world.num_hosts == 1:
+        return f"{world.size} processes on 1 host"
+    return f"{world.size} processes on {world.num_hosts} hosts"
 
 
 def check_shared(path: str, world: World, folder: RunFolder | None) -> None:
@@ -71,7 +77,7 @@ def check_shared(path: str, world: World, folder: RunFolder | None) -> None:
     if world.size == 1:
         return
     if folder is None:
-        object_to(world, "run folder", lambda text: None if sees_probe(path, text) else _blind(path, world))
+        object_to(world, "run folder", partial(_objection, path, world))
         return
 
     with folder.probe() as text:
@@ -86,19 +92,29 @@ def check_shared(path: str, world: World, folder: RunFolder | None) -> None:
 
 
 def start_of(config: SftConfig) -> dict[str, Any]:
-    """What all ranks must agree on before anything is read: the config, but for places on a host, and the versions."""
+    """Return what all ranks must agree on before anything is read: the config, without paths, and the versions."""
     keys = {key: value for key, value in leaves(config.model_dump(mode="json")) if key not in OF_A_HOST}
-    packages = ("bitsandbytes",) if config.model.load_in_4bit else ()
+    packages: tuple[str, ...] = ()
+    if config.model.load_in_4bit:
+        packages = ("bitsandbytes",)
     return keys | {f"version of {name}": found for name, found in versions(packages).items()}
 
 
 def contents_of(prepared: Prepared) -> dict[str, Any]:
-    """What all ranks must have found in the files: the tokens of the data, and the model's config.json."""
+    """Return what all ranks must have found in the files: the tokens of the data, and the model's config.json."""
     config = json.dumps(prepared.base.config, sort_keys=True, default=str)
-    val = None if prepared.val is None else prepared.val.key
-    found = {"tokens of data.train_files": prepared.train.key, "tokens of data.val_files": val}
-    return found | {"config.json of the model": hashlib.sha256(config.encode()).hexdigest()}
+    val = None
+    if prepared.val is not None:
+        val = prepared.val.key
+    return {
+        "tokens of data.train_files": prepared.train.key,
+        "tokens of data.val_files": val,
+        "config.json of the model": hashlib.sha256(config.encode()).hexdigest(),
+    }
 
 
-def _blind(path: str, world: World) -> str:
+def _objection(path: str, world: World, probe: str) -> str | None:
+    """Return that this rank does not see what rank 0 wrote into the folder; None when it does."""
+    if sees_probe(path, probe):
+        return None
     return f"rank {world.rank} on {socket.gethostname()} does not see it in {Path(path).absolute()}"

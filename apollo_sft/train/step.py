@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
-from functools import reduce
-from operator import or_
 
 import torch
 import torch.distributed as dist
@@ -21,19 +20,28 @@ from apollo_sft.parallel.launch import World
 from apollo_sft.report.metrics import peak_bytes
 from apollo_sft.train.strategy import strategy_of
 
+NAMED_ROWS = 8
+"""Rows that an error names."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The same on every rank. `loss`: token mean of the global batch. `grad_norm`: before clipping.
-
-    `peak_bytes`: the largest over ranks. `votes`: those of any rank. `source_sums`: the loss sum of each source.
-    """
+    """What a step gave, the same on every rank."""
 
     loss: float
+    """The token mean of the global batch."""
+
     grad_norm: float
+    """The norm of the gradient before clipping."""
+
     peak_bytes: int
+    """The largest over ranks."""
+
     votes: Vote
+    """Those of any rank."""
+
     source_sums: list[float] = field(default_factory=list)
+    """The loss sum of each source."""
 
 
 def train_step(
@@ -41,35 +49,47 @@ def train_step(
 ) -> StepResult:
     """Run one step at the learning rate that the optimizer's groups hold.
 
-    Every rank's gradient is its sum over targets times ranks / targets of the global batch: sharding averages over
-    ranks, so what arrives is the gradient of the token mean of the global batch, however it was split.
+    Every rank's gradient is its sum over targets times ranks / targets of the global batch. Sharding averages over
+    ranks, which gives the gradient of the token mean of the global batch, however it was split.
     Raises: TrainingError when the loss or the gradient is not finite; no weight is changed then.
     """
     strategy = strategy_of(model)
     optimizer.zero_grad(set_to_none=True)
-    losses, of_sources = [], torch.zeros(len(batch.sources), dtype=torch.float64, device=world.device)
+    losses = []
+    of_sources = torch.zeros(len(batch.sources), dtype=torch.float64, device=world.device)
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
+        # With `reduces_once` gradients add up on each rank, and are reduced with the last micro-batch only.
         strategy.reduce_gradients(model, not model.reduces_once or number == len(batch.micro_batches))
         loss_sum = model.loss_sum(micro_batch, world.device, of_sources)
         (loss_sum * (world.size / batch.num_targets)).backward()  # type: ignore[no-untyped-call]
         losses.append(loss_sum.detach())
+
+    # The loss is read after all micro-batches: reading a number waits for the GPU.
     mine = [float(torch.stack(losses).sum()), peak_bytes(world.device), float(vote), *of_sources.tolist()]
     facts = _from_all_ranks(mine, world)
     loss = float(facts[:, 0].sum()) / batch.num_targets
+
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = strategy.grad_norm(model, parameters)
     grad_norm = float(norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise _not_finite(batch, losses, loss, grad_norm)
+
     if clip:
         clip_grads_with_norm_(parameters, clip, norm)
     optimizer.step()
-    votes = reduce(or_, (Vote(int(value)) for value in facts[:, 2]))
+
+    votes = Vote.NOTHING
+    for value in facts[:, 2].tolist():
+        votes |= Vote(int(value))
     return StepResult(loss, grad_norm, int(facts[:, 1].max()), votes, facts[:, 3:].sum(0).tolist())
 
 
 def _from_all_ranks(values: list[float], world: World) -> Tensor:
-    """float64 of shape (ranks, values), on every rank. One collective a step serves the loss and all else."""
+    """Return the values of all ranks, float64 of shape (ranks, values), on every rank.
+
+    One collective a step serves the loss and all else.
+    """
     mine = torch.tensor(values, dtype=torch.float64, device=world.device)
     if world.size == 1:
         return mine[None].cpu()
@@ -79,19 +99,27 @@ def _from_all_ranks(values: list[float], world: World) -> Tensor:
 
 
 def _not_finite(batch: StepBatch, losses: list[Tensor], loss: float, grad_norm: float) -> TrainingError:
-    """The error that names the rows of the micro-batches whose loss is not finite, over all ranks; else all rows."""
-    bad = [
-        str(row) for rows, value in zip(batch.rows, losses, strict=True) for row in rows if not torch.isfinite(value)
-    ]
-    mine = bad or ([] if not math.isfinite(loss) else [str(row) for rows in batch.rows for row in rows])
+    """Return the error that names the rows of the micro-batches whose loss is not finite, over all ranks.
+
+    Where every loss is finite, and only the gradient is not, it names all rows of the step.
+    """
+    mine: list[str] = []
+    for rows, value in zip(batch.rows, losses, strict=True):
+        # A loss that is not finite on another rank: the rows of that rank are named, not those of this one.
+        if not torch.isfinite(value) or math.isfinite(loss):
+            mine += map(str, rows)
+
     everyone: list[list[str]] = [mine]
     if dist.is_initialized():
         everyone = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, mine)
-    rows = [row for share in everyone for row in share]
+    found = list(itertools.chain.from_iterable(everyone))
+    named = "; ".join(found[:NAMED_ROWS])
+    if len(found) > NAMED_ROWS:
+        named += " …"
     return TrainingError(
         f"step {batch.step + 1}: the loss or its gradient is not finite; the step was not applied and the run stops",
-        found=f"loss {loss}, gradient norm {grad_norm}, rows: {'; '.join(rows[:8])}{' …' if len(rows) > 8 else ''}",
+        found=f"loss {loss}, gradient norm {grad_norm}, rows: {named}",
         expected="finite numbers",
         fix="look at these rows; lower optim.lr or set optim.clip_grad; bf16 may overflow where fp32 does not",
     )

@@ -22,7 +22,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Strategy(Protocol):
-    """What `parallel.fsdp2` and `parallel.fsdp1` both have; the first says what each does."""
+    """The functions that `parallel.fsdp2` and `parallel.fsdp1` both have; the first documents them."""
 
     MIXES_DTYPES: bool
 
@@ -41,7 +41,7 @@ class Strategy(Protocol):
 
 
 MODULES = {"fsdp2": "apollo_sft.parallel.fsdp2", "fsdp": "apollo_sft.parallel.fsdp1"}
-"""`model.strategy` -> the module that does it, loaded when it is asked for."""
+"""The module of each `model.strategy`, loaded when it is needed."""
 
 
 def strategy_named(name: str) -> Strategy:
@@ -55,7 +55,7 @@ def strategy_of(model: SftModel) -> Strategy:
 
 
 def check_strategy(model: ModelConfig, optim: OptimConfig, world: World) -> None:
-    """Raises: ConfigError when the strategy cannot train exactly what is asked for."""
+    """Raise ConfigError when the strategy cannot train exactly what the keys ask for."""
     fsdp = model.fsdp_config
     precision = resolve_precision(model, world.device.type == "cuda")
     name = strategy_name(model, world)
@@ -70,4 +70,6 @@ def check_strategy(model: ModelConfig, optim: OptimConfig, world: World) -> None
 
 def strategy_name(model: ModelConfig, world: World) -> str:
     """Return the name of the strategy that shards. One process shards nothing: FSDP2 mixes precisions and offloads."""
-    return model.strategy if world.size > 1 else "fsdp2"
+    if world.size == 1:
+        return "fsdp2"
+    return model.strategy

@@ -1,7 +1,7 @@
-"""`trainer.default_hdfs_dir`: the finished model to another place, by fsspec. Only rank 0 comes here.
+"""`trainer.default_hdfs_dir`: upload the finished model, by fsspec. Only rank 0 comes here.
 
-The manifest goes first and `config.json` last, so that no part of a model loads. What an earlier, unfinished upload of
-the same model has brought there whole stays.
+The manifest goes first and `config.json` last, so that no part of a model loads. Files that an earlier, unfinished
+upload of the same model has completed are not sent again.
 """
 
 from __future__ import annotations
@@ -23,28 +23,30 @@ from apollo_sft.report.log import say
 
 KEY = "trainer.default_hdfs_dir"
 LAST = (publish.LAST, "adapter_config.json")
-"""What makes a folder load."""
+"""Files without which a folder does not load."""
 COMPARED_BYTES = 1 << 20
-"""Files up to this size are read back and compared; of all others the size is."""
+"""Files up to this size are read back and compared; of larger ones only the size is compared."""
 Files = dict[str, dict[str, Any]]
 
 
 def check_destination(trainer: TrainerConfig) -> None:
-    """The upload will be possible: the scheme, its package, the right to write there. Before anything else is done.
+    """Check that the upload will be possible, before anything else is done: the scheme, its package, write access.
 
     Raises: ConfigError.
     """
     if trainer.default_hdfs_dir is None:
         return
     to = without_file_scheme(trainer.default_hdfs_dir)
-    local, here = Path(to).absolute(), Path(trainer.default_local_dir).expanduser().absolute()
-    if not is_remote(to) and (local == here or here in local.parents or local in here.parents):
-        raise ConfigError(f"{KEY} and trainer.default_local_dir lie in one another", found=to, expected="another place")
+    if not is_remote(to):
+        _refuse_nested(Path(to).absolute(), Path(trainer.default_local_dir).expanduser().absolute())
+
     try:
         fs, folder = filesystem(to, KEY)
     except DataError as error:
         raise ConfigError(str(error)) from error
-    probe, text = f"{folder}/{publish.PREFIX}probe-{secrets.token_hex(4)}", b"a probe of apollo-sft"
+
+    probe = f"{folder}/{publish.PREFIX}probe-{secrets.token_hex(4)}"
+    text = b"a probe of apollo-sft"
     try:
         fs.makedirs(folder, exist_ok=True)
         fs.pipe_file(probe, text)
@@ -59,35 +61,49 @@ def check_destination(trainer: TrainerConfig) -> None:
     _refuse_foreign(fs, folder, to)
 
 
-def upload(trainer: TrainerConfig) -> None:
-    """Bring the model there, and check that all of it arrived. Nothing is done where it lies whole already.
+def _refuse_nested(destination: Path, run: Path) -> None:
+    """Refuse a destination inside of the run folder, or around it. Raises: ConfigError."""
+    if destination == run or run in destination.parents or destination in run.parents:
+        raise ConfigError(
+            f"{KEY} must not contain, or be inside, trainer.default_local_dir",
+            found=str(destination),
+            expected="a folder elsewhere",
+        )
 
-    Raises: UploadError, which says that the model is safe and how to repeat this alone.
+
+def upload(trainer: TrainerConfig) -> None:
+    """Send the model, and check that all of it arrived. Nothing is sent where it is complete already.
+
+    Raises: UploadError, which states that the model is safe and how to repeat the upload alone.
     """
     if trainer.default_hdfs_dir is None:
         return
-    to, root, start = without_file_scheme(trainer.default_hdfs_dir), Path(trainer.default_local_dir), time.monotonic()
+    to = without_file_scheme(trainer.default_hdfs_dir)
+    root = Path(trainer.default_local_dir)
+    start = time.monotonic()
     try:
         fs, folder = filesystem(to, KEY)
         files = _finished_files(root.expanduser())
-        sent = _Destination(fs, folder).bring(root.expanduser(), files)
+        sent = _Destination(fs, folder).send(root.expanduser(), files)
     except Exception as error:  # the client of a store: it may raise anything
         raise UploadError(
             f"the model was not uploaded to {shown(to)}",
             found=cause(error),
-            expected=f"nothing is lost: training is done, and the model lies whole in {root}",
+            expected=f"nothing is lost: training is done, and the model is complete in {root}",
             fix="the same command again uploads alone",
         ) from error
-    seconds, total = time.monotonic() - start, sum(facts["size"] for facts in files.values())
+
     if sent:
+        seconds = time.monotonic() - start
+        total = sum(facts["size"] for facts in files.values())
         amount = f"{sent:,} of {len(files):,} files, {total / 1e6:,.1f} MB in all"
         say(f"uploaded the model to {shown(to)}: {amount}, in {seconds:.1f} s")
     else:
-        say(f"the model lies whole in {shown(to)}")
+        say(f"the model is complete in {shown(to)}")
 
 
 def _finished_files(root: Path) -> Files:
-    """Name -> size and sha256, as they were when the model was published; the names that make it load last."""
+    """Return size and sha256 by name, as the model was published. Files without which it does not load come last."""
     found: Files = {}
     if (root / publish.MANIFEST).is_file():
         found |= publish.read_json(root / publish.MANIFEST)["files"]
@@ -100,10 +116,10 @@ def _finished_files(root: Path) -> Files:
 
 
 def _refuse_foreign(fs: Any, folder: str, to: str) -> None:
-    """A model there that no upload has brought is not replaced."""
+    """Refuse to replace a model that no upload has written. Raises: ConfigError."""
     if not fs.exists(f"{folder}/{publish.MANIFEST}") and fs.exists(f"{folder}/{publish.LAST}"):
         raise ConfigError(
-            f"{KEY}={shown(to)} holds a model that no upload has brought there",
+            f"{KEY}={shown(to)} holds a model that was not uploaded by this program",
             found=publish.LAST,
             expected="a new or empty folder, or one that this key wrote",
             fix=f"another {KEY}; nothing was changed",
@@ -117,12 +133,16 @@ class _Destination:
         self._fs = fs
         self._folder = folder
 
-    def bring(self, root: Path, files: Files) -> int:
-        """The number of files that were sent. Raises: what the store raises; OSError for what did not arrive."""
+    def send(self, root: Path, files: Files) -> int:
+        """Send the files, and return how many were sent.
+
+        Raises: the errors of the store; OSError for a file that did not arrive.
+        """
         fs = self._fs
         fs.invalidate_cache()
         if self._listed() != files:
-            self._make_way(files)
+            self._clear(files)
+
         sent = 0
         for name, facts in files.items():
             if self._size(name) == facts["size"]:
@@ -130,6 +150,7 @@ class _Destination:
             fs.makedirs(fs._parent(self._at(name)), exist_ok=True)
             fs.put_file(str(root / name), self._at(name))
             sent += 1
+
         fs.invalidate_cache()
         for problem in self._problems(root, files):
             raise OSError(problem)
@@ -139,14 +160,19 @@ class _Destination:
         return f"{self._folder}/{name}"
 
     def _listed(self) -> Files | None:
+        """Return the manifest of the model there; None when there is none that can be read."""
         try:
             listed = json.loads(self._fs.cat_file(self._at(publish.MANIFEST)))["files"].items()
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return None
+        # The manifest may be anybody's: no name in it may lead out of the folder.
         return {name: facts for name, facts in listed if not {"", ".", ".."} & set(name.split("/"))}
 
-    def _make_way(self, files: Files) -> None:
-        """What makes an earlier model load goes first, then its other files; then the list of the new ones comes."""
+    def _clear(self, files: Files) -> None:
+        """Remove the files of an earlier model, and write the manifest of the new one.
+
+        The files without which it does not load go first: a part of a model never loads.
+        """
         earlier = self._listed() or {}
         for name in sorted({*earlier, *files}, key=lambda name: (Path(name).name not in LAST, name)):
             if self._size(name) is not None:
@@ -167,4 +193,4 @@ class _Destination:
             if size != facts["size"]:
                 yield f"{name} has {size} bytes there, not {facts['size']:,}"
             elif facts["size"] <= COMPARED_BYTES and self._fs.cat_file(self._at(name)) != (root / name).read_bytes():
-                yield f"{name} is not there what it is here"
+                yield f"{name}: the uploaded file differs from the local one"

@@ -15,14 +15,14 @@ from apollo_sft.parallel.consensus import any_rank, sum_over_ranks
 from apollo_sft.parallel.launch import World
 from apollo_sft.report.metrics import Record, source_record, val_record
 from apollo_sft.train.run_state import Run
-from apollo_sft.train.signals import StopFlag
+from apollo_sft.train.signals import StopFlag, not_stopped
 from apollo_sft.train.strategy import strategy_of
 
 
 def validation_record(run: Run, stop: StopFlag, step: int) -> Record | None:
-    """`val/…` metrics over the whole validation store; empty without one; None when a signal stopped it.
+    """Return `val/…` metrics over the whole validation store; empty without one; None when a signal stopped it.
 
-    What the model says to the first prompts, after `step` steps, is reported on the way.
+    The replies of the model to the first prompts, after `step` steps, are reported too.
     """
     if run.val is None:
         return {}
@@ -41,30 +41,36 @@ def validation_record(run: Run, stop: StopFlag, step: int) -> Record | None:
 
 @torch.no_grad()
 def evaluate(
-    model: SftModel, loader: Loader, world: World, stopped: Callable[[], bool] = lambda: False
+    model: SftModel, loader: Loader, world: World, stopped: Callable[[], bool] = not_stopped
 ) -> tuple[float, int, Record] | None:
-    """Loss and number of targets over the loader's whole store, and `val/NAME/…` of each named set in it.
+    """Return loss and number of targets over the loader's whole store, and `val/NAME/…` of each named set in it.
 
     The loader's plan must not shuffle or drop.
 
-    `stopped` is asked after each batch, on all ranks, and says the same on all: whether to end here, with None.
+    `stopped` is called after each batch, on all ranks, and returns the same on all: whether to end here, with None.
 
     Raises: TrainingError on every rank when the loss is not finite.
     """
     model.eval()
-    sets = {} if loader.mixture is None else loader.mixture.in_store(loader.store.num_targets)
+    sets = {}
+    if loader.mixture is not None:
+        sets = loader.mixture.in_store(loader.store.num_targets)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     of_sets = total.new_zeros(len(sets))
     interrupted = False
     for batch in loader.batches(range(steps_per_epoch(len(loader.store), loader.spec))):
         for micro_batch in batch.micro_batches:
             total += model.loss_sum(micro_batch, world.device, of_sets)
-        if interrupted := stopped():
+        interrupted = stopped()
+        if interrupted:
             break
+
+    # Also after a stop: the state that is saved next is gathered from the shards.
     model.train()
     strategy_of(model).reshard(model)
     if interrupted:
         return None
+
     num_targets = int(loader.store.num_targets.sum(dtype="int64"))
     loss = float(sum_over_ranks(total)) / num_targets
     if not math.isfinite(loss):
@@ -73,5 +79,7 @@ def evaluate(
             found=loss,
             fix="look at the rows of data.val_files; lower optim.lr or set optim.clip_grad",
         )
-    sums = sum_over_ranks(of_sets).tolist() if sets else []
+    sums: list[float] = []
+    if sets:
+        sums = sum_over_ranks(of_sets).tolist()
     return loss, num_targets, source_record("val", sums, sets)

@@ -1,4 +1,4 @@
-"""What is trained is what the base's files hold: decided before the start, proven when read and when sharded."""
+"""Check that what is trained is what the base's files hold: before the start, when read, and when sharded."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def untied_in_files(hf_config: Any, stored: Mapping[str, StoredTensor], trust_re
     tables = [name for name, tensor in stored.items() if len(tensor.spec.shape) == 2 and tensor.spec.shape[0] == rows]
     if len(tables) < 2 or not getattr(hf_config, "tie_word_embeddings", False):
         return ()
+
     attention.register(attention.sdpa_kernel)  # its name must be known; nothing runs
     model = build_on_meta(hf_config, DTYPES["fp32"], trust_remote_code)
     state = model.state_dict(keep_vars=True)
@@ -51,6 +52,7 @@ def untied_in_files(hf_config: Any, stored: Mapping[str, StoredTensor], trust_re
     for name, (memory, is_converted) in follow_names(model, stored).items():
         if memory in state and not is_converted:
             names[id(state[memory])].append(name)
+
     ends = {id(model.get_output_embeddings().weight), id(model.get_input_embeddings().weight)}
     untied: tuple[str, ...] = ()
     for parameter, shared in names.items():
@@ -61,16 +63,16 @@ def untied_in_files(hf_config: Any, stored: Mapping[str, StoredTensor], trust_re
             raise ModelError(
                 f"{type(model).__name__} makes one weight of tensors that differ in the files",
                 found=", ".join(shared),
-                fix="take the files of the model itself, not of one that was merged or edited",
+                fix="use the files of the original model, not of one that was merged or edited",
             )
         untied = tuple(shared)
     return untied
 
 
 def check_as_built(loaded: Any, built: Any) -> None:
-    """Hold the model that was loaded against one that is built from its config, as the other ranks build theirs: names,
-    shapes, and what is shared.
+    """Compare the loaded model with one that is built from its config, as the other ranks build theirs.
 
+    Names, shapes and shared weights must be the same.
     Raises: ModelError.
     """
     for what, found, expected in (
@@ -78,12 +80,12 @@ def check_as_built(loaded: Any, built: Any) -> None:
         ("shared weights", _shared(loaded), _shared(built)),
     ):
         if found != expected:
-            odd = sorted(set(map(str, found)) ^ set(map(str, expected))) or ["other shapes"]
+            different = sorted(set(map(str, found)) ^ set(map(str, expected))) or ["other shapes"]
             raise ModelError(
                 f"{type(loaded).__name__}: its files load into another model than its config describes",
-                found=f"{what} differ: {', '.join(odd[:4])}",
+                found=f"{what} differ: {', '.join(different[:4])}",
                 expected="the same on every rank",
-                fix="config.json and the weights must be of one model",
+                fix="use config.json and weights of the same model",
             )
 
 
@@ -92,12 +94,12 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Find all parameters, under each of their names, and buffers."""
+    """Return all parameters, under each of their names, and buffers."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
 
 
 def _shared(model: nn.Module) -> list[tuple[str, ...]]:
-    """The names of each parameter that has several."""
+    """Return the names of each parameter that has several."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
@@ -106,12 +108,12 @@ def _shared(model: nn.Module) -> list[tuple[str, ...]]:
 
 @torch.no_grad()
 def check_read(model: Any, folder: Path) -> None:
-    """Hold every weight of a model that was just loaded, before anything is added, against the files in `folder`.
+    """Compare every weight of a model that was just loaded, before anything is added, with the files in `folder`.
 
-    Tensor by tensor, in the dtype of the model; what transformers fuses while it loads is taken apart again.
+    Tensor by tensor, in the dtype of the model; tensors that transformers fuses while it loads are split again.
     Raises: ModelError.
     """
-    stored = read_tensors(folder, follow_links=True)  # looked at before, by the user's own rule
+    stored = read_tensors(folder, follow_links=True)  # links were checked before, by model.follow_links
     plan = plan_export(model, BaseModel("", folder, {}, specs_of(stored)), "auto")
     state = model.state_dict(keep_vars=True)
     for group in plan.groups:
@@ -119,7 +121,7 @@ def check_read(model: Any, folder: Path) -> None:
         for name, held in read_whole(stored, group.targets):
             if not _equal(made[name], held.to(made[name].dtype)):
                 raise ModelError(
-                    f"{name} was not loaded as it stands in the files of {folder}",
+                    f"{name} was not loaded as it is in the files of {folder}",
                     found="other values in the model",
                     fix="report it, with the model's name and the version of transformers",
                 )
@@ -130,7 +132,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def other_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Name the floating parameters and buffers of a loaded model that are not in `dtype`, and theirs.
+    """Return the floating parameters and buffers of a loaded model that are not in `dtype`, by name, with their dtypes.
 
     transformers keeps some in float32, and buffers in the dtype of the files; a model that is built has all in one.
     """
@@ -148,7 +150,7 @@ def set_dtypes(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
 def check_filled(
     held: Mapping[str, tuple[int, Tensor]], copies: Mapping[str, Tensor], source: nn.Module | None, mesh: Mesh
 ) -> None:
-    """Hold the shards of all ranks against the model that rank 0 has read. Collective: all ranks raise, or none.
+    """Compare the shards of all ranks with the model that rank 0 has read. Collective: all ranks raise, or none.
 
     `held`: by name, the flat position of this rank's first value of a parameter, and its values. `copies`: buffers, of
     which every rank holds all. `source`: rank 0's model.
@@ -157,14 +159,17 @@ def check_filled(
     assert mesh.shard is not None
     names = [*held, *copies]
     device = torch.device(mesh.shard.device_type)
+
+    # A checksum of a parameter is the sum of those of its shards: one small all-reduce, and no weight is gathered.
     shards = torch.stack([checksum(values, start, device) for start, values in held.values()])
     dist.all_reduce(shards, group=mesh.shard.get_group(mesh.shard.ndim - 1))
     found = torch.stack([*shards, *(checksum(buffer, 0, device) for buffer in copies.values())])
 
     expected = torch.zeros_like(found)
     if source is not None:
-        weights, buffers = dict(source.named_parameters()), dict(source.named_buffers())
-        # FSDP1 holds a group in one dtype
+        weights = dict(source.named_parameters())
+        buffers = dict(source.named_buffers())
+        # In the dtype of the shard: FSDP1 holds a group of parameters in one dtype.
         sums = [checksum(weights[name].to(values.dtype), 0, device) for name, (_, values) in held.items()]
         expected = torch.stack([*sums, *(checksum(buffers[name], 0, device) for name in copies)])
     dist.broadcast(expected, src=0)
@@ -181,17 +186,21 @@ def check_filled(
 
 
 def checksum(values: Tensor, start: int, device: torch.device | None = None) -> Tensor:
-    """Sum the bits of flat values, each times a number of its place: int64, modulo 2^64, of shape ().
+    """Sum the bits of flat values, each times a number that depends on its place: int64, modulo 2^64, of shape ().
 
-    The sums of the parts of a tensor add up to that of the whole. `start`: the place of the first value in the whole.
-    `device`: where it is computed, piece by piece; None is where the values lie.
+    The sums of the parts of a tensor add up to that of the tensor. `start`: the place of the first value in the tensor.
+    `device`: where it is computed, piece by piece; None is the device of the values.
     """
-    device = values.device if device is None else device
-    chunk = CHUNK if device.type == "cpu" else CHUNK_ON_DEVICE
+    if device is None:
+        device = values.device
+    chunk = CHUNK_ON_DEVICE
+    if device.type == "cpu":
+        chunk = CHUNK
     bits = values.detach().reshape(-1).contiguous().view(INTEGERS[values.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=device)
     for at in range(0, bits.numel(), chunk):
         part = bits[at : at + chunk].to(device).long()
         places = torch.arange(start + at, start + at + part.numel(), device=device)
+        # 1 is added to the bits, so that zeros count too; the factor is odd, so that no bit is lost.
         total += ((part + 1) * (places * SPREAD | 1)).sum()
     return total

@@ -153,7 +153,7 @@ def test_a_browser_shows_it_whole_and_asks_for_nothing(runs: Path, tmp_path: Pat
             page.hover(left + wide / 2, top + high / 2)
             shown = page.evaluate(SHOWN)
             assert shown[0].startswith("step ") and len(shown) >= 2
-            page.settle()
+            page.wait_for_save()
             assert page.requests == [path.as_uri()]
             assert page.complaints == []
 
@@ -166,7 +166,7 @@ def test_the_browser_test_sees_what_overflows_and_what_is_asked_for(tmp_path: Pa
     )
     with browser(tmp_path) as open_page:
         page = open_page(tmp_path / "bad.html", 390)
-        page.settle()
+        page.wait_for_save()
         assert any("wide" in text for text in page.overflowing())
         assert "http://127.0.0.1:9/x.png" in page.requests
         assert "nothing is not defined" in " ".join(page.complaints)

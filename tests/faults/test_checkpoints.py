@@ -186,7 +186,7 @@ class Saver:
         self.checkpoints.after_step(step, record, self.checkpoints.vote() | vote, self.model, self.optimizer)
 
     def kept(self) -> list[int]:
-        self.checkpoints.settle()
+        self.checkpoints.wait_for_save()
         return sorted(int(path.name[5:]) for path in self.folder.glob("step_*"))
 
 
@@ -274,7 +274,7 @@ def test_a_save_in_the_background_is_of_the_moment_it_was_asked_for(
             parameter.add_(1)
     assert time.monotonic() - began < 0.3, "training goes on while the save is under way"
     assert not (saver.folder / "latest").exists(), "no pointer before the files are durable"
-    saver.checkpoints.settle()
+    saver.checkpoints.wait_for_save()
     files = state.StateFiles(saver.folder / "step_000001")
     for name, value in then.items():
         assert torch.equal(files.read(f"model/{name}"), value)
@@ -309,7 +309,7 @@ def fail_and_go_on(saver: Saver, full_disk: list[bool]) -> None:
 def test_a_failed_save_ends_the_run_by_the_next_step(tmp_path: Path, background: str, full_disk: list[bool]) -> None:
     saver = Saver(tmp_path, "trainer.save_freq=1", background)
     saver.step(1)
-    saver.checkpoints.settle()
+    saver.checkpoints.wait_for_save()
     full_disk.append(True)
     with pytest.raises(CheckpointError) as caught:
         fail_and_go_on(saver, full_disk)

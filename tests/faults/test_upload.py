@@ -90,7 +90,7 @@ def test_only_the_model_comes_and_config_json_last(store: type[Faulty], tmp_path
     assert all(fs.cat_file(f"/b/model/{name}") == (tmp_path / name).read_bytes() for name in store.came)
     store.came.clear()
     upload(trainer(tmp_path, "store://b/model"))
-    assert store.came == [], "it lies whole there"
+    assert store.came == [], "it is complete there"
 
 
 @pytest.mark.parametrize("fails_at", ["a-model.safetensors", "tokenizer.json", "config.json"])
@@ -98,7 +98,7 @@ def test_an_upload_that_was_interrupted_goes_on(fails_at: str, store: type[Fault
     store.fails_at = fails_at
     with pytest.raises(UploadError) as caught:
         upload(trainer(finished(tmp_path), "store://b"))
-    for words in ("store://b", "the model lies whole in", str(tmp_path), "the same command again uploads alone"):
+    for words in ("store://b", "the model is complete in", str(tmp_path), "the same command again uploads alone"):
         assert words in str(caught.value)
     assert "canary" not in str(caught.value)
     assert not store().exists("/b/config.json"), "no part of a model loads"
@@ -129,7 +129,7 @@ def test_what_arrives_short_or_changed_is_an_error(name: str, store: type[Faulty
     upload(trainer(tmp_path, "store://b"))
     store().store["/b/tokenizer.json"].seek(0)
     store().store["/b/tokenizer.json"].write(b"other")
-    with pytest.raises(UploadError, match=r"tokenizer\.json is not there what it is here"):
+    with pytest.raises(UploadError, match=r"tokenizer\.json: the uploaded file differs from the local one"):
         upload(trainer(tmp_path, "store://b"))
 
 
@@ -146,9 +146,9 @@ def test_a_plain_folder_works_as_well(start: str, tmp_path: Path) -> None:
         ("s3://bucket/run", r"pip install 'apollo-sft\[s3\]'"),
         ("hdfs://host:8020/run", "JAVA_HOME"),
         ("/proc/nothing/here", "cannot be written"),
-        ("{root}/run/model", "lie in one another"),
-        ("{root}", "lie in one another"),
-        ("{root}/foreign", "holds a model that no upload has brought there"),
+        ("{root}/run/model", "must not contain, or be inside, trainer.default_local_dir"),
+        ("{root}", "must not contain, or be inside, trainer.default_local_dir"),
+        ("{root}/foreign", "holds a model that was not uploaded by this program"),
     ],
 )
 def test_a_destination_is_refused_before_anything_is_done(

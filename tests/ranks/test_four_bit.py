@@ -119,7 +119,7 @@ class Training:
 
     def save(self, step: int) -> None:
         self.checkpoints.save(step, self.model, self.optimizer, False, False)
-        self.checkpoints.settle()
+        self.checkpoints.wait_for_save()
 
     def gradients(self) -> dict[str, Tensor]:
         named = self.model.causal_lm.named_parameters()

@@ -103,7 +103,7 @@ def _open_page(pipe: "_Pipe", path: Path, width: int, dark: bool = False) -> Pag
     send("Page.navigate", url=path.as_uri())
     pipe.wait_for("Page.loadEventFired")
     page = Page(send, pipe.events)
-    page.settle()
+    page.wait_for_save()
     return page
 
 

@@ -62,7 +62,7 @@ class Training:
 
     def save(self, step: int) -> None:
         self.checkpoints.save(step, self.model, self.optimizer, False, False)
-        self.checkpoints.settle()
+        self.checkpoints.wait_for_save()
 
     def go_on(self, step: int) -> None:
         assert self.checkpoints.begin(folder_of(self.checkpoints.folder, step), self.model, self.optimizer) == step

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 BLOCK = 256
-"""Values of a row that share a scale. Rows are what ranks share out: no block lies on two of them."""
+"""Values of a row that share a scale. Ranks hold entire rows: no block is divided over two of them."""
 CHUNK_ELEMENTS = 2**22
 """Values of a matrix that are in floating point at one time."""
 EPS = 1e-8
@@ -46,10 +46,14 @@ class AdamW8bit(Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32)
             state |= quantised_zeros(parameter, "exp_avg") | quantised_zeros(parameter, "exp_avg_sq")
         state["step"] += 1
-        weight, grad = _rows(parameter), _rows(gradient)
+
+        weight = _rows(parameter)
+        grad = _rows(gradient)
         averages = {name: _rows(value) for name, value in state.items() if name != "step"}
         wide = torch.promote_types(weight.dtype, torch.float32)
         levels = {n: _levels(n == "exp_avg").to(weight.device, wide) for n in ("exp_avg", "exp_avg_sq")}
+
+        # Some rows at a time: the averages of a large matrix in floats would take more memory than 8 bits save.
         rows = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
         for start in range(0, weight.shape[0], rows):
             part = {name: value[start : start + rows] for name, value in averages.items()}
@@ -62,8 +66,9 @@ class AdamW8bit(Optimizer):
 
 
 def _adamw(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: float, group: dict[str, Any]) -> None:
-    """One step, in place of `weight` and both averages. Source: arXiv:1711.05101, algorithm 2."""
-    lr, (beta1, beta2) = group["lr"], group["betas"]
+    """Make one step, in place of `weight` and both averages. Source: arXiv:1711.05101, algorithm 2."""
+    lr = group["lr"]
+    beta1, beta2 = group["betas"]
     first.lerp_(grad, 1 - beta1)
     second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     divisor = second.sqrt().div_(math.sqrt(1 - beta2**step)).add_(EPS)
@@ -71,7 +76,10 @@ def _adamw(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: fl
 
 
 def quantised_zeros(parameter: Tensor, name: str) -> dict[str, Tensor]:
-    """The average `name` of a parameter, sharded as it is: codes and a scale for each block, of a vector floats."""
+    """Return the average `name` of a parameter before the first step, sharded as the parameter is.
+
+    A matrix has codes, and a scale for each block; a vector has floats.
+    """
     if parameter.dim() < 2:
         return {name: torch.zeros_like(parameter)}
     blocks = -(-math.prod(parameter.shape[1:]) // BLOCK)
@@ -92,14 +100,18 @@ def quantised_zeros(parameter: Tensor, name: str) -> dict[str, Tensor]:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """This rank's, as a matrix; a vector as one column."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """Return the rows of this rank as a matrix; a vector as one column."""
+    local = tensor
+    if isinstance(tensor, DTensor):
+        local = tensor.to_local()
     return local.reshape(*(local.shape[:1] or (1,)), math.prod(local.shape[1:]))
 
 
 def _levels(signed: bool) -> Tensor:
-    """What codes stand for, in their order: in each of seven decades twice as many as in the one below it."""
-    finest = 1 if signed else 2
+    """Return the value of each code, in their order: in each of seven decades twice as many as in the one below it."""
+    finest = 2
+    if signed:
+        finest = 1  # half of the codes are for negative values
     levels = [1.0]
     for decade in range(7):
         number = finest * 2**decade
@@ -110,7 +122,7 @@ def _levels(signed: bool) -> Tensor:
 
 
 def _read(part: dict[str, Tensor], name: str, levels: Tensor) -> Tensor:
-    """(rows, columns) in the dtype of `levels`."""
+    """Return an average of shape (rows, columns) in the dtype of `levels`."""
     if name + SCALE not in part:
         return part[name].to(levels.dtype, copy=True)
     scale = part[name + SCALE].to(levels.dtype).repeat_interleave(BLOCK, dim=1)

@@ -16,10 +16,10 @@ from apollo_sft.errors import ConfigError
 
 
 def check_optimizer(optim: OptimConfig, strategy: str) -> None:
-    """Raises: ConfigError when the strategy does not keep the shapes that the optimizer needs."""
+    """Raise ConfigError when the strategy does not keep the shapes that the optimizer needs."""
     if strategy == "fsdp" and optim.name != "adamw":
         raise ConfigError(
-            f"optim.name={optim.name} needs matrices, which model.strategy=fsdp lays end to end",
+            f"optim.name={optim.name} needs matrices, but model.strategy=fsdp flattens them",
             found="model.strategy=fsdp on several processes",
             fix="model.strategy=fsdp2, or optim.name=adamw",
         )
@@ -28,10 +28,10 @@ def check_optimizer(optim: OptimConfig, strategy: str) -> None:
 def build_optimizer(
     model: nn.Module, optim: OptimConfig, num_dims: Callable[[nn.Parameter], int] = Tensor.dim
 ) -> Optimizer:
-    """Over what is trainable of a causal language model. Norm gains and biases (fewer than two dims) are not decayed.
+    """Build the optimizer of the trainable parameters. Norm gains and biases (fewer than two dims) are not decayed.
 
-    `num_dims`: of a whole parameter, where its shard has others. The learning rate is set before every step, see
-    `schedule`.
+    `num_dims`: of a complete parameter, where its shard has others. The learning rate is set before every step, see
+    `Schedule`.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     beta1, beta2 = optim.betas
@@ -40,18 +40,23 @@ def build_optimizer(
         from apollo_sft.train.optim.adamw_8bit import AdamW8bit
 
         return AdamW8bit(_groups(trainable, optim, num_dims), **settings)
-    hidden = _hidden_matrices(model) if optim.name == "muon" else set()
+
+    hidden: set[nn.Parameter] = set()
+    if optim.name == "muon":
+        hidden = _hidden_matrices(model)
     rest = _groups([p for p in trainable if p not in hidden], optim, num_dims)
     if not hidden:
         return AdamW(rest, fused=True, **settings)
 
-    from apollo_sft.train.optim.muon import Muon, Together
+    from apollo_sft.train.optim.muon import CombinedOptimizer, Muon
 
-    parts: list[Optimizer] = [AdamW(rest, fused=True, **settings)] if rest else []
+    parts: list[Optimizer] = []
+    if rest:
+        parts.append(AdamW(rest, fused=True, **settings))
     matrices = [p for p in trainable if p in hidden]
     if matrices:
         parts.append(Muon([{"params": matrices, "weight_decay": optim.weight_decay}], lr=optim.lr))
-    return Together(parts)
+    return CombinedOptimizer(parts)
 
 
 def _groups(
@@ -65,21 +70,31 @@ def _groups(
 
 
 def _hidden_matrices(model: Any) -> set[nn.Parameter]:
-    """All but embeddings and the head, with what adapts them, whose rows are tokens; not the experts of a layer in one
-    tensor of three dims, which torch's Muon does not take, nor what adapts those: small matrices one upon the other."""
+    """Return the matrices between the embeddings and the head.
+
+    Embeddings and head, and their adapters, are left out: their rows are tokens. The experts of a layer in one tensor
+    of three dims are left out too, since torch's Muon takes matrices only, and their adapters, which are stacked.
+    """
     from apollo_sft.model.experts import wrapped
 
     ends = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     ends += [model.get_input_embeddings(), model.get_output_embeddings(), *(outer for _, outer in wrapped(model))]
-    outside = {p for module in ends for p in module.parameters()}
+    outside: set[nn.Parameter] = set()
+    for module in ends:
+        outside.update(module.parameters())
     return {p for p in model.parameters() if p.dim() == 2 and p not in outside}
 
 
 def new_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state of a parameter before the first step, as the optimizer of its group makes it there."""
+    """Return the state of a parameter before the first step, as the optimizer of its group creates it."""
     if "momentum" in group:
         return {"momentum_buffer": torch.zeros_like(parameter)}
-    state = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device if "fused" in group else "cpu")}
+
+    # Only the fused AdamW keeps its counter on the device.
+    device = torch.device("cpu")
+    if "fused" in group:
+        device = parameter.device
+    state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
     for name in ("exp_avg", "exp_avg_sq"):
         if "fused" in group:
             state[name] = torch.zeros_like(parameter)
@@ -98,11 +113,13 @@ def fill_state(optimizer: Optimizer) -> None:
 
 
 def state_bytes(optimizer: Optimizer, local: bool = False) -> int:
-    """Bytes of the tensors of its state, or of what this rank holds of them, before there is one; on meta too."""
+    """Return the bytes of the optimizer's state before it exists; on meta too. `local`: of this rank's shards only."""
     total = 0
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            held = getattr(parameter, "_local_tensor", parameter) if local else parameter
+            held = parameter
+            if local:
+                held = getattr(parameter, "_local_tensor", parameter)
             state = new_state(torch.empty(held.shape, dtype=held.dtype, device="meta"), group)
             total += sum(tensor.nbytes for tensor in state.values() if tensor.dim())
     return total
@@ -110,33 +127,43 @@ def state_bytes(optimizer: Optimizer, local: bool = False) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Linear warm-up, then `cosine` (to the end) or `wsd` (stable, then a half cosine), down to `peak * min_ratio`.
-
-    `total_steps` are the optimizer steps that will really run; the end value is reached after the last of them.
-    `stable_ratio` is the share of the steps after warm-up that `wsd` keeps at the peak.
-    """
+    """Linear warm-up, then `cosine` (to the end) or `wsd` (stable, then a half cosine), down to `peak * min_ratio`."""
 
     kind: Literal["cosine", "wsd"]
+
     peak: float
+    """The largest learning rate."""
+
     total_steps: int
+    """The optimizer steps that will really run; the end value is reached after the last of them."""
+
     warmup_steps: int
+
     min_ratio: float
+    """The end value as a share of the peak."""
+
     stable_ratio: float
+    """The share of the steps after warm-up that `wsd` keeps at the peak."""
 
     def rate(self, step: int) -> float:
-        """The learning rate that step `step` (from 0) uses. Above 0 from the first step on."""
+        """Return the learning rate of step `step` (from 0). It is above 0 from the first step on."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
+
         after = self.total_steps - self.warmup_steps
-        stable = int(after * self.stable_ratio) if self.kind == "wsd" else 0
+        stable = 0
+        if self.kind == "wsd":
+            stable = int(after * self.stable_ratio)
         progress = max(0, step - self.warmup_steps - stable) / max(1, after - stable)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return self.peak * (self.min_ratio + (1 - self.min_ratio) * cosine)
 
 
 def warmup_steps(total_steps: int, steps: int, ratio: float) -> int:
-    """`steps` when it is given (0 or more), else that share of the run; never more than the run has."""
-    return min(total_steps, steps if steps >= 0 else int(total_steps * ratio))
+    """Return `steps` when it is given (0 or more), else that share of the run; never more than the run has."""
+    if steps < 0:
+        steps = int(total_steps * ratio)
+    return min(total_steps, steps)
 
 
 def schedule_of(trainer: TrainerConfig, optim: OptimConfig, steps_in_epoch: int) -> Schedule:

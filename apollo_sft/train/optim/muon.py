@@ -1,7 +1,21 @@
-"""Muon for matrices that ranks hold rows of: torch's own update, of whole matrices, whatever the layout."""
+"""Muon for matrices that are sharded by rows: torch's own update, of complete matrices, whatever the layout.
+
+A worked example, on 2 ranks of one mesh. Matrices A (4 x 3) and B (4 x 3) form a batch, since 2 ranks share a copy.
+
+    rank 0 holds        A[0:2], B[0:2]
+    rank 1 holds        A[2:4], B[2:4]
+    all-to-all          rank 0 gets A complete, rank 1 gets B complete, in bfloat16
+    each rank           computes the orthogonal factor of its own matrix, with torch's function
+    all-to-all back     rank 0 gets rows 0:2 of both factors, rank 1 rows 2:4
+    each rank           updates its rows of A and B
+
+A rank sends as many values as it receives, and no rank computes what another one does. A last batch may have fewer
+matrices than ranks: the ranks without one send their rows and compute nothing.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -21,9 +35,9 @@ MOMENTUM = 0.95
 class Muon(Optimizer):
     """`torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, also of matrices that are sharded along their rows.
 
-    Momentum is a shard's. The orthogonal factor needs the whole matrix, and is found in bfloat16, as torch does: of as
-    many matrices as ranks share a copy, each rank gets one whole, in bfloat16, and gives the rows of its factor back.
-    torch's class, given sharded matrices, adds up parts in bfloat16: another update for every number of ranks.
+    Momentum is kept by shard. The orthogonal factor needs the complete matrix, and is computed in bfloat16, as torch
+    does: of a batch of matrices each rank gets one, and sends the rows of its factor back. torch's class, given sharded
+    matrices, adds up parts in bfloat16: another update for every number of ranks.
     Source: Muon is Scalable for LLM Training, arXiv:2502.16982.
     """
 
@@ -34,31 +48,32 @@ class Muon(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         assert closure is None, "a step of the training has its gradients already"
         for group in self.param_groups:
-            # Those of a batch are of like size: the ranks are done at the same time.
+            # By size: the matrices of a batch take about the same time, and no rank waits for another.
             matrices = sorted((p for p in group["params"] if p.grad is not None), key=Tensor.numel, reverse=True)
-            for some in _batches(matrices):
-                updates = [self._averaged(p, group["momentum"]) for p in some]
-                for p, factor in zip(some, _factors(some, updates), strict=True):
+            for batch in _batches(matrices):
+                updates = [self._averaged(p, group["momentum"]) for p in batch]
+                for p, factor in zip(batch, _factors(batch, updates), strict=True):
                     rows = _local(p)
                     rows.mul_(1 - group["lr"] * group["weight_decay"])
                     rows.add_(factor, alpha=-adjusted_rate(group["lr"], "match_rms_adamw", p.shape))
         return None
 
     def _averaged(self, parameter: nn.Parameter, momentum: float) -> Tensor:
-        """Of this rank's rows: the gradient with Nesterov's momentum."""
+        """Return the gradient of this rank's rows with Nesterov's momentum."""
         assert parameter.grad is not None
-        state, grad = self.state[parameter], _local(parameter.grad)
+        state = self.state[parameter]
+        grad = _local(parameter.grad)
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         average = _local(state["momentum_buffer"]).lerp_(grad, 1 - momentum)
         return grad.lerp(average, momentum)
 
 
-class Together(Optimizer):
+class CombinedOptimizer(Optimizer):
     """Several optimizers as one: their groups, and one state."""
 
     def __init__(self, parts: Sequence[Optimizer]) -> None:
-        super().__init__([group for part in parts for group in part.param_groups], {})
+        super().__init__(list(itertools.chain.from_iterable(part.param_groups for part in parts)), {})
         self.parts = parts
         for part in parts:
             part.state = self.state
@@ -70,24 +85,36 @@ class Together(Optimizer):
 
 
 def _batches(matrices: Sequence[nn.Parameter]) -> Iterable[Sequence[nn.Parameter]]:
-    mesh = matrices[0].device_mesh if matrices and isinstance(matrices[0], DTensor) else None
-    size = 1 if mesh is None else mesh.size(mesh.ndim - 1)
+    """Return the matrices in batches of as many as ranks share a copy; single ones where they are not sharded."""
+    size = 1
+    if matrices and isinstance(matrices[0], DTensor):
+        mesh = matrices[0].device_mesh
+        size = mesh.size(mesh.ndim - 1)
     return (matrices[start : start + size] for start in range(0, len(matrices), size))
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return tensor
 
 
 def _factors(matrices: Sequence[nn.Parameter], updates: Sequence[Tensor]) -> list[Tensor]:
-    """The orthogonal factors of whole updates, bfloat16. `updates` and what is returned: this rank's rows of each."""
+    """Return this rank's rows of the orthogonal factors, in bfloat16. `updates`: this rank's rows of each update."""
     first = matrices[0]
     if not isinstance(first, DTensor):
         return [orthogonal(update, COEFFICIENTS, DEFAULT_NS_STEPS, EPS) for update in updates]
+
+    # The last dim of the mesh shards; the others hold copies.
     mesh = first.device_mesh
-    group, rank, size = mesh.get_group(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
-    on_cuda = mesh.device_type == "cuda"  # offloaded rows lie on the CPU, where NCCL does not reach
-    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+    group = mesh.get_group(mesh.ndim - 1)
+    rank = mesh.get_local_rank(mesh.ndim - 1)
+    size = mesh.size(mesh.ndim - 1)
+    # Offloaded rows are on the CPU, where NCCL cannot send them from.
+    device = torch.device("cpu")
+    if mesh.device_type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+
     mine = [update.numel() for update in updates] + [0] * (size - len(updates))
     sent = torch.cat([update.to(device, torch.bfloat16).reshape(-1) for update in updates])
     theirs = [0] * size
@@ -95,10 +122,12 @@ def _factors(matrices: Sequence[nn.Parameter], updates: Sequence[Tensor]) -> lis
         rows, columns = matrices[rank].shape
         theirs = [len(part) * columns for part in torch.empty(rows, device="meta").chunk(size)]
         theirs += [0] * (size - len(theirs))
-    whole = sent.new_empty(sum(theirs))
-    dist.all_to_all_single(whole, sent, theirs, mine, group=group)
+
+    complete = sent.new_empty(sum(theirs))
+    dist.all_to_all_single(complete, sent, theirs, mine, group=group)
     if rank < len(matrices):
-        whole = orthogonal(whole.view(matrices[rank].shape), COEFFICIENTS, DEFAULT_NS_STEPS, EPS).reshape(-1)
-    dist.all_to_all_single(sent, whole.contiguous(), mine, theirs, group=group)
+        complete = orthogonal(complete.view(matrices[rank].shape), COEFFICIENTS, DEFAULT_NS_STEPS, EPS).reshape(-1)
+    # Back the same way: what was sent and received changes places, and `sent` is used again.
+    dist.all_to_all_single(sent, complete.contiguous(), mine, theirs, group=group)
     parts = torch.split(sent, mine[: len(updates)])
     return [part.view_as(update).to(update.device) for part, update in zip(parts, updates, strict=True)]

@@ -41,7 +41,7 @@ def test_an_adapter_beside_the_model_is_refused(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "kept" / "adapter_config.json", base)
     message = refused(base)
     assert "holds a model and an adapter" in message
-    assert "model.lora_adapter_path names it" in message
+    assert "set model.lora_adapter_path to that folder" in message
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_names_of_a_wrapped_model_are_told(tmp_path: Path, prefix: str, who: str
         assert f"{prefix}lm_head.weight" in open_base(config_of(base))[0].tensors
         return
     message = refused(base)
-    assert f"the names of a model that {who} had wrapped" in message
+    assert f"those of a model wrapped by {who}" in message
     assert f"such as {prefix}" in message
 
 

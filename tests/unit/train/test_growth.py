@@ -93,7 +93,7 @@ def test_the_text_part_of_a_larger_model_grows(inputs: Path) -> None:
 
 
 def test_an_adapter_on_a_grown_model_is_refused(inputs: Path) -> None:
-    with pytest.raises(ConfigError, match=r"add_special_tokens with LoRA[^$]*<\|turn\|>[^$]*lora_rank=0"):
+    with pytest.raises(ConfigError, match=r"combined with LoRA[^$]*not saved anywhere[^$]*<\|turn\|>[^$]*lora_rank=0"):
         check_model(config_of(inputs, ADD, "model.lora_rank=2"))
 
 

@@ -56,7 +56,7 @@ def test_at_the_end_it_does_nothing() -> None:
 def test_the_same_request_may_come_twice_and_a_second_one_ends_the_process() -> None:
     finished = run(
         "with signals.StopFlag() as stop:\n"
-        "    stop.last_words = lambda status: print(status, flush=True)\n"
+        "    stop.on_exit = lambda status: print(status, flush=True)\n"
         "    stop.between_steps('training')\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -76,7 +76,7 @@ def test_a_main_thread_that_hears_nothing_is_ended() -> None:
         "import ctypes, threading\n"
         "lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)\n"
         "with signals.StopFlag() as stop:\n"
-        "    stop.last_words = lambda status: print(status, flush=True)\n"
+        "    stop.on_exit = lambda status: print(status, flush=True)\n"
         "    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
         "    lock(mutex)\n"
         "    lock(mutex)\n"

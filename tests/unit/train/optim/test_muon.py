@@ -13,7 +13,7 @@ from apollo_sft.config.compose import compose
 from apollo_sft.errors import CheckpointError, ConfigError
 from apollo_sft.tools.plan.memory import STATE, Pack, Ranks, step_memory
 from apollo_sft.train.optim.build import build_optimizer, check_optimizer, fill_state, state_bytes
-from apollo_sft.train.optim.muon import Muon, Together
+from apollo_sft.train.optim.muon import CombinedOptimizer, Muon
 from tests.support.models import tiny_config, tiny_model
 
 
@@ -63,7 +63,7 @@ def test_experts_in_one_tensor_are_left_to_adamw() -> None:
 
 def test_two_optimizers_are_one() -> None:
     matrix, vector = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4))
-    both = Together([Muon([{"params": [matrix]}], lr=0.1), torch.optim.AdamW([vector], lr=0.1)])
+    both = CombinedOptimizer([Muon([{"params": [matrix]}], lr=0.1), torch.optim.AdamW([vector], lr=0.1)])
     for group in both.param_groups:
         group["lr"] = 0.0
     for parameter in (matrix, vector):
