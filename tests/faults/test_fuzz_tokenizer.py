@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from apollo_sft.config.compose import compose
-from apollo_sft.data.render import sandbox
+from apollo_sft.data.render import limits
 from apollo_sft.errors import ApolloError
 from apollo_sft.train.prepare_run import prepare
 from tests.support.reliability import record
@@ -52,8 +52,8 @@ TEMPLATES = [
 
 @pytest.fixture(autouse=True)
 def tight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 1)
-    monkeypatch.setattr(sandbox, "MAX_MEMORY_BYTES", 1 << 29)
+    monkeypatch.setattr(limits, "MAX_SECONDS", 1)
+    monkeypatch.setattr(limits, "MAX_MEMORY_BYTES", 1 << 29)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from apollo_sft.data.read.conversation import Conversation
-from apollo_sft.data.render import sandbox
+from apollo_sft.data.render import limits as render_limits
 from apollo_sft.data.render.render import Renderer
 from apollo_sft.data.render.sandbox import RunawayError, Sandbox
 from apollo_sft.data.render.template import ChatTemplate, resolve_template
@@ -48,8 +48,8 @@ HOSTILE = {
 
 @pytest.fixture(autouse=True)
 def tight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 1)
-    monkeypatch.setattr(sandbox, "MAX_MEMORY_BYTES", 1 << 28)
+    monkeypatch.setattr(render_limits, "MAX_SECONDS", 1)
+    monkeypatch.setattr(render_limits, "MAX_MEMORY_BYTES", 1 << 28)
 
 
 def limits() -> tuple[object, ...]:
@@ -105,9 +105,9 @@ def test_the_rows_after_a_hostile_one_are_not_tried() -> None:
 
 
 IN_C = """
-from apollo_sft.data.render import sandbox
+from apollo_sft.data.render import limits, sandbox
 from apollo_sft.data.render.template import ChatTemplate
-sandbox.KILL_SECONDS = 3
+limits.KILL_SECONDS = 3
 text = "{% set n = 1000000 // messages|length %}{% set a = [1] * n %}{% set b = [a] * n %}{{ b.count([1] * n) }}"
 hostile = sandbox.Sandbox(ChatTemplate(text, "test"), {})
 with hostile.bounded():

@@ -1,69 +1,71 @@
-"""Conversation -> Samples: text, spans of targets, tokens once, and the one shift."""
+r"""Render a Conversation into Samples: text, spans of targets, tokens once, and the one shift.
+
+One row of chatml, through all steps:
+
+    conversation   user "1 + 1?", assistant "2"
+    text           <|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n
+    span           characters 56 to 67: 2<|im_end|>                               (see `spans`)
+    input_ids      … <|im_start|> assistant \n         2          <|im_end|> \n   (see `tokens`)
+    labels         … -100         -100      2          <|im_end|> -100       -100
+
+The position of the new line must predict "2", the position of "2" the stop token. All other labels are -100.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
-from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from apollo_sft.config.schema import DataConfig
-from apollo_sft.data.read.conversation import Forgeries
-from apollo_sft.data.render.replies import missing_parts
-from apollo_sft.data.render.sandbox import (
-    WAYS,
-    RenderError,
-    RunawayError,
-    Sandbox,
-    call_names,
-    handed_over,
-    with_reasoning_names,
-)
-from apollo_sft.data.render.spans import Dialogue, Habits, Text, UnprovableError, as_marked, lay_out
+from apollo_sft.data.render import refusals
+from apollo_sft.data.render.control_tokens import ControlTokenScan, control_tokens, special_tokens
+from apollo_sft.data.render.counts import RenderCounts
+from apollo_sft.data.render.message_forms import CallStyle, call_names, with_call_form, with_reasoning_names
+from apollo_sft.data.render.reply_format import ReplyFormat
+from apollo_sft.data.render.sandbox import RenderError, RunawayError, Sandbox
+from apollo_sft.data.render.spans import Text, lay_out, within_generation_tags
 from apollo_sft.data.render.template import ChatTemplate
-from apollo_sft.data.render.tokens import Encoder, TokenSpans, control_tokens, special_tokens
+from apollo_sft.data.render.tokens import Encoder, TokenSpans
+from apollo_sft.data.render.turns import Renderings, UnprovableError
 from apollo_sft.errors import DataError
 from apollo_sft.types import IGNORE_INDEX, Conversation, Message, RowRef, Sample
-
-NAMED_EXAMPLES = 5
-
-
-@dataclass(slots=True)
-class RenderCounts:
-    """What was met so far. `stop_tokens`: how often each token id ended a turn.
-
-    `found`: how often each of the names in `audit.FINDINGS`; `first`: the first rows of each.
-    """
-
-    turns: int = 0
-    found: Counter[str] = field(default_factory=Counter)
-    first: dict[str, list[str]] = field(default_factory=dict)
-    stop_tokens: Counter[int] = field(default_factory=Counter)
-
-    def add(self, name: str, ref: RowRef, count: int = 1) -> None:
-        if count:
-            self.found[name] += count
-            examples = self.first.setdefault(name, [])
-            if len(examples) < NAMED_EXAMPLES and str(ref) not in examples:
-                examples.append(str(ref))
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """One row: its samples, before truncation. `dropped`: why it is not to be trained, None where it is.
-
-    `left_out`: the turns that should have been trained and are in no sample, and why. `unwritten`: turns that are
-    trained without a part that the row has, by the names of such parts.
-    """
+    """One row that was rendered."""
 
     samples: list[Sample]
+    """Before truncation."""
+
     dropped: str | None = None
+    """Why the row is not trained, None where it is."""
+
     left_out: tuple[tuple[int, ...], str] = ((), "")
+    """The turns that should have been trained and are in no sample, and why."""
+
     unwritten: dict[tuple[str, ...], list[int]] = field(default_factory=dict)
+    """The turns that are trained without parts of the row's message, by the names of these parts."""
+
+
+@dataclass(slots=True)
+class _Row:
+    """One row on its way from a conversation to samples."""
+
+    conversation: Conversation
+
+    control_token: str | None
+    """The control token that its text spells, and where."""
+
+    texts: list[Text] = field(default_factory=list)
+    tokens: list[TokenSpans] = field(default_factory=list)
+    """One for each text."""
+
+    error: DataError | None = None
 
 
 class Renderer:
@@ -80,181 +82,161 @@ class Renderer:
         kwargs = {"strftime_now": lambda form: day.strftime(form)} | dict(tokenizer.special_tokens_map)
         self.sandbox = Sandbox(template, kwargs | dict(data.apply_chat_template_kwargs))
         self.counts = RenderCounts()
-        self.way: tuple[bool, bool] | None = None
-        self.forgeries = Forgeries(special_tokens(tokenizer))
-        with self.sandbox.bounded():
-            controls = control_tokens(tokenizer, template)
-            self.habits = Habits.of(lambda m, g: self.sandbox.render(m, None, {}, g), controls, tokenizer.eos_token)
+        self.scan = ControlTokenScan(special_tokens(tokenizer))
 
-    def render(self, conversations: Sequence[Conversation]) -> list[list[Sample]]:
-        """The samples of each conversation, before truncation.
+        def render(messages: Sequence[Message], add_generation_prompt: bool) -> str:
+            return self.sandbox.render(messages, None, {}, add_generation_prompt)
+
+        with self.sandbox.bounded():
+            self.format = ReplyFormat.probe(render, control_tokens(tokenizer, template), tokenizer.eos_token)
+
+    def render(self, conversations: Sequence[Conversation], first_try: CallStyle | None = None) -> list[list[Sample]]:
+        """Return the samples of each conversation, before truncation. `first_try`: see `lay_out`.
 
         Raises: DataError naming file, row, turn and template, for the first conversation that cannot be rendered.
         """
         rows = []
-        for result in self.try_render(conversations):
+        for result in self.try_render(conversations, first_try):
             if isinstance(result, DataError):
                 raise result
             rows.append(result.samples)
         return rows
 
-    def try_render(self, conversations: Sequence[Conversation]) -> list[Rendered | DataError]:
-        """As `render`, with the error of a conversation in its place."""
-        forged = [self.forgeries.first(conversation) for conversation in conversations]
-        with self.sandbox.bounded():
-            laid_out = [self._try_lay_out(*pair) for pair in zip(conversations, forged, strict=True)]
-        encoded = iter(self.encoder.encode([text for texts in laid_out if isinstance(texts, list) for text in texts]))
-        results: list[Rendered | DataError] = []
-        for conversation, why, texts in zip(conversations, forged, laid_out, strict=True):
-            tokens = [next(encoded) for _ in texts] if isinstance(texts, list) else []
-            error = next((item for item in tokens if isinstance(item, UnprovableError)), None)
-            if isinstance(texts, DataError):
-                results.append(texts)
-            elif error is not None:
-                results.append(self._refusal(conversation.ref, error))
-            else:
-                pairs = [(text, item) for text, item in zip(texts, tokens, strict=True) if isinstance(item, TokenSpans)]
-                results.append(self._rendered(conversation, pairs, why))
-        return results
+    def try_render(
+        self, conversations: Sequence[Conversation], first_try: CallStyle | None = None
+    ) -> list[Rendered | DataError]:
+        """Render as `render` does, with the error of a conversation in its place.
 
-    def lay_out(self, conversation: Conversation) -> list[Text]:
-        """The renderings of one row and their target spans.
+        The style of tool calls that fits one conversation is tried first on the next, so results depend on which
+        conversations are rendered together, and on nothing that was rendered before.
+        """
+        rows = [_Row(conversation, self.scan.first(conversation)) for conversation in conversations]
+        with self.sandbox.bounded():
+            style = first_try
+            for row in rows:
+                style = self._try_lay_out(row, style)
+
+        self._encode(rows)
+        return [self._finished(row) if row.error is None else row.error for row in rows]
+
+    def lay_out(
+        self, conversation: Conversation, first_try: CallStyle | None = None
+    ) -> tuple[CallStyle | None, list[Text]]:
+        """Return the texts of one row with their target spans, and the style of tool calls to try first on the next.
+
+        A style fits when every trained tool call is in its target. `first_try` fits when the template accepts it. Where
+        none fits, the first style that the template accepts is taken. Call it inside of `sandbox.bounded`.
 
         Raises: RenderError, UnprovableError.
         """
-        has_calls = any("tool_calls" in message for message in conversation.messages)
-        ways = (self.way, *WAYS) if self.way is not None else WAYS if has_calls else WAYS[:1]
-        failed: RenderError | UnprovableError | None = None
-        poor: tuple[tuple[bool, bool], list[Text]] | None = None
-        for way in ways:
-            try:
-                texts = self._lay_out(conversation, way)
-            except (RenderError, UnprovableError) as error:
-                failed = failed or error
-                continue
-            if not has_calls or self.way == way or _writes_calls(conversation, texts):
-                self.way = way if has_calls else self.way
-                return texts
-            poor = poor or (way, texts)
-        if poor is None:
-            assert failed is not None, "every way either fails or gives texts"
-            raise failed
-        self.way = poor[0]
-        return poor[1]
+        if not any("tool_calls" in message for message in conversation.messages):
+            return first_try, self._lay_out(conversation, CallStyle.PLAIN)
 
-    def _lay_out(self, conversation: Conversation, way: tuple[bool, bool]) -> list[Text]:
-        messages = [handed_over(message, *way) for message in with_reasoning_names(conversation.messages)]
+        failure: RenderError | UnprovableError | None = None
+        fallback: tuple[CallStyle, list[Text]] | None = None
+        styles = [] if first_try is None else [first_try]
+        for style in [*styles, *(style for style in CallStyle if style is not first_try)]:
+            try:
+                texts = self._lay_out(conversation, style)
+            except (RenderError, UnprovableError) as error:
+                failure = failure or error
+                continue
+            if style is first_try or _writes_calls(conversation, texts):
+                return style, texts
+            fallback = fallback or (style, texts)
+
+        if fallback is None:
+            assert failure is not None, "every style either fails or gives texts"
+            raise failure
+        return fallback
+
+    def _lay_out(self, conversation: Conversation, style: CallStyle) -> list[Text]:
+        tools = conversation.tools
+        kwargs = conversation.template_kwargs
+        messages = [with_call_form(message, style) for message in with_reasoning_names(conversation.messages)]
 
         def render(some: Sequence[Message], add_generation_prompt: bool) -> str:
-            return self.sandbox.render(some, conversation.tools, conversation.template_kwargs, add_generation_prompt)
+            return self.sandbox.render(some, tools, kwargs, add_generation_prompt)
 
-        dialogue = Dialogue(messages, render, self.habits)
-        texts = lay_out(dialogue, trained_turns(conversation, self.data.train_on), self.data.history)
-        tools, kwargs = conversation.tools, conversation.template_kwargs
+        renderings = Renderings(messages, render, self.format)
+        texts = lay_out(renderings, trained_turns(conversation, self.data.train_on), self.data.history)
         if not self.sandbox.marks_generation(tools is not None):
             return texts
+
         marked = [self.sandbox.generated(messages[: text.num_messages], tools, kwargs) for text in texts]
-        return [as_marked(text, stretches, self.habits) for text, stretches in zip(texts, marked, strict=True)]
+        return [within_generation_tags(text, ranges, self.format) for text, ranges in zip(texts, marked, strict=True)]
 
-    def _try_lay_out(self, conversation: Conversation, forged: str | None) -> list[Text] | DataError:
-        if forged is not None and self.data.special_tokens_in_content == "error":
-            return DataError(
-                f"{conversation.ref}: the text spells a control token of the tokenizer",
-                found=forged,
-                expected="text that cannot forge a turn",
-                fix="data.special_tokens_in_content=drop (leaves such rows out) or allow (trains them as they are)",
-            )
+    def _try_lay_out(self, row: _Row, first_try: CallStyle | None) -> CallStyle | None:
+        """Fill the texts of a row, or its error. Returns the style to try first on the next row.
+
+        Raises: DataError for a template that exceeds its limits, as it would on the rows that follow.
+        """
+        ref = row.conversation.ref
+        if row.control_token is not None and self.data.special_tokens_in_content == "error":
+            row.error = refusals.spells_control_token(ref, row.control_token)
+            return first_try
+
         try:
-            return self.lay_out(conversation)
+            style, row.texts = self.lay_out(row.conversation, first_try)
         except UnprovableError as error:
-            return self._refusal(conversation.ref, error)
-        except RunawayError as error:
-            raise DataError(
-                f"{conversation.ref}: the chat template does not come to an end on this conversation",
-                found=str(error),
-                fix="another data.chat_template",
-            ) from error
+            row.error = refusals.no_target_found(ref, error, self.template)
         except RenderError as error:
-            return DataError(
-                f"{conversation.ref}: the chat template fails on this conversation",
-                found=str(error),
-                expected=f"messages that the template accepts (template: {self.template.source})",
-                fix="change the row, or data.chat_template",
-            )
+            row.error = refusals.template_fails(ref, error, self.template)
+        except RunawayError as error:
+            raise refusals.template_runs_away(ref, error) from error
+        else:
+            return style
+        return first_try
 
-    def _refusal(self, ref: RowRef, error: UnprovableError) -> DataError:
-        return DataError(
-            f"{ref}, turn {error.turn}: what the model says in this turn cannot be located",
-            found=str(error),
-            expected=f"a turn that is rendered alike at inference and in training (template: {self.template.source})",
-            fix="another data.chat_template, other data.apply_chat_template_kwargs, or rows of one turn",
-        )
+    def _encode(self, rows: Sequence[_Row]) -> None:
+        """Fill the tokens of all rows, or the error of a row with a target that has none."""
+        texts = [text for row in rows for text in row.texts]
+        encoded = iter(self.encoder.encode(texts))
+        for row in rows:
+            # All of the row's tokens are taken, also after an error: the next row's follow them.
+            for found in [next(encoded) for _ in row.texts]:
+                if isinstance(found, TokenSpans):
+                    row.tokens.append(found)
+                elif row.error is None:
+                    row.error = refusals.no_target_found(row.conversation.ref, found, self.template)
 
-    def _rendered(
-        self, conversation: Conversation, pairs: Sequence[tuple[Text, TokenSpans]], forged: str | None
-    ) -> Rendered:
-        drop = forged is not None and self.data.special_tokens_in_content == "drop"
-        samples = [_sample(conversation.ref, text, tokens) for text, tokens in pairs]
-        if drop:
-            self.counts.add("control_tokens_dropped", conversation.ref)
-            return Rendered(samples, f"{forged} (data.special_tokens_in_content=drop)")
-        self.counts.add("control_tokens", conversation.ref, forged is not None)
-        self.counts.add("expanded_rows", conversation.ref, len(pairs) > 1)
+    def _finished(self, row: _Row) -> Rendered:
+        """Make the samples of a row, and count what was found in it."""
+        ref = row.conversation.ref
+        pairs = list(zip(row.texts, row.tokens, strict=True))
+        samples = [_sample(ref, text, tokens) for text, tokens in pairs]
+        if row.control_token is not None and self.data.special_tokens_in_content == "drop":
+            self.counts.add("control_tokens_dropped", ref)
+            return Rendered(samples, f"{row.control_token} (data.special_tokens_in_content=drop)")
+
+        self.counts.add("control_tokens", ref, int(row.control_token is not None))
+        self.counts.add("expanded_rows", ref, int(len(pairs) > 1))
         unwritten: dict[tuple[str, ...], list[int]] = {}
         for text, tokens in pairs:
-            self._count(conversation, text, tokens, unwritten)
-        done = {turn for sample in samples for turn in sample.turns}
-        left_out = tuple(i for i in trained_turns(conversation, self.data.train_on) if i not in done)
+            missing = self.counts.add_sample(row.conversation, text, tokens, self.format.header)
+            for turn, parts in missing.items():
+                unwritten.setdefault(parts, []).append(turn)
+        return Rendered(samples, None, self._left_out(row.conversation, samples), unwritten)
+
+    def _left_out(self, conversation: Conversation, samples: Sequence[Sample]) -> tuple[tuple[int, ...], str]:
+        """Return the turns that should have been trained and are in no sample, and why; count them."""
+        trained: set[int] = set()
+        for sample in samples:
+            trained.update(sample.turns)
+
+        name = "turns_left_out"
+        why = "turns that the template rewrites are not trained (data.history=last_turn)"
         if self.sandbox.marks_generation(conversation.tools is not None):
-            name, why = "unmarked_turns", "the template's generation tags leave turns out"
-        else:
-            name, why = "turns_left_out", "turns that the template rewrites are not trained (data.history=last_turn)"
+            name = "unmarked_turns"
+            why = "the template's generation tags leave turns out"
+
+        left_out = tuple(i for i in trained_turns(conversation, self.data.train_on) if i not in trained)
         self.counts.add(name, conversation.ref, len(left_out))
-        return Rendered(samples, None, (left_out, why), unwritten)
-
-    def _count(
-        self,
-        conversation: Conversation,
-        text: Text,
-        tokens: TokenSpans,
-        unwritten: dict[tuple[str, ...], list[int]],
-    ) -> None:
-        """Count what was met in one sample. `unwritten` grows by its turns that lack a part."""
-        counts, ref = self.counts, conversation.ref
-        counts.add("cut_turns", ref, tokens.num_cuts)
-        pairs = zip(text.spans, tokens.ranges, strict=True)
-        for turn, group in groupby(pairs, key=lambda pair: pair[0].turn):
-            spans, ranges = zip(*group, strict=True)
-            message, last = conversation.messages[turn], spans[-1]
-            said = "".join([text.text[span.start : span.end] for span in spans])
-            missing = missing_parts(message, said)
-            if missing:
-                unwritten.setdefault(missing, []).append(turn)
-            counts.turns += 1
-            met = {
-                "unpredictable_targets": ranges[0][0] == 0 < ranges[0][1],
-                "turns_without_stop": last.stop is None,
-                "second_stops": last.second_stop,
-                "unopened_turns": spans[0].unopened,
-                "rewritten_turns": spans[0].rewritten,
-                "unwritten_turns": bool(missing),
-                "trained_headers": self.habits.header != "" and said.lstrip().startswith(self.habits.header),
-                "empty_replies": "tool_calls" not in message and not message["content"].strip(),
-            }
-            if True in met.values():
-                for name, is_met in met.items():
-                    counts.add(name, ref, is_met)
-            if last.stop is not None:
-                counts.stop_tokens[int(tokens.ids[ranges[-1][1] - 1])] += 1
-
-
-def _sample(ref: RowRef, text: Text, tokens: TokenSpans) -> Sample:
-    turns = tuple(dict.fromkeys(span.turn for span in text.spans))
-    return Sample(tokens.ids, shifted_labels(tokens.ids, tokens.ranges), ref, turns)
+        return left_out, why
 
 
 def trained_turns(conversation: Conversation, train_on: str) -> list[int]:
-    """The messages that are trained: `data.train_on`, without those that the row takes out."""
+    """Return the messages that are trained: `data.train_on`, without those that the row takes out."""
     everyone = range(len(conversation.messages))
     assistant = [i for i in everyone if conversation.messages[i]["role"] == "assistant"]
     chosen = {"assistant": assistant, "last": assistant[-1:], "all": everyone}[train_on]
@@ -262,19 +244,26 @@ def trained_turns(conversation: Conversation, train_on: str) -> list[int]:
 
 
 def _writes_calls(conversation: Conversation, texts: Sequence[Text]) -> bool:
-    """Whether every trained tool call is in its target."""
-    spans = [(span, text.text) for text in texts for span in text.spans]
-    return all(
-        name in text[span.start : span.end]
-        for span, text in spans
-        for name in call_names(conversation.messages[span.turn])
-    )
+    """Return whether every trained tool call is in its target."""
+    for text in texts:
+        for span in text.spans:
+            target = text.text[span.start : span.end]
+            if not all(name in target for name in call_names(conversation.messages[span.turn])):
+                return False
+    return True
+
+
+def _sample(ref: RowRef, text: Text, tokens: TokenSpans) -> Sample:
+    # Generation tags may split a turn into several spans; it is named once.
+    turns = tuple(dict.fromkeys(span.turn for span in text.spans))
+    return Sample(tokens.ids, shifted_labels(tokens.ids, tokens.ranges), ref, turns)
 
 
 def shifted_labels(ids: np.ndarray, ranges: Sequence[tuple[int, int]]) -> np.ndarray:
-    """The one shift: `labels[t]` is `ids[t + 1]` where token t + 1 is in a range, else IGNORE_INDEX.
+    """Return labels, int32: `labels[t]` is `ids[t + 1]` where token t + 1 is in a range, else IGNORE_INDEX.
 
-    A token at position 0 has nothing before it from which it could be predicted, so it is never a label.
+    This is the one shift. A token at position 0 has nothing before it from which it could be predicted, so it is never
+    a label.
     """
     labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
     for first, end in ranges:
@@ -284,18 +273,21 @@ def shifted_labels(ids: np.ndarray, ranges: Sequence[tuple[int, int]]) -> np.nda
 
 
 def truncate(sample: Sample, max_length: int, side: str, bos: int | None = None) -> Sample:
-    """At most `max_length` tokens, cut on `side` (left or right), labels with them.
+    """Cut a sample to at most `max_length` tokens, on `side` (left or right), labels with them.
 
     On the right the last position that stays predicts nothing: what it would predict is cut. On the left a first
     token `bos` stays, and predicts nothing.
     """
-    ids, labels = sample.input_ids, sample.labels
+    ids = sample.input_ids
+    labels = sample.labels
     if len(ids) <= max_length:
         return sample
+
     if side == "right":
         labels = labels[:max_length].copy()
         labels[-1] = IGNORE_INDEX
         return Sample(ids[:max_length], labels, sample.ref, sample.turns)
+
     if ids[0] == bos:
         ids = np.concatenate([ids[:1], ids[1 - max_length :]])
         labels = np.concatenate([[np.int32(IGNORE_INDEX)], labels[1 - max_length :]]).astype(np.int32)

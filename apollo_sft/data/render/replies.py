@@ -1,4 +1,4 @@
-"""Whether a rendering holds what a reply of the row says."""
+"""Check that a rendering holds the content, the reasoning and the tool calls of a message of the row."""
 
 from __future__ import annotations
 
@@ -7,46 +7,65 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from apollo_sft.data.render.sandbox import REASONING
+from apollo_sft.data.render.message_forms import REASONING_KEYS
 from apollo_sft.types import Message
 
 
-def missing_parts(message: Message, said: str) -> tuple[str, ...]:
-    """Which of content, reasoning and tool calls of a message are not in what the template wrote of it.
+def missing_parts(message: Message, reply: str) -> tuple[str, ...]:
+    """Return which of content, reasoning and tool calls of a message are not in the reply that the template wrote.
 
-    White space may differ, and text may stand there as in JSON. Of a call the name is looked for, and those texts
-    among its arguments that are spelled alike in every notation.
+    White space may differ, and text may be escaped as in JSON. Of a call the name is looked for, and those texts among
+    its arguments that are spelled alike in every notation.
     """
     missing = []
-    if not _is_in(message["content"], said):
+    if not _is_in(message["content"], reply):
         missing.append("content")
-    reasoning = next((message[name] for name in REASONING if name in message), "")
-    if not _is_in(reasoning, said):
+    reasoning = next((message[name] for name in REASONING_KEYS if name in message), "")
+    if not _is_in(reasoning, reply):
         missing.append("reasoning")
-    if "tool_calls" in message and not _has_calls(message, said):
+    if "tool_calls" in message and not _has_calls(message, reply):
         missing.append("tool calls")
     return tuple(missing)
 
 
-def _is_in(part: str, said: str) -> bool:
-    if part in said or part.strip() in said:
+def _is_in(part: str, reply: str) -> bool:
+    # The usual cases first: taking the white space out of long texts is slow.
+    if part in reply or part.strip() in reply:
         return True
-    together = "".join(said.split())
-    return "".join(part.split()) in together or "".join(json.dumps(part, ensure_ascii=False)[1:-1].split()) in together
+
+    bare_reply = _bare(reply)
+    escaped = json.dumps(part, ensure_ascii=False)[1:-1]
+    return _bare(part) in bare_reply or _bare(escaped) in bare_reply
 
 
-def _has_calls(message: Message, said: str) -> bool:
+def _bare(text: str) -> str:
+    """Return a text without white space."""
+    return "".join(text.split())
+
+
+def _has_calls(message: Message, reply: str) -> bool:
     calls = [call.get("function", call) for call in message["tool_calls"]]
     names = Counter(call["name"] for call in calls)
-    return all(said.count(name) >= count for name, count in names.items()) and all(
-        text in said for call in calls for text in _plain_texts(call.get("arguments"))
-    )
+    if any(reply.count(name) < count for name, count in names.items()):
+        return False
+
+    plain_texts: list[str] = []
+    for call in calls:
+        plain_texts += _plain_texts(call.get("arguments"))
+    return all(text in reply for text in plain_texts)
 
 
 def _plain_texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a value that no notation has to escape."""
     if isinstance(value, str):
         if value.isalnum() and value.isascii():
             yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _plain_texts(item)
+        return
+
+    items = []
+    if isinstance(value, dict):
+        items = list(value.values())
+    elif isinstance(value, list):
+        items = value
+    for item in items:
+        yield from _plain_texts(item)

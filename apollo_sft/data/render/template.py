@@ -1,4 +1,4 @@
-"""Which chat template is used, and where it came from."""
+"""Choose the chat template, and record where it came from."""
 
 from __future__ import annotations
 
@@ -15,29 +15,38 @@ CHATML = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
+
 PLAIN = (
     "{%- for message in messages -%}{{- message.content -}}"
     "{%- if message.role == 'assistant' -%}{{- eos_token -}}{%- endif -%}{%- endfor -%}"
 )
-"""For base models: the contents one after another, nothing between them, the end token after each answer."""
+"""For base models: the contents one after another, without anything between them, the end token after each answer."""
 
 CHOICES = "a path to a jinja file, jinja text, `chatml` or `plain`"
 
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """Jinja text and its origin, for messages. `tool_text`, where the tokenizer has one, serves rows with tools."""
+    """A chat template and its origin."""
 
     text: str
+    """Jinja text."""
+
     source: str
+    """The origin, in words."""
+
     tool_text: str | None = None
+    """Jinja text for rows with tools, where the tokenizer has a template of its own for them."""
 
     def text_for(self, has_tools: bool) -> str:
-        return self.tool_text if has_tools and self.tool_text is not None else self.text
+        """Return the jinja text for rows with or without tools."""
+        if has_tools and self.tool_text is not None:
+            return self.tool_text
+        return self.text
 
 
 def resolve_template(tokenizer: Any, data: DataConfig) -> ChatTemplate:
-    """The template that `data.chat_template` names; null is the tokenizer's own.
+    """Return the template that `data.chat_template` names; null is the tokenizer's own.
 
     Raises: DataError when there is none, or `plain` does not fit the tokenizer.
     """
@@ -54,9 +63,11 @@ def resolve_template(tokenizer: Any, data: DataConfig) -> ChatTemplate:
 
 
 def is_own(tokenizer: Any, template: ChatTemplate) -> bool:
-    """Tell whether the template is the one that the tokenizer brings; of several by name, the default one."""
+    """Return whether the template is the one that the tokenizer brings; of several by name, the default one."""
     own = tokenizer.chat_template
-    return bool(template.text == (own.get("default") if isinstance(own, dict) else own))
+    if isinstance(own, dict):
+        own = own.get("default")
+    return bool(template.text == own)
 
 
 def _own(tokenizer: Any) -> ChatTemplate:
@@ -65,7 +76,10 @@ def _own(tokenizer: Any) -> ChatTemplate:
         return ChatTemplate(own["default"], "the tokenizer's own", own.get("tool_use"))
     if isinstance(own, str) and own:
         return ChatTemplate(own, "the tokenizer's own")
-    found = f"named templates {', '.join(own)}, none of them `default`" if isinstance(own, dict) else "none"
+
+    found = "none"
+    if isinstance(own, dict):
+        found = f"named templates {', '.join(own)}, none of them `default`"
     raise DataError(
         "the tokenizer has no chat template (data.chat_template)",
         found=found,
@@ -78,9 +92,13 @@ def _own(tokenizer: Any) -> ChatTemplate:
 def _plain(tokenizer: Any) -> ChatTemplate:
     if tokenizer.eos_token is None:
         raise DataError("data.chat_template=plain needs a tokenizer with an end token", found="eos_token is null")
+
     # A prompt at inference begins with the BOS token where the tokenizer adds one, so the training text does too.
-    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    return ChatTemplate("{{- bos_token -}}" * adds_bos + PLAIN, "built-in plain")
+    bos = tokenizer.bos_token_id
+    text = PLAIN
+    if bos is not None and tokenizer("a")["input_ids"][0] == bos:
+        text = "{{- bos_token -}}" + PLAIN
+    return ChatTemplate(text, "built-in plain")
 
 
 def _from_file(wanted: str) -> ChatTemplate:

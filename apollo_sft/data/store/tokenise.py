@@ -12,7 +12,8 @@ from apollo_sft.config.schema import DataConfig
 from apollo_sft.data.read.conversation import check_conversation, needed_columns, parse_row
 from apollo_sft.data.read.files import Row
 from apollo_sft.data.read.rows import try_rows
-from apollo_sft.data.render.render import RenderCounts, Rendered, Renderer, truncate
+from apollo_sft.data.render.counts import RenderCounts
+from apollo_sft.data.render.render import Rendered, Renderer, truncate
 from apollo_sft.data.render.template import ChatTemplate
 from apollo_sft.data.store.store_files import NAMED_EXAMPLES, Rejected, StoreSummary, StoreWriter, count_targets
 from apollo_sft.errors import DataError
@@ -100,7 +101,6 @@ class _Chunk:
 
     def run(self, chunk: Sequence[tuple[RowRef, Item]]) -> StoreSummary:
         self.renderer.counts = RenderCounts()
-        self.renderer.way = None  # what an earlier chunk has shown may not be known to another process
         parsed = [self._try_parse(row, ref) for ref, row in chunk]
         rendered = iter(self.renderer.try_render([c for c in parsed if isinstance(c, Conversation)]))
         results = [next(rendered) if isinstance(c, Conversation) else c for c in parsed]
@@ -114,8 +114,8 @@ class _Chunk:
     def finished(self) -> StoreSummary:
         counts, summary = self.renderer.counts, self.summary
         summary.num_turns = counts.turns
-        summary.found = dict(counts.found)
-        summary.first = counts.first
+        summary.found = {name: tally.count for name, tally in counts.findings.items()}
+        summary.first = {name: tally.examples for name, tally in counts.findings.items()}
         summary.stop_tokens = dict(counts.stop_tokens)
         return summary
 

@@ -16,8 +16,8 @@ from apollo_sft.checkpoint import publish
 from apollo_sft.checkpoint.run_folder.lookup import trained_stops
 from apollo_sft.data.read.conversation import needed_columns, parse_row
 from apollo_sft.data.read.rows import read_rows
+from apollo_sft.data.render.message_forms import CallStyle, with_call_form
 from apollo_sft.data.render.render import Renderer
-from apollo_sft.data.render.sandbox import handed_over
 from apollo_sft.data.render.spans import Span, Text
 from apollo_sft.data.render.template import resolve_template
 from apollo_sft.data.render.tokens import fit_template
@@ -77,10 +77,8 @@ def check_template(subject: Subject) -> str:
     renderer = Renderer(trained, resolve_template(trained, subject.data), subject.data)
     prompts: list[str] = []
     compared = 0
-    for conversation, text, sample in _rendered(subject, renderer):
-        rendered = [
-            _compare(subject, renderer, conversation, text, span) for span in _opening_spans(conversation, text)
-        ]
+    for conversation, style, text, sample in _rendered(subject, renderer):
+        rendered = [_compare(subject, style, conversation, text, span) for span in _opening_spans(conversation, text)]
         _compare_tokens(subject, conversation, sample, rendered)
         subject.longest_reply = max(subject.longest_reply, sample.num_targets)
         prompts += rendered[:1]
@@ -178,19 +176,20 @@ def _trained_tokenizer(subject: Subject) -> tuple[Any, str]:
         return own
 
 
-def _rendered(subject: Subject, renderer: Renderer) -> Iterator[tuple[Conversation, Text, Sample]]:
+def _rendered(subject: Subject, renderer: Renderer) -> Iterator[tuple[Conversation, CallStyle, Text, Sample]]:
     """Rows of the data as training rendered them; without those that it refused."""
     columns = needed_columns(subject.data)
+    style: CallStyle | None = None
     for ref, row in islice(read_rows(subject.files, columns), COMPARED_ROWS):
         try:
             conversation = parse_row(row, ref, subject.data)
-            (samples,) = renderer.render([conversation])
+            (samples,) = renderer.render([conversation], style)
         except DataError:
             continue
         with renderer.sandbox.bounded():
-            texts = renderer.lay_out(conversation)
+            style, texts = renderer.lay_out(conversation, style)
         for text, sample in zip(texts, samples, strict=True):
-            yield conversation, text, sample
+            yield conversation, style or CallStyle.PLAIN, text, sample
 
 
 def _opening_spans(conversation: Conversation, text: Text) -> list[Span]:
@@ -202,10 +201,9 @@ def _opening_spans(conversation: Conversation, text: Text) -> list[Span]:
     return [span for span in first.values() if roles[span.turn] == "assistant" and not span.rewritten]
 
 
-def _compare(subject: Subject, renderer: Renderer, conversation: Conversation, text: Text, span: Span) -> str:
+def _compare(subject: Subject, style: CallStyle, conversation: Conversation, text: Text, span: Span) -> str:
     """The prompt of one reply by the folder's tokenizer, as RL renders it."""
-    way = renderer.way or (False, False)
-    messages = [handed_over(message, *way) for message in conversation.messages[: span.turn]]
+    messages = [with_call_form(message, style) for message in conversation.messages[: span.turn]]
     day = datetime.combine(date.fromisoformat(subject.data.template_date), time())
     kwargs = {"strftime_now": lambda form: day.strftime(form)} | conversation.template_kwargs
     given = subject.data.apply_chat_template_kwargs
@@ -216,7 +214,7 @@ def _compare(subject: Subject, renderer: Renderer, conversation: Conversation, t
             prompt = render_prompt(subject.tokenizer, messages, more | kwargs, conversation.tools)
         except Exception as error:  # a stranger's template
             raise WrongError("template_fails", f"{conversation.ref}: {in_short(error)}", "export again") from error
-        if (prompt == expected or (span.unopened and prompt.startswith(expected))) and not (more and given):
+        if (prompt == expected or (span.lacks_prefill and prompt.startswith(expected))) and not (more and given):
             return prompt
         if prompt == expected:
             what = "prompts are as in training only with data.apply_chat_template_kwargs"

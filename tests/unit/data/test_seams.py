@@ -9,6 +9,7 @@ import pytest
 
 from apollo_sft.data.render.render import Rendered, Renderer
 from apollo_sft.data.render.template import ChatTemplate, resolve_template
+from apollo_sft.data.tally import Tally
 from apollo_sft.errors import DataError
 from apollo_sft.types import IGNORE_INDEX, Conversation, RowRef
 from tests.support.data import CHATML, chat, data_config, tiny_tokenizer
@@ -65,7 +66,8 @@ def check(one: Renderer, tokenizer: Any, count: int, seed: int) -> tuple[int, in
     results = one.try_render(rows)
     with one.sandbox.bounded():
         laid_out = [
-            one.lay_out(row) if isinstance(result, Rendered) else [] for row, result in zip(rows, results, strict=True)
+            one.lay_out(row)[1] if isinstance(result, Rendered) else []
+            for row, result in zip(rows, results, strict=True)
         ]
     for row, result, texts in zip(rows, results, laid_out, strict=True):
         if isinstance(result, DataError):
@@ -81,7 +83,7 @@ def check(one: Renderer, tokenizer: Any, count: int, seed: int) -> tuple[int, in
         reply = sample.labels[sample.labels != IGNORE_INDEX].tolist()
         alone = tokenizer(text.text[span.start : span.end], add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(reply).split() == tokenizer.decode(alone).split(), row
-    return sum(isinstance(result, DataError) for result in results), one.counts.found["cut_turns"]
+    return sum(isinstance(result, DataError) for result in results), one.counts.findings.get("cut_turns", Tally()).count
 
 
 def tiny(template: str) -> tuple[Renderer, Any]:

@@ -80,7 +80,7 @@ def test_gsm8k_targets_are_the_answer_and_the_stop_token(
         assert targets(sample, tok) == tok.decode(tok(before + answer + stop, add_special_tokens=False)["input_ids"])
         whole = tok.apply_chat_template(row.messages, chat_template=resolved.text, return_dict=False, **kwargs)
         assert sample.input_ids.tolist() == whole
-    assert set(renderer.counts.found) <= {"second_stops"}
+    assert set(renderer.counts.findings) <= {"second_stops"}
 
 
 @pytest.mark.parametrize("name", ["bfcl_toolcall", "lf_glaive_toolcall_en", "lf_reason_tool_use", "taskmaster4"])

@@ -1,5 +1,7 @@
 import datetime
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,24 @@ def test_a_string_is_text_whatever_the_dict_keys_say() -> None:
     parsed = single({"question": text, "answer": "['a']"})
     assert parsed.messages == chat(text, "['a']")
     assert (parsed.tools, parsed.template_kwargs, parsed.ref) == (None, {}, REF)
+
+
+def test_a_single_turn_run_loads_nothing_for_messages() -> None:
+    script = (
+        "import sys\n"
+        "from apollo_sft.data.read.conversation import parse_row\n"
+        "from apollo_sft.data.store import open, tokenise, workers\n"
+        "from apollo_sft.types import RowRef\n"
+        "from tests.support.data import data_config\n"
+        "parse_row({'question': 'a', 'answer': 'b'}, RowRef('f', 0), data_config())\n"
+        "print('apollo_sft.data.read.messages' in sys.modules)\n"
+        "row = {'messages': [{'role': 'assistant', 'content': 'b'}]}\n"
+        "parse_row(row, RowRef('f', 0), data_config(multiturn=True))\n"
+        "print('apollo_sft.data.read.messages' in sys.modules)\n"
+    )
+    root = Path(__file__).resolve().parents[4]
+    finished = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    assert finished.stdout.split() == ["False", "True"]
 
 
 def test_the_page_s_extra_info_example() -> None:

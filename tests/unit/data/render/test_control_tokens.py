@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from apollo_sft.data.render.sandbox import written_literals
+from apollo_sft.data.render.control_tokens import unknown_tokens, written_literals
 from apollo_sft.data.render.template import CHATML, ChatTemplate
-from apollo_sft.data.render.tokens import fit_template, unknown_tokens
+from apollo_sft.data.render.tokens import fit_template
 from apollo_sft.data.store.fingerprint import tokenizer_hash
 from apollo_sft.errors import DataError
 from tests.support.data import data_config, tiny_tokenizer

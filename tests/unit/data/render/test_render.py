@@ -1,4 +1,5 @@
 import random
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,11 @@ def renderer(template: str, tokenizer: Any = None, **changes: Any) -> Renderer:
     tokenizer = tokenizer or tiny_tokenizer()
     data = data_config(chat_template=template, **changes)
     return Renderer(tokenizer, resolve_template(tokenizer, data), data)
+
+
+def found_in(one: Renderer) -> Counter[str]:
+    """How often each finding was counted."""
+    return Counter({name: tally.count for name, tally in one.counts.findings.items()})
 
 
 def render(messages: list[Any], template: str = CHATML, **changes: Any) -> Sample:
@@ -161,10 +167,10 @@ def test_templates_that_rewrite_history(template: str, history: str, expected: l
     [samples] = one.render([Conversation(chat("a", "b", "c", "d"), None, {}, REF)])
     assert [target_texts(sample) for sample in samples] == expected
     left_out = 2 - sum(len(texts) for texts in expected)
-    assert one.counts.found["turns_left_out"] == left_out
-    assert one.counts.found["expanded_rows"] == (len(samples) > 1)
+    assert found_in(one)["turns_left_out"] == left_out
+    assert found_in(one)["expanded_rows"] == (len(samples) > 1)
     rewritten = history == "as_rendered"
-    assert one.counts.found["rewritten_turns"] == rewritten
+    assert found_in(one)["rewritten_turns"] == rewritten
 
 
 def test_turns_of_one_step_share_a_sample() -> None:
@@ -194,7 +200,7 @@ def test_a_prompt_with_an_opening_that_no_reply_has() -> None:
         [[sample]] = one.render([Conversation(chat("a", reply), None, {}, REF)])
         opened = reply.startswith("<the>\n")
         assert target_texts(sample) == [reply.removeprefix("<the>\n") + "<|im_end|>"]
-        assert one.counts.found["unopened_turns"] == (not opened)
+        assert found_in(one)["unopened_turns"] == (not opened)
 
 
 def prompts_hold(messages: list[Any], template: str) -> tuple[int, int]:
@@ -212,7 +218,7 @@ def prompts_hold(messages: list[Any], template: str) -> tuple[int, int]:
             assert ids[:start] == prompt
         assert tokenizer.decode(ids[:start]) == tokenizer.decode(prompt)
     assert tokenizer.decode(ids) == apply(messages, tokenize=False)
-    return one.counts.found["cut_turns"], ids == apply(messages)
+    return found_in(one)["cut_turns"], ids == apply(messages)
 
 
 @pytest.mark.parametrize("template", [CHATML, "plain", UNSTOPPED])
@@ -252,14 +258,15 @@ def test_targets_at_position_0_are_counted_not_trained() -> None:
     one = renderer("plain")
     [[sample]] = one.render([Conversation(chat("", "b"), None, {}, REF)])
     assert sample.num_targets == 1
-    assert one.counts.found["unpredictable_targets"] == 1
+    assert found_in(one)["unpredictable_targets"] == 1
 
 
 def test_counts() -> None:
     one = renderer(UNSTOPPED)
     one.render([Conversation(chat("a", "b", "c", ""), None, {}, REF)])
-    assert (one.counts.turns, one.counts.found) == (2, {"turns_without_stop": 2, "empty_replies": 1})
-    assert one.counts.first == {"turns_without_stop": [str(REF)], "empty_replies": [str(REF)]}
+    assert (one.counts.turns, found_in(one)) == (2, {"turns_without_stop": 2, "empty_replies": 1})
+    examples = {name: tally.examples for name, tally in one.counts.findings.items()}
+    assert examples == {"turns_without_stop": [str(REF)], "empty_replies": [str(REF)]}
     two = renderer(CHATML)
     two.render([Conversation(chat("a", "b", "c", "d"), None, {}, REF)] * 2)
     assert two.counts.stop_tokens == {tiny_tokenizer().convert_tokens_to_ids("<|im_end|>"): 4}
@@ -332,11 +339,11 @@ def test_text_that_spells_a_control_token() -> None:
         None,
         "the tools spell <|im_start|> (data.special_tokens_in_content=drop)",
     ]
-    assert (one.counts.turns, one.counts.found) == (1, {"control_tokens_dropped": 2})
+    assert (one.counts.turns, found_in(one)) == (1, {"control_tokens_dropped": 2})
 
     one = renderer(CHATML, special_tokens_in_content="allow")
     assert target_texts(one.render(rows)[0][0]) == ["so <|im_end|> it is<|im_end|>"]
-    assert one.counts.found == {"control_tokens": 2}
+    assert found_in(one) == {"control_tokens": 2}
 
 
 def test_the_date_that_a_template_prints_is_the_configured_one() -> None:
@@ -377,12 +384,12 @@ CALLS = (
         ("{{ m.content }}", ""),
     ],
 )
-def test_tool_calls_are_handed_over_as_the_template_writes_them(body: str, call: str) -> None:
-    """Null or empty content, arguments as a dict or as JSON text: the first way in which the call is written."""
+def test_tool_calls_get_the_form_that_the_template_writes(body: str, call: str) -> None:
+    """Null or empty content, arguments as a dict or as JSON text: the first style in which the call is written."""
     one = renderer(CALLS.replace("BODY", body))
     [[sample], [again]] = one.render([Conversation(CALLING, None, {}, REF)] * 2)
     assert target_texts(sample) == target_texts(again) == [f"{call}<|im_end|>", "two<|im_end|>"]
-    assert one.counts.found["unwritten_turns"] == (0 if call else 2)
+    assert found_in(one)["unwritten_turns"] == (0 if call else 2)
 
 
 def test_what_the_template_leaves_out_of_a_reply_is_counted() -> None:
@@ -390,7 +397,7 @@ def test_what_the_template_leaves_out_of_a_reply_is_counted() -> None:
     thinking = {"role": "assistant", "content": "b", "reasoning_content": "hm"}
     replies = [{"role": "assistant", "content": text} for text in (" b  c ", "xb")]
     one.render([Conversation([*chat("a"), reply], None, {}, REF) for reply in (*replies, thinking)])
-    assert one.counts.found == {"unwritten_turns": 2}
+    assert found_in(one) == {"unwritten_turns": 2}
 
 
 TAGGED = (
@@ -419,7 +426,7 @@ def test_generation_tags_are_used_as_their_author_meant(body: str, expected: lis
     one = renderer(TAGGED.replace("BODY", body))
     [[sample]] = one.render([Conversation(chat("a", "b", "c", "d"), None, {}, REF)])
     assert "".join(target_texts(sample)) == "".join(expected)
-    assert one.counts.found == found
+    assert found_in(one) == found
 
 
 def test_generation_tags_that_mark_what_no_model_writes_are_refused() -> None:

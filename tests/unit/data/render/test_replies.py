@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 
-from apollo_sft.data.render.render import Renderer, missing_parts
+from apollo_sft.data.render.render import Renderer
+from apollo_sft.data.render.replies import missing_parts
 from apollo_sft.data.render.template import resolve_template
+from apollo_sft.data.tally import Tally
 from apollo_sft.types import Conversation, RowRef
 from tests.support.data import CHATML, chat, data_config, tiny_tokenizer
 
@@ -45,4 +47,4 @@ def test_a_role_header_that_the_model_has_to_write_is_said() -> None:
     for template, headers in ((CHATML.partition("{% if")[0], 2), (CHATML, 0), (headless, 0)):
         one = renderer(template)
         one.render([Conversation(chat("a", "b", "c", "d"), None, {}, REF)])
-        assert one.counts.found["trained_headers"] == headers
+        assert one.counts.findings.get("trained_headers", Tally()).count == headers

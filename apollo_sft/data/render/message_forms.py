@@ -1,0 +1,86 @@
+"""Give messages the form in which a template reads them: names for reasoning, and styles of tool calls.
+
+Templates differ in what they expect of a reply that calls a tool. In `{"content": "", "tool_calls": [{"function":
+{"name": "add", "arguments": {"x": 1}}}]}` some want the empty content as null, some the arguments as JSON text. No
+template declares which, so a renderer tries one `CallStyle` after another until the calls are in the text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any
+
+from apollo_sft.types import Message
+
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""The names that templates and data sets have for the reasoning of a message."""
+
+
+class CallStyle(Enum):
+    """The form in which replies that call tools are given to the template, in the order in which they are tried."""
+
+    PLAIN = "plain"
+    """Empty content as "", arguments as a dict: what most templates expect."""
+
+    NULL_CONTENT = "null_content"
+    """Empty content as null."""
+
+    JSON_ARGUMENTS = "json_arguments"
+    """Arguments as JSON text."""
+
+    NULL_CONTENT_AND_JSON_ARGUMENTS = "null_content_and_json_arguments"
+
+    @property
+    def has_null_content(self) -> bool:
+        """Return whether empty content is given as null."""
+        return self in (CallStyle.NULL_CONTENT, CallStyle.NULL_CONTENT_AND_JSON_ARGUMENTS)
+
+    @property
+    def has_json_arguments(self) -> bool:
+        """Return whether arguments are given as JSON text."""
+        return self in (CallStyle.JSON_ARGUMENTS, CallStyle.NULL_CONTENT_AND_JSON_ARGUMENTS)
+
+
+def with_call_form(message: Message, style: CallStyle) -> Message:
+    """Return a message with its tool calls in the form of `style`."""
+    if "tool_calls" not in message or style is CallStyle.PLAIN:
+        return message
+
+    message = dict(message)
+    if style.has_null_content and not message["content"]:
+        message["content"] = None
+    if style.has_json_arguments:
+        message["tool_calls"] = [_with_json_arguments(call) for call in message["tool_calls"]]
+    return message
+
+
+def with_reasoning_names(messages: Sequence[Message]) -> list[Message]:
+    """Return messages that have their reasoning under every name that templates read.
+
+    Source: what `apply_chat_template` of transformers 5.23 gives to a template.
+    """
+    return [_with_reasoning(message) for message in messages]
+
+
+def call_names(message: Message) -> list[str]:
+    """Return the names of the functions that a message calls."""
+    return [call.get("function", call)["name"] for call in message.get("tool_calls", ())]
+
+
+def _with_reasoning(message: Message) -> Message:
+    if message.keys().isdisjoint(REASONING_KEYS):
+        return message
+    found = [message[name] for name in REASONING_KEYS if message.get(name) is not None]
+    if not found:
+        return message
+    return {"thinking": found[0]} | message | {"reasoning_content": found[0]}
+
+
+def _with_json_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function: dict[str, Any] = call.get("function", call)
+    function = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+    if "function" in call:
+        return call | {"function": function}
+    return function
