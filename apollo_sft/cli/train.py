@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from apollo_sft import __main__ as entry
-from apollo_sft.checkpoint.run_folder.folder import settle_run
+from apollo_sft.checkpoint.run_folder.settle import settle_run
 from apollo_sft.cli.job import compose_job
 from apollo_sft.config.schema import TrainerConfig
 from apollo_sft.errors import ConfigError, Preempted

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from apollo_sft.checkpoint.disk import free_bytes
 from apollo_sft.checkpoint.model_folder.conversion import plan_export
 from apollo_sft.checkpoint.model_folder.tensor_files import num_bytes, safe_path
 from apollo_sft.checkpoint.model_folder.write import ADAPTER_FILE
 from apollo_sft.checkpoint.publish import read_json
+from apollo_sft.checkpoint.room import free_bytes
 from apollo_sft.checkpoint.run_folder.resume import whole_checkpoints
 from apollo_sft.checkpoint.run_folder.state import num_bytes as checkpoint_bytes
 from apollo_sft.config.schema import ModelConfig, OptimConfig, SftConfig, TrainerConfig

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from apollo_sft.checkpoint.host_memory import MEMORY_RATIO, available_memory
 from apollo_sft.checkpoint.model_folder.sidecars import main_dtype
 from apollo_sft.checkpoint.model_folder.tensor_files import read_tensors
+from apollo_sft.checkpoint.room import MEMORY_RATIO, available_memory
 from apollo_sft.data.batch.loader import pack
 from apollo_sft.data.store.open import SampleStore
 from apollo_sft.errors import CheckpointError

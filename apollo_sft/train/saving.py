@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from apollo_sft.checkpoint import publish
-from apollo_sft.checkpoint.disk import check_room, explained
-from apollo_sft.checkpoint.host_memory import MEMORY_RATIO, available_memory
 from apollo_sft.checkpoint.model_folder.write import HF_FOLDER, AdapterForm, ModelForm
+from apollo_sft.checkpoint.room import MEMORY_RATIO, available_memory, check_room, explained
 from apollo_sft.checkpoint.run_folder import resume
 from apollo_sft.checkpoint.run_folder.resume import PARTS
 from apollo_sft.checkpoint.run_folder.state import num_bytes, snapshot, write_state

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from apollo_sft.checkpoint.disk import explained
+from apollo_sft.checkpoint.room import explained
 from apollo_sft.checkpoint.run_folder.folder import RunFolder, Status, status_of
 from apollo_sft.errors import AlreadyDone, ApolloError, Preempted, Stopped, TrainingError
 from apollo_sft.parallel import consensus, launch

@@ -93,7 +93,7 @@ def test_one_that_cannot_be_gone_on_from_is_passed_over(
     unfinished(tmp_path)
     train_here(inputs, tmp_path, *keys)
     said = capsys.readouterr().err
-    assert "passed over step_000010: trainer.checkpoint.save_contents left out" in said
+    assert "skipped step_000010: trainer.checkpoint.save_contents left out" in said
     assert "from the first step" in said
 
 
@@ -153,7 +153,7 @@ def test_another_config_is_refused_or_listed(
 def test_a_run_does_not_go_back_in_its_own_folder(inputs: Path, reference: Path, tmp_path: Path) -> None:
     shutil.copytree(reference, tmp_path / "out", symlinks=True)
     unfinished(tmp_path / "out")
-    with pytest.raises(ConfigError, match="its newest whole checkpoint is step_000010"):
+    with pytest.raises(ConfigError, match="its newest complete checkpoint is step_000010"):
         train_here(inputs, tmp_path / "out", *fork(tmp_path / "out"))
     assert "step_000010" in names(tmp_path / "out" / "checkpoints")
 

@@ -97,7 +97,7 @@ def edited(change: Callable[[dict[str, Any], str], object], name: str) -> Damage
 def rewritten(text: str) -> Damage:
     def rewrite(checkpoint: Path, other: Path) -> str:
         (checkpoint / MANIFEST).write_text(text)
-        return "was added" if "[]}" in text or "{}}" in text else MANIFEST
+        return "unexpected file" if "[]}" in text or "{}}" in text else MANIFEST
 
     return rewrite
 
@@ -183,7 +183,7 @@ def passing_over(checkpoints: Path, says: str) -> list[str]:
     notes: list[str] = []
     found = resume.newest_checkpoint(checkpoints, notes)
     wrong = [] if found is not None and found.name == f"step_{BEFORE:06}" else [f"found {found}"]
-    named = any("passed over" in note and (says in note or MANIFEST in note) for note in notes)
+    named = any("skipped" in note and (says in note or MANIFEST in note) for note in notes)
     return wrong if named else [*wrong, f"not named: {notes}"]
 
 
@@ -219,7 +219,7 @@ def test_the_run_goes_on_from_the_checkpoint_before(
     FILE_DAMAGE[kind](shard, other / shard.name)
     go_on(inputs, root, *KEYS)
     said = capsys.readouterr().err
-    assert f"passed over a damaged checkpoint: {shard}" in said
+    assert f"skipped a damaged checkpoint: {shard}" in said
     assert f"from step_{BEFORE:06}" in said
     assert differences(root, reference) == []
 
@@ -239,6 +239,6 @@ def test_a_run_whose_every_checkpoint_is_damaged_begins_anew_and_says_so(
         path.write_text("{}")
     go_on(inputs, root, *KEYS)
     said = capsys.readouterr().err
-    assert said.count("passed over a damaged checkpoint") == 2
+    assert said.count("skipped a damaged checkpoint") == 2
     assert "from the first step: it has no checkpoint" in said
     assert differences(root, reference) == []

@@ -89,12 +89,12 @@ def try_state(inputs: Path, state: Path, reference: Path, keys: Sequence[str], a
         except Exception as error:  # whatever it is, the run did not go on
             return [f"{type(error).__name__}: {error}"]
     wrong = differences(state, reference)
-    begun = re.search(r"going on with the run .* from (?:step_(\d+))?", "\n".join(notes))
+    begun = re.search(r"resuming the run .* from (?:step_(\d+))?", "\n".join(notes))
     if begun is not None and int(begun[1] or 0) < at_least:
         wrong.append(f"went on from {begun[1]}, though step {at_least} was durable")
     if begun is None and at_least and notes:
         wrong.append(f"began anew, though step {at_least} was durable")
-    return wrong + [note for note in notes if "damaged" in note and "passed over" in note and f"{at_least:06}" in note]
+    return wrong + [note for note in notes if "damaged" in note and "skipped" in note and f"{at_least:06}" in note]
 
 
 def enumerate_crashes(inputs: Path, tmp_path: Path, keys: Sequence[str], every: int) -> Report:

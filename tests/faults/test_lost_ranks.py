@@ -180,7 +180,7 @@ def test_torchrun_starts_again_after_a_lost_rank(inputs: Path, tmp_path: Path) -
         worst_seconds=time.monotonic() - began,
     )
     assert not failed, said(out)
-    assert out.with_suffix(".log").read_text().count("going on with the run") == 2
+    assert out.with_suffix(".log").read_text().count("resuming the run") == 2
     assert status(out) == "finished"
 
 

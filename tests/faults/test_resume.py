@@ -104,7 +104,7 @@ def test_killed_and_started_again(
     assert stop_at(words, out, step, signal.SIGKILL) != 0
     again = run(words)
     assert again.returncode == 0, again.stderr[-3000:]
-    assert "going on with the run" in again.stderr
+    assert "resuming the run" in again.stderr
     assert_same_run(out, references[processes])
 
 
@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
     file.write_bytes(content)
     again = run(words)
     assert again.returncode == 0, again.stderr[-3000:]
-    assert "passed over a damaged checkpoint" in again.stderr
+    assert "skipped a damaged checkpoint" in again.stderr
     assert file.name in again.stderr
     assert_same_run(out, references[1])
 

@@ -10,7 +10,8 @@ import pytest
 
 from apollo_sft.__main__ import main
 from apollo_sft.checkpoint import publish
-from apollo_sft.checkpoint.run_folder.folder import read_run, settle_run
+from apollo_sft.checkpoint.run_folder.folder import read_run
+from apollo_sft.checkpoint.run_folder.settle import settle_run
 from apollo_sft.config.compose import compose
 from apollo_sft.config.schema import TrainerConfig
 from apollo_sft.errors import AlreadyDone, ConfigError, UploadError

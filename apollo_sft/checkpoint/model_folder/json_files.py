@@ -1,4 +1,4 @@
-"""JSON files of others, changed in their own form: order of keys, indentation and spelling stay as they were."""
+"""Change JSON files of others in their own form: order of keys, indentation and escapes stay as they were."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from apollo_sft.checkpoint.publish import read_json
 
 
 def change_json(path: Path, wanted: Mapping[str, Any]) -> None:
-    """Make a JSON file say `wanted`. One that does already keeps its bytes; a new one is indented by two."""
+    """Make a JSON file hold `wanted`. One that does already keeps its bytes; a new one is indented by two."""
     if not path.is_file():
         path.write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return
@@ -21,7 +21,7 @@ def change_json(path: Path, wanted: Mapping[str, Any]) -> None:
 
 
 def like(text: str, wanted: Mapping[str, Any]) -> str:
-    """Write `wanted` as the JSON `text` is written."""
+    """Return `wanted` as JSON in the form of `text`."""
     indent = re.match(r"\s*\{\s*?\n([ \t]*)\S", text)
     compact = indent is None and '": ' not in text and '", ' not in text
     written = json.dumps(
@@ -30,4 +30,4 @@ def like(text: str, wanted: Mapping[str, Any]) -> str:
         separators=(",", ":") if compact else None,
         ensure_ascii=text.isascii() and "\\u" in text,
     )
-    return written + ("\n" if text.endswith("\n") else "")
+    return f"{written}\n" if text.endswith("\n") else written

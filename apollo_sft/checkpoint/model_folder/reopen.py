@@ -1,4 +1,4 @@
-"""Re-open a model folder as a stranger would, and compare it with what was to be written."""
+"""Re-open a model folder as another program would, and compare it with what was to be written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def verify_model_folder(
     digests: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Names, shapes and dtypes are the expected ones, nothing is extra, config and tokenizer load, bytes are equal.
+    """Check that a folder holds the expected tensors and nothing else, and that transformers opens it.
 
     `digests`: sha256 of each tensor's bytes as they were before writing; None leaves the bytes unread.
     Raises: CheckpointError naming the first difference.
@@ -32,32 +32,40 @@ def verify_model_folder(
     config = read_json(safe_path(folder, "config.json"))
     tensors = read_tensors(folder)
     _compare_specs(folder, tensors, expected)
+
     stray = {path.name for path in folder.glob("*.safetensors")} - {stored.path.name for stored in tensors.values()}
     if stray:
         raise CheckpointError(f"{folder} holds weight files that belong to no model", found=", ".join(sorted(stray)))
+
     if stated_dtype(config) not in (main_dtype(expected), None):
         raise CheckpointError(
             f"{folder / 'config.json'} does not state the dtype of the files",
             found=stated_dtype(config),
             expected=main_dtype(expected),
         )
+
     for name, digest in (digests or {}).items():
         if file_digest(tensors[name]) != digest:
             raise CheckpointError(f"{tensors[name].path}: {name} does not read back as it was written")
+
     if digests is not None and set(digests) != set(expected):
         raise CheckpointError(f"{folder}: not every tensor was hashed while it was written")
+
     _check_loads(folder, trust_remote_code)
 
 
 def _compare_specs(folder: Path, found: Mapping[str, StoredTensor], expected: Mapping[str, TensorSpec]) -> None:
     if not found:
         raise CheckpointError(f"{folder} holds no safetensors file", expected=f"model.safetensors, or {INDEX_FILE}")
-    for problem, names in (
-        ("lacks tensors", set(expected) - set(found)),
-        ("holds tensors that do not belong there", set(found) - set(expected)),
-    ):
+
+    problems = {
+        "lacks tensors": set(expected) - set(found),
+        "holds tensors that do not belong there": set(found) - set(expected),
+    }
+    for problem, names in problems.items():
         if names:
             raise CheckpointError(f"{folder} {problem}", found=", ".join(sorted(names)[:5]))
+
     for name, spec in expected.items():
         if found[name].spec != spec:
             raise CheckpointError(f"{found[name].path}: {name}", found=found[name].spec, expected=spec)

@@ -1,4 +1,4 @@
-"""What lies beside the weights of a model folder: the base's own files, and what training changed in them."""
+"""The files beside the weights of a model folder: the base's own, and what training changed in them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONFIG = "config.json"
 GENERATION = "generation_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 DTYPE_KEYS = ("dtype", "torch_dtype")
-"""How config.json names the dtype of the weights: transformers 5, and 4."""
+"""The keys of config.json for the dtype of the weights: of transformers 5, and of 4."""
 
 
 def copy_files(folder: Path, base: BaseModel, names: Iterable[str]) -> None:
@@ -28,16 +28,19 @@ def copy_files(folder: Path, base: BaseModel, names: Iterable[str]) -> None:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         source = base.folder / name
+
+        # Opening is tried on its own: an error while copying may be the disk that is written to.
         try:
             opened = source.open("rb")
         except OSError as error:
             raise base_is_gone(source) from error
+
         with opened, target.open("wb") as written:
             shutil.copyfileobj(opened, written)
 
 
 def base_is_gone(path: Path) -> BaseFilesError:
-    """Say that a file of the base, which was there when the run began, can no longer be read."""
+    """Build the error for a file of the base that was there when the run began and can no longer be read."""
     return BaseFilesError(
         f"a file of the base model can no longer be read: {path}",
         expected="the base model where it was when the run began",
@@ -54,64 +57,89 @@ def write_config(
     """
     config = dict(base.config)
     config["architectures"] = [class_name]
+
     own = config.get("eos_token_id")
-    if stop_token_ids and own is not None and not set(own if isinstance(own, list) else [own]) & set(stop_token_ids):
+    if stop_token_ids and own is not None and not set(_as_list(own)) & set(stop_token_ids):
         config["eos_token_id"] = stop_token_ids[0]
+
     change_json(folder / CONFIG, _with_dtype(config, base, main_dtype(tensors)))
 
 
+def _as_list(token_ids: Any) -> list[Any]:
+    """Return the end tokens of a config as a list: they may be one number, a list, or None."""
+    return token_ids if isinstance(token_ids, list) else [token_ids]
+
+
 def _with_dtype(config: dict[str, Any], base: BaseModel, dtype: str) -> dict[str, Any]:
-    """State the dtype where the base states one, in the configs of its parts too; anew, where the files have another
-    one than the base's and it states none."""
+    """Return the config with the dtype wherever the base states one, also in the configs of its parts.
+
+    It is added where the base states none and its files have another dtype.
+    """
     stated = {key: dtype for key in DTYPE_KEYS if config.get(key) is not None}
     before = main_dtype(base.tensors) if base.tensors else dtype
-    if not stated and dtype != before:
-        stated = {"torch_dtype": dtype}  # every version reads it
+    if dtype == before:
+        return config | stated
 
-    parts = {
-        key: part | {name: dtype for name in DTYPE_KEYS if part.get(name) == before}
-        for key, part in config.items()
-        if isinstance(part, dict) and dtype != before
-    }
+    if not stated:
+        stated = {"torch_dtype": dtype}  # every version of transformers reads this key
+
+    parts = {}
+    for key, part in config.items():
+        if isinstance(part, dict):
+            parts[key] = part | {name: dtype for name in DTYPE_KEYS if part.get(name) == before}
+
     return config | parts | stated
 
 
 def stated_dtype(config: Mapping[str, Any]) -> str | None:
     """Read the dtype that a config.json states; None when it states none."""
-    return next((str(config[key]) for key in DTYPE_KEYS if config.get(key) is not None), None)
+    for key in DTYPE_KEYS:
+        if config.get(key) is not None:
+            return str(config[key])
+    return None
 
 
 def main_dtype(tensors: Mapping[str, TensorSpec]) -> str:
-    """Name the floating dtype of most of the numbers in the files, as transformers spells it; float32 for none."""
+    """Return the floating dtype of most of the numbers in the files, as transformers spells it; float32 for none."""
     counts: Counter[str] = Counter()
     for spec in tensors.values():
         if spec.dtype in DTYPES and DTYPES[spec.dtype].is_floating_point:
             counts[spec.dtype] += math.prod(spec.shape)
-    return str(DTYPES[counts.most_common(1)[0][0] if counts else "F32"]).removeprefix("torch.")
+
+    most = counts.most_common(1)[0][0] if counts else "F32"
+    return str(DTYPES[most]).removeprefix("torch.")
 
 
 def write_generation_config(folder: Path, base: BaseModel, stop_token_ids: Sequence[int]) -> None:
-    """Make generation_config.json end replies at what was trained as a stop token, then at the base's own.
+    """Make generation_config.json list the trained stop tokens as end tokens, then the base's own.
 
-    Where the base ends them there already, it stays as it is; where it has none, its token ids are written.
+    A file of the base that lists them already stays as it is. Where the base has no such file, one is written with the
+    token ids of its config.json.
     """
     path = base.folder / GENERATION
     if path.is_file():
         config = read_json(path)
     else:
         config = {key: base.config[key] for key in TOKEN_IDS if base.config.get(key) not in (None, -1)}
+
     own = config.get("eos_token_id")
-    if not path.is_file() or not set(stop_token_ids) <= set(own if isinstance(own, list) else [own]):
+    if not path.is_file() or not set(stop_token_ids) <= set(_as_list(own)):
         ids = end_tokens(base, stop_token_ids)
         if ids:
             config["eos_token_id"] = ids if len(ids) > 1 else ids[0]
+
     change_json(folder / GENERATION, config)
 
 
 def end_tokens(base: BaseModel, stop_token_ids: Iterable[int]) -> list[int]:
-    """List what ends a reply of the exported model: what was trained as a stop token, then the base's own."""
+    """List the end tokens of the exported model: what was trained as a stop token, then the base's own."""
     path = base.folder / GENERATION
-    own = read_json(path).get("eos_token_id") if path.is_file() else None
-    own = base.config.get("eos_token_id") if own in (None, -1) else own
-    mine = own if isinstance(own, list) else [own]
-    return list(dict.fromkeys([*stop_token_ids, *(token for token in mine if token not in (None, -1))]))
+    own = None
+    if path.is_file():
+        own = read_json(path).get("eos_token_id")
+
+    if own in (None, -1):
+        own = base.config.get("eos_token_id")
+
+    mine = [token for token in _as_list(own) if token not in (None, -1)]
+    return list(dict.fromkeys([*stop_token_ids, *mine]))

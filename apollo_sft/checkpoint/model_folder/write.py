@@ -1,4 +1,4 @@
-"""Model folders that plain transformers opens: from live weights, whole or sharded, or from a checkpoint."""
+"""Write model folders that plain transformers opens: from live weights, full or sharded, or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -35,34 +35,36 @@ MAX_SHARD_BYTES = 5_000_000_000
 ADAPTER_FOLDER = "adapter"
 ADAPTER_FILE = "adapter_model.safetensors"
 HF_FOLDER = "hf"
-"""Of a checkpoint. It is made from the files of the checkpoint: training need not stand still for it, no rank holds the
-model, and no collective is needed."""
+"""The model folder in a checkpoint. It is made from the files of the checkpoint: training need not wait for it, no rank
+holds the model, and no collective is needed."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    """`tokenizer` is a transformers tokenizer, `chat_template` the template that was used (None: the tokenizer's own).
-
-    `stop_token_ids` are the tokens that ended the trained turns. `trust_remote_code`: what was written is opened with
-    the base's own code.
-    """
+    """Settings of an export."""
 
     tokenizer: Any
+    """A transformers tokenizer: the one of the training."""
     chat_template: str | None = None
+    """The template of the training; None for the tokenizer's own."""
     stop_token_ids: tuple[int, ...] = ()
+    """The tokens that ended the trained turns."""
     export_dtype: str = "auto"
     max_shard_bytes: int = MAX_SHARD_BYTES
     trust_remote_code: bool = False
+    """Open the written folder with the base's own code."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """`tensors`: what the files hold. `digests`: sha256 of each tensor's bytes (writer only). `dropped`: second names
-    of tied weights in the base's files, which are written once."""
+    """What an export wrote."""
 
     tensors: dict[str, TensorSpec]
+    """Shape and dtype of every tensor in the files."""
     digests: dict[str, str] = field(default_factory=dict)
+    """The sha256 of each tensor's bytes; on the writer only."""
     dropped: tuple[str, ...] = ()
+    """Second names of tied weights in the base's files, which are written once."""
 
 
 def save_model(
@@ -75,7 +77,7 @@ def save_model(
 ) -> ExportResult:
     """Export, re-open, compare and make visible in `folder`, in place of an earlier model of ours. Collective.
 
-    `check`: what the writer asks of the written folder besides, before it is visible.
+    `check`: called by the writer with the written folder, before it is visible.
     Raises: CheckpointError on every rank when the model could not be written or is not what was to be written.
     """
 
@@ -85,11 +87,16 @@ def save_model(
             check(written)
 
     staging = folder / f"{publish.STAGING_PREFIX}model"
-    failure = attempt(lambda: publish.staging_folder(folder, "model")) if is_writer else None
+    failure: Exception | None = None
+    if is_writer:
+        failure = attempt(lambda: publish.staging_folder(folder, "model"))
+
     raise_on_all(failure, model)
+
     result = export_model(model, base, staging, options, is_writer)
     if is_writer:
         failure = attempt(lambda: publish.publish_model(staging, folder, verify))
+
     raise_on_all(failure, model)
     return result
 
@@ -106,20 +113,23 @@ def export_model(model: Any, base: BaseModel, staging: Path, options: ExportOpti
     state = model.state_dict(keep_vars=True)
     writer = ShardWriter(staging, plan.tensors, options.max_shard_bytes) if is_writer else None
     failure: Exception | None = None
+
     for group in plan.groups:
-        # every rank takes part in every gathering, even after the writer has failed: the others would wait for ever
+        # Every rank takes part in every gathering, even after the writer has failed: the others would wait for ever.
         sources = [_whole(state[name], name, _common_dtype(group, plan)) for name in group.sources]
         if writer is not None and failure is None:
             failure = attempt(partial(_add, writer, group, sources))
-        del sources  # before the next is gathered, not after
+        del sources  # before the next group is gathered, not after
+
     if writer is not None and failure is None:
         failure = attempt(lambda: finish(writer, class_name(model), base, plan, options))
+
     raise_on_all(failure, model)
     return ExportResult(plan.tensors, writer.digests if writer else {}, tuple(plan.dropped))
 
 
 def class_name(model: Any) -> str:
-    """Of the transformers class, without what FSDP2 puts before it."""
+    """Return the name of the transformers class, without the prefix that FSDP2 gives it."""
     return type(model).__name__.removeprefix("FSDP")
 
 
@@ -129,19 +139,24 @@ def _add(writer: ShardWriter, group: Group, sources: list[Tensor]) -> None:
 
 
 def _common_dtype(group: Group, plan: ExportPlan) -> torch.dtype | None:
-    """The one dtype of all that the group becomes: then shards are cast before they travel. None when they differ.
+    """Return the dtype in the files of all targets of the group, None when they differ.
 
-    float16 is cast by the writer, who sees what it cannot hold.
+    Shards are cast to it before they are gathered. float16 is left to the writer, which reports numbers that it cannot
+    hold.
     """
     dtypes = {DTYPES[plan.tensors[name].dtype] for name in group.targets}
-    return dtypes.pop() if len(dtypes) == 1 and torch.float16 not in dtypes else None
+    if len(dtypes) > 1 or torch.float16 in dtypes:
+        return None
+    return dtypes.pop()
 
 
 def _whole(tensor: Tensor, name: str, dtype: torch.dtype | None) -> Tensor:
-    """The full tensor, gathered when it is sharded. `name`: in memory."""
+    """Return the full tensor, gathered when it is sharded. `name`: in memory."""
     from torch.distributed.tensor import DTensor
 
-    found = tensor.detach() if dtype is None else cast(tensor.detach(), dtype, name)
+    found = tensor.detach()
+    if dtype is not None:
+        found = cast(found, dtype, name)
     return found.full_tensor() if isinstance(found, DTensor) else found
 
 
@@ -154,8 +169,12 @@ def finish(writer: ShardWriter, architecture: str, base: BaseModel, plan: Export
             raise sidecars.base_is_gone(base.folder / lost[0])
         for name, tensor in read_whole(stored, plan.copied):
             writer.add(name, tensor)
+
     writer.finish()
-    folder, stops = writer.folder, options.stop_token_ids
+
+    # The base's files are copied first: the rest changes those copies.
+    folder = writer.folder
+    stops = options.stop_token_ids
     sidecars.copy_files(folder, base, base.carried)
     sidecars.write_config(folder, base, architecture, plan.tensors, stops)
     sidecars.write_generation_config(folder, base, stops)
@@ -164,12 +183,10 @@ def finish(writer: ShardWriter, architecture: str, base: BaseModel, plan: Export
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
-    """What makes a folder of an adapter: PEFT's two files, and the tokenizer that it was trained with.
-
-    `config` is PEFT's; it will name the base by its hub id, or by an absolute path.
-    """
+    """Writes the folder of an adapter: PEFT's two files, and the tokenizer of the training."""
 
     config: Any
+    """PEFT's. The written one names the base by its hub id, or by an absolute path."""
     base: BaseModel
     options: ExportOptions
 
@@ -180,6 +197,7 @@ class AdapterFolder:
         config.base_model_name_or_path = str(source.absolute()) if source.is_dir() else self.base.source
         config.save_pretrained(folder)
         write_tensors(tensors, folder / ADAPTER_FILE)
+
         sidecars.copy_files(folder, self.base, filter(is_tokenizer_file, self.base.carried))
         change_tokenizer(
             folder, self.base, self.options.tokenizer, self.options.chat_template, self.options.stop_token_ids
@@ -197,35 +215,41 @@ def save_adapter(
     for name, tensor in tensors.items():
         full = _whole(tensor, name, None)
         if is_writer:
-            whole[name] = full.to("cpu", copy=True).contiguous()  # a tied weight comes twice
-    raise_on_all(attempt(lambda: _publish_adapter(whole, written, root)) if is_writer else None, model)
+            # A copy, since a tied weight comes twice, and safetensors refuses tensors that share memory.
+            whole[name] = full.to("cpu", copy=True).contiguous()
+
+    failure: Exception | None = None
+    if is_writer:
+        failure = attempt(lambda: _publish_adapter(whole, written, root))
+
+    raise_on_all(failure, model)
 
 
 def _publish_adapter(tensors: Mapping[str, Tensor], written: AdapterFolder, root: Path) -> None:
     final = root / ADAPTER_FOLDER
     staging = publish.staging_folder(root, ADAPTER_FOLDER)
     written.write(tensors, staging)
-    if (final / publish.DIRECTORY_MANIFEST).is_file():  # of an earlier try of this run, which died later
+    if (final / publish.DIRECTORY_MANIFEST).is_file():  # from an earlier attempt of this run, which was killed later
         shutil.rmtree(final)
     publish.publish_directory(staging, final)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelForm:
-    """A full model: names of the base's own files, checked after writing.
-
-    `names`: name in a checkpoint by name in memory, the same for tied weights. `buffers`: what no checkpoint holds.
-    """
+    """Writes a checkpoint as a full model under the names of the base's own files, and checks what it wrote."""
 
     plan: ExportPlan
     names: Mapping[str, str]
+    """The name in a checkpoint by the name in memory. Tied weights have the same one."""
     buffers: Mapping[str, Tensor]
+    """Tensors that no checkpoint holds."""
     architecture: str
     base: BaseModel
     options: ExportOptions
 
     @property
     def num_bytes(self) -> int:
+        """Return the bytes of the weights in the files."""
         return sum(num_bytes(spec) for spec in self.plan.tensors.values())
 
     def write(self, checkpoint: Path) -> None:
@@ -241,22 +265,26 @@ class ModelForm:
         """Write the model of a state into an empty folder. Raises: CheckpointError as `write`."""
         writer = ShardWriter(folder, self.plan.tensors, self.options.max_shard_bytes)
         for group in self.plan.groups:
-            held = {name: self.names.get(name) for name in group.sources}
-            found = {name: state.read(saved) if saved else self.buffers[name] for name, saved in held.items()}
-            sources = [_whole(tensor, name, _common_dtype(group, self.plan)) for name, tensor in found.items()]
-            for name, tensor in group.split(sources).items():
-                writer.add(name, tensor)
+            dtype = _common_dtype(group, self.plan)
+            sources = []
+            for name in group.sources:
+                found = state.read(self.names[name]) if name in self.names else self.buffers[name]
+                sources.append(_whole(found, name, dtype))
+            _add(writer, group, sources)
+
         finish(writer, self.architecture, self.base, self.plan, self.options)
         verify_model_folder(folder, self.plan.tensors, writer.digests, self.options.trust_remote_code)
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterForm:
-    """A LoRA adapter in PEFT's format. `names`: name in a checkpoint by name in the adapter's file."""
+    """Writes a checkpoint as a LoRA adapter in PEFT's format."""
 
     names: Mapping[str, str]
+    """The name in a checkpoint by the name in the adapter's file."""
     written: AdapterFolder
     num_bytes: int
+    """The bytes of the adapter's tensors."""
 
     def write(self, checkpoint: Path) -> None:
         """Write `hf/` into the folder of a checkpoint whose state is written."""
@@ -267,10 +295,11 @@ class AdapterForm:
 
 
 def model_form(causal_lm: Any, prefix: str, base: BaseModel, options: ExportOptions) -> ModelForm:
-    """`causal_lm` may be sharded or on meta; `prefix`: what stands before its names in a checkpoint."""
-    first = {id(p): name for name, p in reversed(list(causal_lm.named_parameters(remove_duplicate=False)))}
-    parameters = causal_lm.named_parameters(remove_duplicate=False)
-    names = {name: f"{prefix}{first[id(p)]}" for name, p in parameters}
+    """Build the form of `causal_lm`, which may be sharded or on meta. `prefix`: of its names in a checkpoint."""
+    # A checkpoint holds a tied weight once, under its first name. Backwards, so that the first name remains.
+    parameters = list(causal_lm.named_parameters(remove_duplicate=False))
+    first = {id(parameter): name for name, parameter in reversed(parameters)}
+    names = {name: f"{prefix}{first[id(parameter)]}" for name, parameter in parameters}
     buffers = {name: tensor for name, tensor in causal_lm.state_dict().items() if name not in names}
     plan = plan_export(causal_lm, base, options.export_dtype)
     return ModelForm(plan, names, buffers, class_name(causal_lm), base, options)

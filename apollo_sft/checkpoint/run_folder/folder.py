@@ -1,4 +1,7 @@
-"""The folder of one run: who may use it, what lies where, and what run.json says. Only rank 0 comes here."""
+"""The folder of one run: which process may use it, where its files are, and run.json. Only rank 0 uses it.
+
+Names are ours only where a run was: `RunFolder.claim` refuses a folder with files of others before it writes any.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +47,7 @@ Status = Literal["running", "finished", "failed", "refused", "preempted"]
 
 
 class RunFolder:
-    """A claimed folder. `notes` says in words what claiming it changed. `resume_from`: the checkpoint to go on from."""
+    """A claimed folder. `notes`: what claiming it changed, in words. `resume_from`: the checkpoint to resume from."""
 
     def __init__(self, root: Path, lock: FolderLock, notes: list[str]) -> None:
         self.root = root
@@ -59,7 +61,7 @@ class RunFolder:
         self.resume_from: Path | None = None
         self._lock = lock
         self._facts: dict[str, Any] = {}
-        self._started = _now()
+        self._started = now()
 
     @classmethod
     def claim(
@@ -74,10 +76,10 @@ class RunFolder:
         """Take the folder for this run, or refuse, before anything in it was changed. Call `write_run` next.
 
         A save that an earlier run was killed in is finished or undone. With `resume_mode` "disable" an earlier run
-        of ours moves to `previous-<time>/`; one that trained nothing is written over; one of the same `config` is gone
-        on with, from its newest whole checkpoint. With "resume_path" a new run begins at `source`, a checkpoint of
+        of ours moves to `previous-<time>/`; one that trained nothing is overwritten; one of the same `config` is
+        resumed from its newest complete checkpoint. With "resume_path" a new run begins at `source`, a checkpoint of
         any run. `allow_changes`: also when `config` would change the samples or the model.
-        `say` is told of a long wait.
+        `say` is called before a long wait.
         Raises: ConfigError for files that are not ours, a run of another config or a live one, or a folder that cannot
         be written; AlreadyDone when the earlier run is complete.
         """
@@ -85,48 +87,70 @@ class RunFolder:
         _refuse_foreign_files(root)
         _make_writable(root)
         lock = FolderLock(root, say=say)
+
         try:
-            notes = lock.notes + publish.recover(root) + _finish_archiving(root)
+            # Files may only be moved under the lock: a live run could be in the middle of the same move.
+            notes = lock.notes + publish.recover(root)
+            if any(root.glob(f"{ARCHIVING_PREFIX}*")):
+                from apollo_sft.checkpoint.run_folder.archive import finish_archiving
+
+                notes += finish_archiving(root)
+
             earlier = read_run(root)
             if earlier is not None and resume_mode == "disable":
-                notes.append(f"moved the earlier run to {_archive(root).name}/")
+                from apollo_sft.checkpoint.run_folder.archive import archive_run
+
+                notes.append(f"moved the earlier run to {archive_run(root).name}/")
                 earlier = None
+
             folder = cls(root, lock, notes)
             folder._find_start(earlier, config, source, allow_changes)
         except BaseException:
             lock.release()
             raise
+
         return folder
 
     def _find_start(
         self, earlier: Mapping[str, Any] | None, config: Mapping[str, Any], source: str | None, allow: bool
     ) -> None:
+        """Set `resume_from`: the newest checkpoint of the earlier run here, else `source`, else None."""
         if earlier is not None and _trained_something(self.root):
-            saved = yaml.safe_load(self.config_yaml.read_text(encoding="utf-8")) if self.config_yaml.is_file() else {}
+            saved: dict[str, Any] = {}
+            if self.config_yaml.is_file():
+                saved = yaml.safe_load(self.config_yaml.read_text(encoding="utf-8"))
             resume.check_same(saved, config, f"{KEY}={self.root}", allow, self.notes)
-            self._go_on(earlier, source)
+            self._resume(earlier, source)
+
         if source is not None:
             self._facts["forked_from"] = source
+            # Once the new run has a checkpoint of its own, `source` is only where it began.
             if self.resume_from is None:
                 self.resume_from = resume.fork_point(source, config, allow, self.notes)
-                self.notes.append(f"going on from {self.resume_from}")
+                self.notes.append(f"resuming from {self.resume_from}")
 
-    def _go_on(self, earlier: Mapping[str, Any], source: str | None) -> None:
+    def _resume(self, earlier: Mapping[str, Any], source: str | None) -> None:
         if earlier.get("status") == "finished" and _has_model(self.root):
             raise AlreadyDone(
                 f"the run in {self.root} is complete; there is nothing left to do",
                 fix="trainer.resume_mode=disable trains again and keeps that run in previous-<time>/",
             )
+
         publish.recover(self.checkpoints)
         self.resume_from = resume.newest_checkpoint(self.checkpoints, self.notes)
         if source is not None and source != earlier.get("forked_from"):
             resume.check_newest(source, self.resume_from, self.root)
+
         if self.resume_from is not None:
+            # A kill between a checkpoint and its link, or a damaged checkpoint, leaves the link at another one.
             publish.point(self.checkpoints / resume.LATEST, self.resume_from.name)
+            place = self.resume_from.name
         elif source is not None:
             return
-        place = "the first step: it has no checkpoint" if self.resume_from is None else self.resume_from.name
-        self.notes.append(f"going on with the run that began {earlier.get('started')} from {place}")
+        else:
+            place = "the first step: it has no checkpoint"
+
+        self.notes.append(f"resuming the run that began {earlier.get('started')} from {place}")
 
     def write_run(self, status: Status, **facts: Any) -> None:
         """Write run.json: what runs, where, since when, and how it ended. Facts of earlier calls are kept."""
@@ -135,16 +159,16 @@ class RunFolder:
             "kind": MARKER,
             "status": status,
             "started": self._started,
-            "finished": None if status == "running" else _now(),
+            "finished": None if status == "running" else now(),
             "command": sys.orig_argv,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "versions": versions(),
             **self._facts,
         }
-        publish.write_durably(
-            self.run_json, json.dumps(redact(content), indent=2, ensure_ascii=False, default=str) + "\n"
-        )
+        # The command line and the facts may hold a token or the password of a URL.
+        text = json.dumps(redact(content), indent=2, ensure_ascii=False, default=str)
+        publish.write_durably(self.run_json, text + "\n")
 
     def write_config(self, text: str) -> None:
         """Write config.yaml, the resolved configuration."""
@@ -152,7 +176,7 @@ class RunFolder:
 
     @contextmanager
     def probe(self) -> Iterator[str]:
-        """A file in the folder while this lasts. Gives its text, by which `sees_probe` knows it."""
+        """Keep a file in the folder for as long as the context lasts. Yield its text, which `sees_probe` looks for."""
         text = secrets.token_hex(8)
         try:
             publish.write_durably(self.root / PROBE, text)
@@ -162,6 +186,7 @@ class RunFolder:
 
     @contextmanager
     def released_on_failure(self) -> Iterator[None]:
+        """Release the folder when the context ends by an exception, and only then."""
         try:
             yield
         except BaseException:
@@ -174,59 +199,47 @@ class RunFolder:
 
 
 def sees_probe(path: str | Path, text: str, patience_seconds: float = 10) -> bool:
-    """Whether the folder at `path` is the one in which a run shows this text now. Network folders may be late."""
+    """Return whether the folder at `path` is the one in which a run shows this text now.
+
+    `patience_seconds`: for network file systems, which show a file of another host late.
+    """
     file = Path(path).expanduser().absolute() / PROBE
     deadline = time.monotonic() + patience_seconds
+
     while True:
         with suppress(OSError):
             if file.read_text(encoding="utf-8") == text:
                 return True
+
         if time.monotonic() > deadline:
             return False
         time.sleep(0.2)
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """run.json of a folder of ours; None when there is none, or one that is not ours."""
-    try:
-        content = json.loads((folder / RUN_JSON).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """Read run.json of a folder of ours; None when there is none, or one that is not ours."""
+    content = publish.json_object(folder / RUN_JSON)
+    if content is None or content.get("kind") != MARKER:
         return None
-    return content if isinstance(content, dict) and content.get("kind") == MARKER else None
+    return content
 
 
 def status_of(exit_code: int) -> Status:
-    """What run.json says of a run that ended with this code, which is not 0."""
+    """Return the status in run.json of a run that ended with this code, which is not 0."""
     endings: dict[int, Status] = {2: "refused", 75: "preempted"}
     return endings.get(exit_code, "failed")
 
 
-def settle_run(folder: Path, code: int, since: float) -> int:
-    """Make run.json say what the exit code says, of a run that began after `since` (seconds since 1970) and is over.
-
-    Rank 0 may have been killed before it could. Returns the exit code: 0 when run.json says that the run was finished,
-    and not that its model had still to be uploaded.
-    """
-    run = read_run(folder)
-    if run is None or datetime.strptime(run["started"], TIME).timestamp() < int(since):
-        return code
-    if run["status"] == "finished":
-        return code if run.get("uploaded") is False else 0
-    status = status_of(code)
-    if run["status"] != status:
-        changed = run | {"status": status, "finished": run["finished"] or _now()}
-        publish.write_durably(folder / RUN_JSON, json.dumps(changed, indent=2, ensure_ascii=False) + "\n")
-    return code
-
-
 def versions(more: Sequence[str] = ()) -> dict[str, str | None]:
-    """Versions of Python and of the packages that the numbers depend on, and of `more`; imports none of them."""
+    """Return the versions of Python, of the packages that the numbers depend on, and of `more`. Import none of them."""
     found: dict[str, str | None] = {"python": platform.python_version()}
+
     for name in (*PACKAGES, *more):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
+
     return found
 
 
@@ -235,33 +248,42 @@ def _refuse_foreign_files(root: Path) -> None:
         return
     if not root.is_dir():
         raise ConfigError(f"{KEY} is not a folder", found=root, expected="a new or empty folder")
+
     try:
         entries = sorted(root.iterdir())
     except OSError as error:
         raise ConfigError(f"{KEY}={root} cannot be read", found=error) from error
+
+    # A run makes no links at this level. One made by somebody else would let our writes go out of the folder.
     ours = _own_names(root)
-    links = [f"{path.name} (a link)" for path in entries if path.is_symlink()]  # we make none here, and follow none
+    links = [f"{path.name} (a link)" for path in entries if path.is_symlink()]
     plain = [path for path in entries if not path.is_symlink()]
-    foreign = links + [path.name for path in plain if path.name not in ours and not _is_kept(path)]
+    foreign = links + [path.name for path in plain if path.name not in ours and not is_kept(path)]
+
     if foreign:
-        more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
+        shown = ", ".join(foreign[:5])
+        if len(foreign) > 5:
+            shown += f" and {len(foreign) - 5} more"
+
         raise ConfigError(
             f"{KEY}={root} holds files that are not from a run of ours; nothing was touched",
-            found=", ".join(foreign[:5]) + more,
+            found=shown,
             expected="a new or empty folder",
             fix=f"choose another {KEY}, or move these files away",
         )
 
 
 def _own_names(root: Path) -> set[str]:
-    """Names that a run of ours uses, where one was here: without run.json only our hidden files are ours."""
+    """Return the names that a run of ours uses. Without a run.json of ours, only our hidden files are ours."""
     names = {path.name for path in root.glob(f"{publish.PREFIX}*")}
+    if read_run(root) is None:
+        return names
     of_model = {name.partition("/")[0] for name in publish.model_files(root)}
-    return names | OWN_NAMES | of_model if read_run(root) is not None else names
+    return names | OWN_NAMES | of_model
 
 
-def _is_kept(path: Path) -> bool:
-    """An earlier run that was moved aside, or a model that was."""
+def is_kept(path: Path) -> bool:
+    """Return whether a path is an earlier run or an earlier model that was moved aside."""
     if not TIMED_FOLDER.fullmatch(path.name) or path.is_symlink():
         return False
     return read_run(path) is not None or (path / publish.DIRECTORY_MANIFEST).is_file()
@@ -278,50 +300,18 @@ def _make_writable(root: Path) -> None:
 
 
 def _has_model(root: Path) -> bool:
-    """What a finished run has handed over: a model, or an adapter alone."""
+    """Return whether a run has published its model, or an adapter alone."""
     return bool(publish.model_files(root)) or (root / "adapter").is_dir()
 
 
 def _trained_something(root: Path) -> bool:
-    metrics, checkpoints = root / "metrics.jsonl", root / "checkpoints"
+    metrics = root / "metrics.jsonl"
+    checkpoints = root / "checkpoints"
     has_steps = metrics.is_file() and metrics.stat().st_size > 0
     has_checkpoints = checkpoints.is_dir() and any(checkpoints.iterdir())
     return has_steps or has_checkpoints or bool(publish.model_files(root))
 
 
-def _archive(root: Path) -> Path:
-    """Move the run in `root` to `previous-<time>/`, by way of a hidden folder that says where to go on after a kill."""
-    name = time.strftime("previous-%Y%m%d-%H%M%S")
-    taken = sum(path.name.startswith(name) for path in root.iterdir())
-    final = root / (name if not taken else f"{name}-{taken + 1}")
-    hidden = root / f"{publish.PREFIX}{final.name}"
-    hidden.mkdir()
-    publish.sync_folder(root)
-    return _move_run(root, hidden)
-
-
-def _finish_archiving(root: Path) -> list[str]:
-    return [
-        f"finished moving an earlier run to {_move_run(root, hidden).name}/"
-        for hidden in sorted(root.glob(f"{ARCHIVING_PREFIX}*"))
-        if hidden.is_dir() and not hidden.is_symlink()
-    ]
-
-
-def _move_run(root: Path, hidden: Path) -> Path:
-    """config.json first, so that no half of a model loads; the lists of what is ours after that, run.json last."""
-    files = publish.model_files(root)
-    aside = [path.name for path in root.glob("model-*") if _is_kept(path)]
-    for name in [*files[:-1], *sorted(OWN_NAMES - {RUN_JSON}), *aside, *files[-1:], RUN_JSON]:
-        if name in (publish.MANIFEST, RUN_JSON):
-            publish.sync_folder(hidden)  # what they say is ours must have gone before they do
-        publish.move_file(root, hidden, name)
-    final = root / hidden.name.removeprefix(publish.PREFIX)
-    publish.sync_folder(hidden)
-    hidden.rename(final)
-    publish.sync_folder(root)
-    return final
-
-
-def _now() -> str:
+def now() -> str:
+    """Return the local time as run.json has it."""
     return time.strftime(TIME)

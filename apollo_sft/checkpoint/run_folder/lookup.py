@@ -1,4 +1,4 @@
-"""What a person names, found: the run that a folder belongs to, what it says of itself, and a checkpoint of it."""
+"""Find what a person names on a command line: the run that a folder belongs to, its configuration, a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,32 +17,34 @@ from apollo_sft.errors import ConfigError
 
 
 def find_run(folder: Path) -> Path | None:
-    """The run folder that a model folder is, or lies in as `checkpoints/step_N/hf`; None when no run wrote it."""
+    """Find the run folder that a model folder is, or is in as `checkpoints/step_N/hf`; None when no run wrote it."""
     path = folder.expanduser().resolve()
     candidates = [path, *path.parents[:3]]
     return next((candidate for candidate in candidates if read_run(candidate) is not None), None)
 
 
 def find_base(source: str) -> Path | None:
-    """The folder of a base model as a user names it: a folder, or a hub id in the cache; None when it is not here."""
+    """Find the folder of a base model as a user names it: a folder, or a hub id in the cache; None for neither."""
     from huggingface_hub import snapshot_download
 
     if Path(source).is_dir():
         return Path(source)
+
     try:
         return Path(snapshot_download(source, local_files_only=True))
-    except (OSError, ValueError):  # of what is no hub id, or is not in the cache
+    except (OSError, ValueError):  # it is no hub id, or not in the cache
         return None
 
 
 def read_config(run: Path) -> SftConfig:
-    """The whole configuration of a run. Raises: ConfigError as `read_training`."""
+    """Read the whole configuration of a run. Raises: ConfigError as `read_training`."""
     return config_of(_read(run))
 
 
 def read_training(run: Path) -> tuple[DataConfig, str]:
-    """The data section of a run's configuration, and its base model as the user named it. The rest may be older.
+    """Return the data section of a run's configuration, and its base model as the user named it.
 
+    Other sections are not validated: a tool that needs these two still opens a run of an earlier version.
     Raises: ConfigError when config.yaml is missing, or of a version with other keys.
     """
     raw = _read(run)
@@ -57,11 +59,12 @@ def _read(run: Path) -> dict[str, Any]:
             raise ValueError("no configuration of a training")
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read", found=f"{type(error).__name__}: {error}") from error
+
     return raw
 
 
 def config_of(saved: Mapping[str, Any]) -> SftConfig:
-    """A configuration that was written down, perhaps before some keys were there: they get their defaults.
+    """Validate a saved configuration, perhaps of a version that lacked some keys: they get their defaults.
 
     Raises: ConfigError.
     """
@@ -70,20 +73,25 @@ def config_of(saved: Mapping[str, Any]) -> SftConfig:
 
 
 def _completed(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(defaults) | {
-        key: _completed(value, defaults[key]) if isinstance(value, dict) and defaults.get(key) else value
-        for key, value in saved.items()
-    }
+    completed = dict(defaults)
+    for key, value in saved.items():
+        completed[key] = value
+        # An empty default is a mapping whose keys are the user's own: there is nothing to fill in.
+        if isinstance(value, dict) and defaults.get(key):
+            completed[key] = _completed(value, defaults[key])
+    return completed
 
 
 def find_checkpoint(path: Path, which: str) -> Path:
-    """The checkpoint at `path`; or of the run folder `path` the one that `which` names: latest, best, or a step.
+    """Return `path` when it is a checkpoint, else the one of the run folder `path` that `which` names.
 
+    `which`: latest, best, or the number of a step.
     Raises: ConfigError naming what there is.
     """
     folder = path.expanduser().resolve()
     if (folder / resume.STATE).is_file():
         return folder
+
     checkpoints = folder / "checkpoints"
     there = [found.name for found in resume.whole_checkpoints(checkpoints)]
     if not there:
@@ -91,21 +99,30 @@ def find_checkpoint(path: Path, which: str) -> Path:
             f"{path} is neither a checkpoint nor a run folder with checkpoints",
             expected="a folder such as RUN/checkpoints/step_000200, or RUN itself",
         )
-    name = resume.folder_of(checkpoints, int(which)).name if which.isdecimal() else which
+
+    name = which
+    if which.isdecimal():
+        name = resume.folder_of(checkpoints, int(which)).name
+
     found = checkpoints / name
+    # A link is followed only to a complete checkpoint beside it, not to anywhere.
     if name in there or (found.is_symlink() and found.resolve().name in there):
         return found.resolve()
+
+    listed = ", ".join(sorted(there))
+    if which == resume.BEST:
+        listed += "; trainer.save_best_on keeps the best"
+
     raise ConfigError(
         f"the run in {path} has no checkpoint {which}",
-        found=f"{', '.join(sorted(there))}" + ("" if which != resume.BEST else "; trainer.save_best_on keeps the best"),
+        found=listed,
         expected="latest, best, or the number of a step",
     )
 
 
 def trained_stops(run: Path | None) -> tuple[int, ...] | None:
-    """The tokens that ended the trained turns of a run, most frequent first; None when nothing says so."""
-    path = None if run is None else run / "data_audit.json"
-    if path is None or not path.is_file():
+    """Read the tokens that ended the trained turns of a run, most frequent first; None when there is no record."""
+    if run is None or not (run / "data_audit.json").is_file():
         return None
-    stops = publish.read_json(path).get("train", {}).get("stop_tokens", {})
+    stops = publish.read_json(run / "data_audit.json").get("train", {}).get("stop_tokens", {})
     return tuple(int(token) for token in stops)

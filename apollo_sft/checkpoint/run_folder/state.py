@@ -27,35 +27,44 @@ from apollo_sft.checkpoint.run_folder.resume import PARTS, STATE
 from apollo_sft.errors import CheckpointError
 
 STEP = "step"
-"""Of an optimizer's state: the number of steps, which is the run's."""
+"""The entry of an optimizer's state with the number of steps. It is not saved: state.json has the run's number."""
 MAX_FILE_BYTES = 4_000_000_000
-"""Of one file of one rank: DCP holds a file in memory once more while it writes it."""
+"""The size limit of one file of one rank: DCP holds a second copy of a file in memory while it writes it."""
 OFFSETS = "DCP_SHARDING_INFO"
-"""Where DCP's safetensors files say, in their metadata, which part of each tensor they hold."""
+"""The entry in the metadata of DCP's safetensors files that names which part of each tensor they hold."""
 
 
 def snapshot(model: nn.Module, optimizer: Optimizer, parts: Collection[str], copy: bool) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, this rank's shards of them.
+    """Collect this rank's shards of the tensors of a checkpoint, by name.
 
-    `copy`: in CPU memory of their own, so that training may go on while they are written. Without, they are the live
-    ones.
+    `copy`: into CPU memory of their own, so that training may continue while they are written. Without it, the live
+    tensors are returned.
     """
     tensors = _tensors(model, optimizer, parts)
     if copy:
         tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+
     if "extra" in parts:
         tensors |= _random_states()
+
     return tensors
 
 
 def num_bytes(model: nn.Module, moments: int, parts: Collection[str], local: bool = False) -> int:
-    """Bytes of a checkpoint, or of what this rank holds of it; known before the first step, on meta too.
+    """Return the bytes of a checkpoint; `local`: of this rank's part. Known before the first step, on meta too.
 
-    `moments`: those of the optimizer's state.
+    `moments`: the bytes of the optimizer's state.
     """
-    held = [getattr(p, "_local_tensor", p) if local else p for p in _trained(model).values()]
-    weights = sum(p.numel() * p.element_size() for p in held)
-    return ("model" in parts) * weights + ("optimizer" in parts) * moments
+    total = 0
+    if "model" in parts:
+        for parameter in _trained(model).values():
+            held = getattr(parameter, "_local_tensor", parameter) if local else parameter
+            total += held.numel() * held.element_size()
+
+    if "optimizer" in parts:
+        total += moments
+
+    return total
 
 
 def write_state(
@@ -68,26 +77,38 @@ def write_state(
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=_files(tensors), save_distributed=True)
     try:
         save(tensors, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
-    except CheckpointException as error:  # no Exception, so it would pass every handler
+    except CheckpointException as error:
+        # It derives from BaseException, so that handlers further up would not catch it.
         rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
         raise CheckpointError(f"rank {rank} could not write into {folder}", found=repr(cause)) from cause
+
     if is_writer:
         (folder / STATE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The number of the file that each tensor goes to, from 1, the same on every rank."""
+    """Return the number of the file that each tensor goes to, from 1, the same on every rank."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    names = [f"random/{rank}{suffix}" for rank in range(ranks) for suffix in ("", "/cuda")]
-    files, filled, number = dict.fromkeys(names, 1), 0, 1
+    files: dict[str, int] = {}
+    # The random states of all ranks get an entry here too: the mapping must be the same everywhere.
+    for rank in range(ranks):
+        files[f"random/{rank}"] = 1
+        files[f"random/{rank}/cuda"] = 1
+
+    number = 1
+    filled = 0
     for name, tensor in tensors.items():
         if name in files:
             continue
+
         size = tensor.numel() * tensor.element_size() // ranks
         if filled and filled + size > MAX_FILE_BYTES:
-            filled, number = 0, number + 1
+            filled = 0
+            number += 1
+
         files[name] = number
         filled += size
+
     return files
 
 
@@ -102,15 +123,19 @@ def read_state(folder: Path, model: nn.Module, optimizer: Optimizer, steps: int,
     for state in optimizer.state.values():
         if STEP in state:
             state[STEP].fill_(steps)
+
     tensors = _tensors(model, optimizer, PARTS)
     random_states = _random_states() if same_ranks else {}
     tensors |= random_states
+
     try:
         load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
     except (CheckpointException, RuntimeError, ValueError, OSError, KeyError) as error:
         raise CheckpointError(
             f"{folder} does not hold this model's state", found=str(error).splitlines()[-1]
         ) from error
+
+    # Weights and moments were filled in place; generators keep their state outside of any tensor.
     for name in random_states:
         if name.endswith("/cuda"):
             torch.cuda.set_rng_state(tensors[name])
@@ -119,7 +144,7 @@ def read_state(folder: Path, model: nn.Module, optimizer: Optimizer, steps: int,
 
 
 class StateFiles:
-    """The tensors that lie in a folder of `write_state`, whole, one at a time, by one process alone.
+    """Read the full tensors in a folder of `write_state`, one at a time, in one process alone.
 
     Raises: CheckpointError when a file cannot be read.
     """
@@ -133,25 +158,34 @@ class StateFiles:
                     self._parts[name].append((path, part["saved_offsets"]))
 
     def read(self, name: str) -> Tensor:
-        """On the CPU, in the dtype in which it was trained. Raises: CheckpointError when a part of it is missing."""
+        """Read one tensor to the CPU, in the dtype in which it was trained.
+
+        Raises: CheckpointError when a part of it is missing.
+        """
         parts: list[tuple[list[int], Tensor]] = []
         for path, offsets in self._parts.get(name, []):
             with safe_open(path, "pt") as file:
                 parts.append((offsets, file.get_tensor(name)))
+
         if len(parts) == 1:
             return parts[0][1]
+
+        # Each part is a block of the tensor: its first place along every dim, and its sizes.
         ends = [[at + size for at, size in zip(offsets, part.shape, strict=True)] for offsets, part in parts]
         shape = [max(sizes) for sizes in zip(*ends, strict=True)]
         if not parts or sum(part.numel() for _, part in parts) != torch.Size(shape).numel():
             raise CheckpointError(f"{self._folder} does not hold the whole of {name}")
+
         whole = torch.empty(shape, dtype=parts[0][1].dtype)
         for (offsets, part), stops in zip(parts, ends, strict=True):
-            whole[tuple(slice(at, stop) for at, stop in zip(offsets, stops, strict=True))] = part
+            block = tuple(slice(at, stop) for at, stop in zip(offsets, stops, strict=True))
+            whole[block] = part
+
         return whole
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A tied weight once, under its first name."""
+    """Return the trained parameters by name; a tied weight once, under its first name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -160,16 +194,19 @@ def _tensors(model: nn.Module, optimizer: Optimizer, parts: Collection[str]) -> 
     for name, parameter in _trained(model).items():
         if "model" in parts:
             tensors[f"model/{name}"] = parameter.detach()
-        state = optimizer.state[parameter] if "optimizer" in parts else {}
-        tensors |= {f"optim/{name}/{moment}": value for moment, value in state.items() if moment != STEP}
+
+        if "optimizer" in parts:
+            moments = optimizer.state[parameter].items()
+            tensors |= {f"optim/{name}/{moment}": value for moment, value in moments if moment != STEP}
+
     return tensors
 
 
 def _random_states() -> dict[str, Tensor]:
-    """This rank's, under a name of its own."""
+    """Return the states of this rank's generators, under names of its own."""
     name = f"random/{os.environ.get('RANK', '0')}"
     states = {name: torch.get_rng_state()}
-    # Not where the weights lie: offloaded ones lie on the CPU, but dropout is drawn on the GPU.
+    # The device of the weights does not decide: offloaded weights are on the CPU, but dropout is drawn on the GPU.
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states[f"{name}/cuda"] = torch.cuda.get_rng_state()
     return states

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from apollo_sft.checkpoint.host_memory import available_memory
+from apollo_sft.checkpoint.room import available_memory
 from apollo_sft.config.schema import DataConfig, ModelConfig, SftConfig
 from apollo_sft.config.sources import paths_of
 from apollo_sft.config.values import with_values

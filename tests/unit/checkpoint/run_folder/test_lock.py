@@ -57,9 +57,7 @@ def test_it_is_held_and_released(tmp_path: Path) -> None:
     lock = FolderLock(tmp_path)
     assert lock.notes == []
     assert (owner(tmp_path)["pid"], owner(tmp_path)["host"]) == (os.getpid(), socket.gethostname())
-    with pytest.raises(
-        ConfigError, match=f"process {os.getpid()} on {socket.gethostname()}, last sign of life 0 s ago"
-    ):
+    with pytest.raises(ConfigError, match=f"process {os.getpid()} on {socket.gethostname()}, last heartbeat 0 s ago"):
         FolderLock(tmp_path)
     lock.release()
     lock.release()
@@ -81,7 +79,7 @@ def test_where_the_system_has_no_locks_the_living_process_counts(
     process.kill()
     process.wait()
     lock = FolderLock(tmp_path)
-    assert lock.notes == [f"took the folder over from process {process.pid} on {socket.gethostname()}, which is gone"]
+    assert lock.notes == [f"took the folder over from process {process.pid} on {socket.gethostname()}, which has ended"]
     lock.release()
 
 
@@ -93,7 +91,7 @@ def test_a_number_that_was_given_to_another_process_is_no_owner(tmp_path: Path) 
     lock.release()
     (tmp_path / OWNER).write_text(text)  # this process lives, but it is not the one that held the folder
     lock = FolderLock(tmp_path)
-    assert "which is gone" in lock.notes[0]
+    assert "which has ended" in lock.notes[0]
     lock.release()
 
 
@@ -117,7 +115,7 @@ def test_a_live_run_of_another_host_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refusal:
         FolderLock(tmp_path, say=said.append)
     assert time.monotonic() - began < module.BEATS_MISSED * 0.2
-    assert re.search(rf"process {process.pid} on \S+, last sign of life \d s ago", str(refusal.value))
+    assert re.search(rf"process {process.pid} on \S+, last heartbeat \d s ago", str(refusal.value))
     assert "watching it for 1 s" in said[0]
     process.kill()
     process.wait()
@@ -131,7 +129,7 @@ def test_a_dead_run_of_another_host_is_taken_over_after_a_while(tmp_path: Path) 
     began = time.monotonic()
     lock = FolderLock(tmp_path)
     assert time.monotonic() - began >= module.BEATS_MISSED * 0.1
-    expected = f"took the folder over from process {process.pid} on node7, which gave no sign of life for 1 s"
+    expected = f"took the folder over from process {process.pid} on node7, which wrote no heartbeat for 1 s"
     assert lock.notes == [expected]
     assert owner(tmp_path)["pid"] == os.getpid()
     lock.release()
