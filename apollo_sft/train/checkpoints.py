@@ -50,7 +50,7 @@ class Checkpoints:
     ) -> None:
         self.best = BestSoFar(trainer.early_stop_patience)
         self.unfinished = None
-        self._saver = Saver(trainer, is_main, form)
+        self.saver = Saver(trainer, is_main, form)
         self._keeps_best = trainer.save_best_on is not None
         self._allows_changes = trainer.resume_with_changes
         self._hf_at_every = trainer.checkpoint.hf_model_at == "every"
@@ -63,12 +63,12 @@ class Checkpoints:
     @property
     def folder(self) -> Path:
         """Return the folder that holds the checkpoints."""
-        return self._saver.folder
+        return self.saver.folder
 
     def vote(self) -> Vote:
         """Return what this rank sends to the others with the next step."""
         vote = Vote.NOTHING
-        if self._saver.has_failed():
+        if self.saver.has_failed():
             vote |= Vote.SAVE_FAILED
 
         # The clock of rank 0 decides for all.
@@ -110,23 +110,23 @@ class Checkpoints:
         """
         self.unfinished = None
         if self.best.update(record) and self._keeps_best:
-            self._saver.point_best(int(record["step"]))
+            self.saver.point_best(int(record["step"]))
 
     def save(self, step: int, model: SftModel, optimizer: Optimizer, is_best: bool, with_hf: bool) -> None:
         """Save the state after `step` steps. Raises: CheckpointError on every rank, as `Saver.save`."""
         self._saved_at = time.monotonic()
         facts = self._facts | {
             "step": step,
-            "contents": list(self._saver.contents),
+            "contents": list(self.saver.contents),
             "best": self.best.best,
             "validations_since_best": self.best.validations_since,
             "unfinished": self.unfinished,
         }
-        self._saver.save(model, optimizer, facts, is_best, with_hf)
+        self.saver.save(model, optimizer, facts, is_best, with_hf)
 
     def wait_for_save(self) -> None:
         """Wait for a save in the background. Raises: CheckpointError on every rank when it could not be written."""
-        self._saver.wait_for_save()
+        self.saver.wait_for_save()
 
     @contextmanager
     def waiting_on_failure(self) -> Iterator[None]:
@@ -153,7 +153,7 @@ class Checkpoints:
         strategy = strategy_of(model)
         rows = strategy.by_rows(model)
         moments = strategy.optimizer_by_rows(model, rows, optimizer)
-        self._saver.measure(rows, moments)
+        self.saver.measure(rows, moments)
         if checkpoint is None:
             return 0
 

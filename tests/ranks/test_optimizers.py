@@ -33,7 +33,7 @@ def cell(folder: Path, model: str, optimizer: str, world: World) -> dict[str, An
     """All steps in one piece, with a checkpoint in the middle; then on from there, and from that of two ranks."""
     keys = [DOUBLE, f"optim.name={optimizer}"]
     one = Training(folder, model, "fsdp2", world, *keys)
-    one.checkpoints.folder = folder / f"{model}-{optimizer}-{world.size}" / "checkpoints"
+    one.checkpoints.saver.folder = folder / f"{model}-{optimizer}-{world.size}" / "checkpoints"
     first = one.steps(0, STEPS // 2)
     one.save(STEPS // 2)
     figures = first + one.steps(STEPS // 2, STEPS)

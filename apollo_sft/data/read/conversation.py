@@ -126,6 +126,7 @@ def _text_or_list(cell: Any, path: tuple[str, ...], place: Place, key: str) -> s
     """
     if cell is None:
         place.fail("the cell is null", expected="a text")
+    # Some data sets wrap each answer in a list of one. A list of one message is a list of messages, though.
     if isinstance(cell, list) and len(cell) == 1:
         only = cell[0]
         if isinstance(only, str) or (isinstance(only, dict) and path and path[0] in only):

@@ -1,4 +1,4 @@
-"""Rows from a class of the user's (`data.custom_cls`): conversations, or samples that are ready."""
+"""Read rows from a class of the user's (`data.custom_cls`): conversations, or samples that are ready."""
 
 from __future__ import annotations
 
@@ -18,23 +18,20 @@ KEY = "data.custom_cls"
 def custom_rows(
     files: Sequence[str], tokenizer: Any, data: DataConfig, max_rows: int = -1
 ) -> Iterator[tuple[RowRef, Conversation | Sample]]:
-    """What the class yields, at most `max_rows` (-1: all).
+    """Yield the rows that the class yields, at most `max_rows` (-1: all).
 
-    Raises: DataError for a file or class that cannot be used, and for what it raises or yields that is no row.
+    Raises: DataError for a file or class that cannot be used, for an exception of the class, and for a value that is
+    no row.
     """
     name = f"{data.custom_cls.name} in {data.custom_cls.path}"
     try:
         rows = iter(_load(data)(list(files), tokenizer, data))
         count = 0
-        while count != max_rows and (row := next(rows, None)) is not None:
-            if not isinstance(row, Conversation | Sample):
-                raise DataError(
-                    f"{KEY}: {name} yields what is no row (number {count})",
-                    found=type(row).__name__,
-                    expected="apollo_sft.types.Conversation or Sample",
-                )
-            if isinstance(row, Sample):
-                _check(row)
+        while count != max_rows:
+            row = next(rows, None)
+            if row is None:
+                return
+            _check(row, name, count)
             yield row.ref, row
             count += 1
     except ApolloError:
@@ -44,10 +41,12 @@ def custom_rows(
 
 
 def _load(data: DataConfig) -> Any:
-    path, name = data.custom_cls.path, data.custom_cls.name
+    path = data.custom_cls.path
+    name = data.custom_cls.name
     spec = importlib.util.spec_from_file_location("apollo_sft_custom_cls", str(path))
     if spec is None or spec.loader is None or name is None:
         raise DataError(f"{KEY} is not a class in a Python file", found=f"path {path}, name {name}", fix="set both")
+
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, name):
@@ -55,15 +54,35 @@ def _load(data: DataConfig) -> Any:
     return getattr(module, name)
 
 
-def _check(sample: Sample) -> None:
-    """A ready sample keeps the contract of `Sample`: labels are shifted once, already."""
-    ids, labels = sample.input_ids, sample.labels
-    if not all(isinstance(array, np.ndarray) and array.dtype == np.int32 for array in (ids, labels)):
-        raise DataError(f"{sample.ref}: input_ids and labels must be int32 arrays of numpy")
-    if ids.ndim != 1 or ids.shape != labels.shape or not len(ids) or ids.min() < 0:
+def _check(row: Any, name: str, number: int) -> None:
+    """Refuse what is no row. A conversation is checked later, with those of files."""
+    if isinstance(row, Sample):
+        _check_sample(row)
+    elif not isinstance(row, Conversation):
         raise DataError(
-            f"{sample.ref}: input_ids and labels are no two rows of one length", found=(ids.shape, labels.shape)
+            f"{KEY}: {name} yields an object that is no row (number {number})",
+            found=type(row).__name__,
+            expected="apollo_sft.types.Conversation or Sample",
         )
+
+
+def _check_sample(sample: Sample) -> None:
+    """Check the contract of `Sample`: the labels of a ready sample are shifted once, already."""
+    ids = sample.input_ids
+    labels = sample.labels
+    for array in (ids, labels):
+        if not isinstance(array, np.ndarray) or array.dtype != np.int32:
+            raise DataError(f"{sample.ref}: input_ids and labels must be int32 arrays of numpy")
+
+    if ids.ndim != 1 or ids.shape != labels.shape:
+        raise DataError(
+            f"{sample.ref}: input_ids and labels must be 1-D arrays of equal length", found=(ids.shape, labels.shape)
+        )
+    if not len(ids) or ids.min() < 0:
+        found = "no token" if not len(ids) else f"token id {ids.min()}"
+        raise DataError(f"{sample.ref}: input_ids must be one token or more, none below 0", found=found)
+
+    # Labels that are not shifted, or shifted twice, train the model to repeat a token or to skip one.
     trained = labels[:-1] != IGNORE_INDEX
     if labels[-1] != IGNORE_INDEX or (labels[:-1][trained] != ids[1:][trained]).any():
         raise DataError(

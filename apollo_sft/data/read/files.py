@@ -1,4 +1,4 @@
-"""Where data lie: paths, folders, globs, URLs and data sets of the hub -> files, in order; and their bytes."""
+"""Find and open data files: paths, folders, globs, URLs and data sets of the hub give files, in order."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ Row = dict[str, Any]
 Kind = Literal["parquet", "JSON lines", "Arrow"]
 Found = Iterator[tuple[int, Row | DataError]]
 """Rows of a file by their number, or the error of a row in its place."""
+
 SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "parquet": (".parquet", ".pq"),
     "JSON lines": (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".jsonl.zst", ".ndjson.zst"),
     "Arrow": (".arrow", ".feather", ".ipc"),
 }
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-ABOUT_DATA = frozenset(
+METADATA_FILES = frozenset(
     {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json", "manifest.json", "rejected.jsonl"}
 )
-"""Files beside data that hold none. `cache-….arrow` are what the library datasets computed of others."""
+"""Files beside data that hold none. `cache-….arrow` are results that the library datasets keeps."""
+
 READ_BYTES = 1 << 20
 REMOTE_READ_BYTES = 1 << 23
 NAMED_FILES = 5
@@ -38,70 +40,87 @@ NAMED_COLUMNS_CHARACTERS = 400
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """What is read of each file. `optional` columns are read where they exist. `keys` names the key of a column."""
+    """The columns that are read of each file."""
 
     required: tuple[str, ...]
+
     optional: tuple[str, ...]
+    """Read where they exist."""
+
     keys: dict[str, str]
+    """The config key that names each required column."""
 
 
 def expand_paths(paths: Sequence[str], key: str) -> list[str]:
-    """The files that `paths` name, in order: a file as it is, a folder's or a glob's files by name.
+    """Return the files that `paths` name, in order: a file as it is, a folder's or a glob's files by name.
 
     Raises: DataError, naming `key`, when a path gives no file, a folder holds several kinds, or a store on the network
     cannot be reached.
     """
-    return [file for path in paths for file in _expand(without_file_scheme(path), key)]
+    files: list[str] = []
+    for path in paths:
+        files += _expand(without_file_scheme(path), key)
+    return files
 
 
 def kind_of(file: str) -> Kind:
-    """By the extension; a file with an unknown one is taken for parquet."""
+    """Return the kind of a file, by its extension; a file with an unknown one is taken for parquet."""
     return known_kind(file) or "parquet"
 
 
 def is_remote(file: str) -> bool:
+    """Return whether a file is a URL."""
     return "://" in file
 
 
 def shown(file: str) -> str:
-    """The file as messages, ledgers and stores name it: a URL without its secrets."""
-    return redact(file) if is_remote(file) else file
+    """Return the name of a file in messages, ledgers and stores: a URL without its secrets."""
+    if not is_remote(file):
+        return file
+    return redact(file)
 
 
 def compression_of(file: str) -> str | None:
+    """Return the compression of a file, by its extension; None where it has none."""
     return COMPRESSED.get(PurePosixPath(_path_in(file)).suffix)
 
 
 def open_file(file: str) -> BinaryIO:
-    """Bytes that can be read at any place. Raises: what the system or the store raises."""
+    """Open a file whose bytes can be read at any place. Raises: what the system or the remote store raises."""
     if not is_remote(file):
         return Path(file).open("rb", buffering=READ_BYTES)
+
     from apollo_sft.data.read.remote import open_url
 
     return open_url(file)
 
 
 def size_of(file: str) -> int | None:
-    """Bytes; None where a store does not say."""
+    """Return the bytes of a file; None where a remote store does not know them."""
     if not is_remote(file):
         return Path(file).stat().st_size
+
     from apollo_sft.data.read.remote import size_of_url
 
     return size_of_url(file)
 
 
 def stamp(file: str) -> str | None:
-    """What changes when the file does: stamps of the system, or a checksum or times of a store. None: it has none."""
+    """Return a text that changes when the file does: stamps of the system, or a checksum or times of a remote store.
+
+    None where a remote store has none.
+    """
     if not is_remote(file):
         stat = Path(file).stat()
         return f"{stat.st_dev}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
+
     from apollo_sft.data.read.remote import stamp_of_url
 
     return stamp_of_url(file)
 
 
 def reached(call: Callable[[], T], what: str) -> T:
-    """What `call` gives. Raises: DataError, `what` and the cause, for whatever the client of a store raises."""
+    """Return what `call` returns. Raises: DataError, `what` and the cause, for any error of a remote store's client."""
     try:
         return call()
     except DataError:
@@ -111,29 +130,41 @@ def reached(call: Callable[[], T], what: str) -> T:
 
 
 def cause(error: BaseException) -> str:
-    """In one line."""
+    """Return an error in one line."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[0]
 
 
 def lacking(where: str, name: str, present: Sequence[str], columns: Columns) -> DataError:
-    """A file, or a row, has no column of that name."""
-    close, key = difflib.get_close_matches(name, present, n=1), columns.keys[name]
+    """Return the error about a file, or a row, without a required column."""
+    key = columns.keys[name]
+    close = difflib.get_close_matches(name, present, n=1)
+    fix = f"set {key} to the column that is meant"
+    if close:
+        fix = f"{key}={close[0]}"
     return DataError(
         f"{where} has no column {name!r} ({key})",
         found=f"columns {', '.join(present) or '(none)'}"[:NAMED_COLUMNS_CHARACTERS],
-        fix=f"{key}={close[0]}" if close else f"set {key} to the column that is meant",
+        fix=fix,
     )
 
 
 def _path_in(file: str) -> str:
-    """Without what may sign a URL."""
-    return file.partition("?")[0] if is_remote(file) else file
+    """Return a file without the query of a URL, which may sign it."""
+    if not is_remote(file):
+        return file
+    return file.partition("?")[0]
 
 
 def known_kind(file: str) -> Kind | None:
+    """Return the kind of a file, by its extension; None for an unknown one."""
     name = PurePosixPath(_path_in(file)).name.lower()
-    return next((kind for kind, suffixes in SUFFIXES.items() if name.endswith(suffixes)), None)
+    for kind, suffixes in SUFFIXES.items():
+        if name.endswith(suffixes):
+            return kind
+    return None
 
 
 def _expand(path: str, key: str) -> list[str]:
@@ -141,38 +172,46 @@ def _expand(path: str, key: str) -> list[str]:
         from apollo_sft.data.read.remote import expand_url
 
         return expand_url(path, key)
+
     if Path(path).is_file():
         return [path]
     if Path(path).is_dir():
         found = glob.glob(str(Path(glob.escape(path)) / "**" / "*"), recursive=True)  # noqa: PTH207
         return of_one_kind(path, [name for name in found if Path(name).is_file()], key)
+
+    # A folder of that name comes first, so that a local copy of a data set is read where there is one.
     if is_hub_data_set(path):
         from apollo_sft.data.read.remote import expand_data_set
 
         return expand_data_set(path, key)
+
     found = sorted(name for name in glob.glob(path, recursive=True) if Path(name).is_file())  # noqa: PTH207
     if not found:
         parent = Path(path).parent
-        names = sorted(entry.name for entry in parent.iterdir()) if parent.is_dir() else []
-        raise no_file(path, key, [str(parent / name) for name in names])
+        beside = [str(entry) for entry in sorted(parent.iterdir())] if parent.is_dir() else []
+        raise no_file(path, key, beside)
     return found
 
 
 def of_one_kind(folder: str, names: Sequence[str], key: str) -> list[str]:
-    """The data files among `names`, sorted. JSON beside data of another kind, and hidden files, are no data."""
+    """Return the data files among `names`, sorted. JSON beside data of another kind, and hidden files, are no data."""
     root = folder.rstrip("/")
-    plain = [name for name in names if not any(part.startswith(".") for part in name.removeprefix(root).split("/"))]
+    plain = [name for name in names if "/." not in f"/{name.removeprefix(root)}"]
     if any(name.endswith("/dataset_dict.json") for name in plain):
         raise DataError(f"{key}: the folder holds several splits", found=folder, fix=f"name one: {root}/train")
-    data = [name for name in plain if PurePosixPath(name).name not in ABOUT_DATA and known_kind(name)]
+
+    data = [name for name in plain if PurePosixPath(name).name not in METADATA_FILES and known_kind(name)]
     data = [name for name in data if not re.fullmatch(r"cache-[^/]*\.arrow", PurePosixPath(name).name)]
+    # A file of JSON beside parquet or Arrow describes the data; alone it is the data.
     data = [name for name in data if not name.endswith(".json")] or data
+
     kinds = Counter(map(kind_of, data))
     if len(kinds) > 1:
         example = PurePosixPath(_path_in(data[0])).suffix
+        counts = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
         raise DataError(
             f"{key}: the folder holds several kinds of files",
-            found=f"{folder}: " + ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items())),
+            found=f"{folder}: {counts}",
             fix=f"name those that are meant: '{root}/*{example}'",
         )
     if not data:
@@ -183,10 +222,13 @@ def of_one_kind(folder: str, names: Sequence[str], key: str) -> list[str]:
 
 
 def no_file(path: str, key: str, beside: Sequence[str]) -> DataError:
+    """Return the error about a path without a file. `beside`: the files in its folder."""
     names = {PurePosixPath(name).name: name for name in beside}
     close = difflib.get_close_matches(PurePosixPath(path).name, list(names), n=1)
-    fix = f"did you mean {names[close[0]]}?" if close else None
-    if fix is None and key == "data.val_files":
+    fix = None
+    if close:
+        fix = f"did you mean {names[close[0]]}?"
+    elif key == "data.val_files":
         fix = "data.val_files=null trains without validation"
     return DataError(
         f"{key}: no such file",

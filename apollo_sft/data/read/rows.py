@@ -12,24 +12,26 @@ from apollo_sft.errors import DataError
 from apollo_sft.types import RowRef
 
 READERS: dict[Kind, str] = {"parquet": "parquet", "JSON lines": "json_lines", "Arrow": "arrow"}
-"""The module of this folder that reads a kind of files. It is loaded when a file of the kind is there."""
+"""The module of this folder that reads a kind of files. It is loaded for the first file of the kind."""
 
 
 class Reader(Protocol):
-    """What a module that reads one kind of files has. All raise DataError for a file."""
+    """The functions of a module that reads one kind of files. All raise DataError for a file."""
 
     def read_rows(self, file: str, columns: Columns, first_row: int) -> Found:
         """Yield (row, values, or the error of that row) from row `first_row` on."""
 
-    def num_rows(self, file: str) -> int: ...
+    def num_rows(self, file: str) -> int:
+        """Count the rows."""
 
-    def column_names(self, file: str) -> list[str]: ...
+    def column_names(self, file: str) -> list[str]:
+        """List the columns."""
 
 
 def read_rows(files: Sequence[str], columns: Columns, max_rows: int = -1) -> Iterator[tuple[RowRef, Row]]:
-    """Every row of `files` with its place, at most `max_rows` over all files (-1: all).
+    """Yield every row of `files` with its place, at most `max_rows` over all files (-1: all).
 
-    A row holds str, int, float, bool, None, list, dict and what else Arrow has for odd column types; never numpy.
+    A row holds str, int, float, bool, None, list, dict and the Python types of Arrow for other columns; never numpy.
 
     Raises: DataError for a file that cannot be read, is damaged, or lacks a required column, and for a row that cannot
     be read.
@@ -43,17 +45,20 @@ def read_rows(files: Sequence[str], columns: Columns, max_rows: int = -1) -> Ite
 def try_rows(
     files: Sequence[str], columns: Columns, max_rows: int = -1, first_row: int = 0
 ) -> Iterator[tuple[RowRef, Row | DataError]]:
-    """As `read_rows`, with the error of a row in its place, from row `first_row` of all files together on.
+    """Yield rows as `read_rows` does, with the error of a row in its place, from row `first_row` of all files on.
 
-    What stands before that row is not read, but for its row group (parquet), its batch (Arrow), up to
+    Rows before that one are not read, but for its row group (parquet), its batch (Arrow), up to
     `json_lines.INDEX_ROWS` lines (JSON lines), or the file (compressed JSON lines).
     Raises: DataError for a file.
     """
-    return islice(_from_row(files, columns, first_row), max_rows if max_rows >= 0 else None)
+    rows = _from_row(files, columns, first_row)
+    if max_rows < 0:
+        return rows
+    return islice(rows, max_rows)
 
 
 def num_rows(files: Sequence[str]) -> int:
-    """Rows of all files together: from the footers of parquet; other files are read through. Raises: DataError."""
+    """Count the rows of all files: from the footers of parquet; other files are read through. Raises: DataError."""
     return sum(_reader(file).num_rows(file) for file in files)
 
 
@@ -67,11 +72,17 @@ def _reader(file: str) -> Reader:
 
 
 def _from_row(files: Sequence[str], columns: Columns, first_row: int) -> Iterator[tuple[RowRef, Row | DataError]]:
+    skipped = first_row
     for file in files:
         reader = _reader(file)
-        here = reader.num_rows(file) if first_row else 1
-        if first_row < here:
-            name = shown(file)
-            for index, row in reader.read_rows(file, columns, first_row):
-                yield RowRef(name, index), row
-        first_row = max(first_row - here, 0) if first_row else 0
+        # Counting may read the whole file, so it is done only as long as rows are skipped.
+        if skipped:
+            count = reader.num_rows(file)
+            if skipped >= count:
+                skipped -= count
+                continue
+
+        name = shown(file)
+        for index, row in reader.read_rows(file, columns, skipped):
+            yield RowRef(name, index), row
+        skipped = 0

@@ -53,6 +53,7 @@ class JsonCache:
         """Return `tojson` with this cache before it."""
 
         def quick_tojson(value: Any, **options: Any) -> str:
+            # Options such as indent change the text, so they belong to the key.
             key: Any = id(value)
             if options:
                 key = (id(value), *sorted(options.items()))
@@ -75,6 +76,7 @@ def _quick_getattr(environment: Any, namespace: type) -> Callable[[Any, str], An
     slow_getattr = environment.getattr
 
     def quick_getattr(value: Any, name: str) -> Any:
+        # Exactly these types: a subclass may have attributes of its own.
         kind = type(value)
         if kind is dict and name not in DICT_METHODS:
             return value[name] if name in value else environment.undefined(obj=value, name=name)

@@ -132,10 +132,10 @@ class Renderer:
         if not any("tool_calls" in message for message in conversation.messages):
             return first_try, self._lay_out(conversation, CallStyle.PLAIN)
 
+        # A template cannot be asked what it reads, and one that ignores a form leaves the calls out without an error.
         failure: RenderError | UnprovableError | None = None
         fallback: tuple[CallStyle, list[Text]] | None = None
-        styles = [] if first_try is None else [first_try]
-        for style in [*styles, *(style for style in CallStyle if style is not first_try)]:
+        for style in sorted(CallStyle, key=lambda style: style is not first_try):
             try:
                 texts = self._lay_out(conversation, style)
             except (RenderError, UnprovableError) as error:
@@ -176,6 +176,7 @@ class Renderer:
             row.error = refusals.spells_control_token(ref, row.control_token)
             return first_try
 
+        # An error of one row leaves the others usable. A template that runs away would hold up every row.
         try:
             style, row.texts = self.lay_out(row.conversation, first_try)
         except UnprovableError as error:
@@ -190,7 +191,9 @@ class Renderer:
 
     def _encode(self, rows: Sequence[_Row]) -> None:
         """Fill the tokens of all rows, or the error of a row with a target that has none."""
-        texts = [text for row in rows for text in row.texts]
+        texts: list[Text] = []
+        for row in rows:
+            texts += row.texts
         encoded = iter(self.encoder.encode(texts))
         for row in rows:
             # All of the row's tokens are taken, also after an error: the next row's follow them.
@@ -205,6 +208,7 @@ class Renderer:
         ref = row.conversation.ref
         pairs = list(zip(row.texts, row.tokens, strict=True))
         samples = [_sample(ref, text, tokens) for text, tokens in pairs]
+        # Such a row is rendered all the same: the ledger records how many tokens and targets are lost with it.
         if row.control_token is not None and self.data.special_tokens_in_content == "drop":
             self.counts.add("control_tokens_dropped", ref)
             return Rendered(samples, f"{row.control_token} (data.special_tokens_in_content=drop)")
@@ -288,6 +292,7 @@ def truncate(sample: Sample, max_length: int, side: str, bos: int | None = None)
         labels[-1] = IGNORE_INDEX
         return Sample(ids[:max_length], labels, sample.ref, sample.turns)
 
+    # A text that begins with this token at inference begins with it after a cut too.
     if ids[0] == bos:
         ids = np.concatenate([ids[:1], ids[1 - max_length :]])
         labels = np.concatenate([[np.int32(IGNORE_INDEX)], labels[1 - max_length :]]).astype(np.int32)

@@ -71,6 +71,7 @@ def is_own(tokenizer: Any, template: ChatTemplate) -> bool:
 
 
 def _own(tokenizer: Any) -> ChatTemplate:
+    # Some models have several templates by name: one for tools, another one for all else.
     own = tokenizer.chat_template
     if isinstance(own, dict) and "default" in own:
         return ChatTemplate(own["default"], "the tokenizer's own", own.get("tool_use"))

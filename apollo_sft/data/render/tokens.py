@@ -67,7 +67,7 @@ class Encoder:
     def __init__(self, tokenizer: Any) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
-                "the tokenizer is a slow one: it cannot say which characters a token covers",
+                "the tokenizer is a slow one: it does not know which characters a token covers",
                 found=type(tokenizer).__name__,
                 expected="a fast tokenizer (tokenizer.json)",
                 fix="convert it with transformers and save it beside the model",
@@ -123,7 +123,7 @@ class Encoder:
 
         if theirs != ours:
             raise DataError(
-                "the tokenizer does more than its tokenizer.json says, so targets cannot be located",
+                "the tokenizer gives other tokens than its tokenizer.json, so targets cannot be located",
                 found=type(self.tokenizer).__name__,
                 expected="the same ids from the tokenizer and from its backend",
             )
@@ -296,5 +296,6 @@ def fit_template(tokenizer: Any, data: DataConfig, add: bool) -> ChatTemplate:
             "or data.chat_template=plain, which ends answers with the tokenizer's own end token",
         )
 
+    # Not normalized: such tokens are taken out of a text before anything else, see `Encoder`.
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in unknown], special_tokens=True)
     return template

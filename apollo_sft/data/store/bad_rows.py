@@ -1,62 +1,65 @@
-"""Rows that cannot be used: grouped by reason, and the one message about all of them."""
+"""Group the rows that cannot be used by reason, and word the one message about all of them."""
 
 from __future__ import annotations
 
 import re
 
-from apollo_sft.data.store.store_files import StoreSummary
+from apollo_sft.data.store.summary import BadRows, StoreSummary
 from apollo_sft.errors import DataError
 
 NAMED_REASONS = 5
 MOST_REASONS = 50
 """Rows of reasons beyond these are counted together."""
+
 OTHER = "other reasons"
 NUMBERS = re.compile(r"(?<![A-Za-z]-)\b\d[\d,]*")
 
 
 def reason_and_found(message: str, place: str) -> tuple[str, str]:
-    """Of a message about the row `place`: its first line without that place, and what was found there."""
-    first, *rest = [" ".join(line.split()) for line in message.splitlines()] or [""]
-    found = next((line.removeprefix("found:").strip() for line in rest if line.startswith("found:")), "")
-    return first.removeprefix(place).lstrip(":, "), found
+    """Return the first line of a message about the row `place`, without that place, and what was found there."""
+    lines = [" ".join(line.split()) for line in message.splitlines()] or [""]
+    found = ""
+    for line in lines[1:]:
+        if line.startswith("found:"):
+            found = line.removeprefix("found:").strip()
+            break
+    return lines[0].removeprefix(place).lstrip(":, "), found
 
 
 def count_bad(summary: StoreSummary, place: str, error: DataError) -> None:
-    """Numbers make no reason of their own: rows of different lengths may fail for one."""
+    """Count a row that cannot be used. Reasons that differ in numbers only are one: the rows may differ in length."""
     reason = NUMBERS.sub("…", reason_and_found(str(error), place)[0])
-    summary.rows_bad += 1
-    summary.bad[reason] = summary.bad.get(reason, 0) + 1
-    summary.first_bad.setdefault(reason, []).append(place)
-    summary.bad_texts.setdefault(reason, str(error))
+    summary.bad.setdefault(reason, BadRows(text=str(error))).tally.add(place)
 
 
 def without_rare(summary: StoreSummary) -> None:
     """Keep the first `MOST_REASONS`, and `OTHER`: a file of a million different mistakes must not fill memory."""
-    for reason in [reason for reason in summary.bad if reason != OTHER][MOST_REASONS:]:
-        summary.bad[OTHER] = summary.bad.get(OTHER, 0) + summary.bad.pop(reason)
-        summary.first_bad.setdefault(OTHER, []).extend(summary.first_bad.pop(reason))
-        summary.bad_texts.setdefault(OTHER, summary.bad_texts.pop(reason))
-    for rows in summary.first_bad.values():
-        del rows[NAMED_REASONS:]
+    reasons = [reason for reason in summary.bad if reason != OTHER]
+    for reason in reasons[MOST_REASONS:]:
+        rare = summary.bad.pop(reason)
+        summary.bad.setdefault(OTHER, BadRows(text=rare.text)).tally.merge(rare.tally)
 
 
 def refuse_bad(summary: StoreSummary, files_key: str) -> None:
-    """With data.bad_rows=error. Raises: DataError about all rows that cannot be used."""
+    """Refuse any row that cannot be used, as data.bad_rows=error asks for. Raises: DataError about all of them."""
     if not summary.rows_bad:
         return
     if summary.rows_bad == 1:
-        [text] = summary.bad_texts.values()
-        raise DataError(text)
+        [rows] = summary.bad.values()
+        raise DataError(rows.text)
     raise DataError(
         f"{files_key}: {summary.rows_bad:,} of {summary.num_rows:,} rows cannot be used",
         found=reasons_in_words(summary),
         expected="rows that can all be trained on",
-        fix="mend the rows, or data.bad_rows=skip, which leaves them out",
+        fix="correct the rows, or data.bad_rows=skip, which leaves them out",
     )
 
 
 def refuse_too_many_bad(summary: StoreSummary, files_key: str, most: float) -> None:
-    """With data.bad_rows=skip. `most`: data.max_bad_ratio. Raises: DataError above it."""
+    """Refuse more rows that cannot be used than data.bad_rows=skip may leave out. `most`: data.max_bad_ratio.
+
+    Raises: DataError above it.
+    """
     ratio = summary.rows_bad / max(summary.num_rows, 1)
     if ratio <= most:
         return
@@ -64,20 +67,27 @@ def refuse_too_many_bad(summary: StoreSummary, files_key: str, most: float) -> N
         f"{files_key}: {summary.rows_bad:,} of {summary.num_rows:,} rows cannot be used ({ratio:.2%}), too many",
         found=reasons_in_words(summary),
         expected=f"at most {most:.10g} of all rows (data.max_bad_ratio)",
-        fix="mend the rows; if leaving them out is meant, a larger data.max_bad_ratio",
+        fix="correct the rows; to leave them all out, a larger data.max_bad_ratio",
     )
 
 
 def reasons_in_words(summary: StoreSummary) -> str:
-    """The most common reasons, each with its first rows, and what was found in the first of them."""
-    common = sorted(summary.bad, key=lambda reason: -summary.bad[reason])
+    """Return the most common reasons, each with its first rows, and what was found in the first of them."""
+    common = sorted(summary.bad, key=lambda reason: -summary.bad[reason].tally.count)
     lines = []
     for reason in common[:NAMED_REASONS]:
-        rows = summary.first_bad[reason]
-        found = reason_and_found(summary.bad_texts[reason], rows[0])[1]
-        lines.append(f"{summary.bad[reason]:,} x {reason}" + (f" ({found})" if found else ""))
-        lines.append(f"  first {', '.join(rows)}")
-    if common[NAMED_REASONS:]:
-        rest = sum(summary.bad[reason] for reason in common[NAMED_REASONS:])
-        lines.append(f"{rest:,} x {len(common) - NAMED_REASONS} more reasons")
+        rows = summary.bad[reason]
+        line = f"{rows.tally.count:,} x {reason}"
+        found = reason_and_found(rows.text, rows.tally.examples[0])[1]
+        if found:
+            line += f" ({found})"
+        lines.append(line)
+        lines.append(f"  first {', '.join(rows.tally.examples)}")
+
+    others = common[NAMED_REASONS:]
+    if others:
+        rest = sum(summary.bad[reason].tally.count for reason in others)
+        lines.append(f"{rest:,} x {len(others)} more reasons")
+
+    # Aligned with what follows the word `found:` of the message.
     return ("\n" + 12 * " ").join(lines)

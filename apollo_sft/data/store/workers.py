@@ -1,4 +1,4 @@
-"""Processes that tokenise shards of a dataset, each into a folder of its own. They end with the one that started them.
+"""Tokenise shards of a dataset in several processes, each into a folder of its own. They end with their parent.
 
 Started as new interpreters: threads of torch and of tokenizers do not survive a fork.
 """
@@ -23,46 +23,59 @@ from typing import Any
 
 from apollo_sft.data.read.files import shown
 from apollo_sft.data.store.fingerprint import tokenizer_hash
-from apollo_sft.data.store.store_files import StoreSummary, StoreWriter
+from apollo_sft.data.store.store_files import StoreWriter
+from apollo_sft.data.store.summary import StoreSummary
 from apollo_sft.data.store.tokenise import Shard, StoreRequest, Tokeniser, shard_rows
 from apollo_sft.errors import ApolloError
 
 AHEAD = 4
-"""Shards for each process that may be begun before an earlier one is done: they wait on the disk."""
+"""Shards for each process that may be started before an earlier one is done: they wait on the disk."""
+
 IMPORT_SERVE = "from apollo_sft.data.store.workers import serve"
-KEPT_FROM_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""Signals to all processes of a terminal or a job: the one that is asked to stop ends the workers itself."""
+
+BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that go to all processes of a terminal or a job. Workers ignore them: their parent ends them itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What every worker is told first. Parts are written into `folder`."""
+    """The first message to every worker."""
 
     request: StoreRequest
     files: list[str]
+
     folder: Path
+    """Parts of the store are written here."""
+
     tokenizer_hash: str
+    """The worker checks that its tokenizer arrived unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """So many rows more. `bad`: the message about the first of them that cannot be used."""
+    """Rows that a worker has tokenised since its last message."""
 
     num_rows: int
+
     bad: str | None
+    """The message about the first of them that cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A shard is in `part`. `chunks`: what became of its rows, in order."""
+    """A shard is tokenised."""
 
     index: int
+
     part: Path
+    """The folder with its samples."""
+
     chunks: list[StoreSummary]
+    """The summaries of its chunks, in order."""
 
 
 class Workers:
-    """`number` processes, as a context. None of them outlives it."""
+    """Runs `number` processes while the context is open. None of them outlives it."""
 
     def __init__(self, number: int, job: Job) -> None:
         self._number = number
@@ -89,25 +102,28 @@ class Workers:
             connection.close()
 
     def results(self, shards: Sequence[Shard]) -> Iterator[Progress | Done]:
-        """Every shard, in order, and what goes on meanwhile.
+        """Yield every shard, in order, and the progress in between.
 
         Raises: DataError as `Tokeniser.run`; ApolloError when a process was ended.
         """
-        waiting, idle = deque(shards), list(self._processes)
-        held: dict[int, Done] = {}
+        waiting = deque(shards)
+        idle = list(self._processes)
+        early: dict[int, Done] = {}
         following = 0
         while following < len(shards):
+            # Not too far ahead of a slow shard: all that is done before it waits on the disk.
             while idle and waiting and waiting[0].index < following + AHEAD * self._number:
                 self._send(idle.pop(), waiting.popleft())
             for connection in wait(list(self._processes)):
                 message = self._receive(connection)  # type: ignore[arg-type]
                 if isinstance(message, Done):
-                    held[message.index] = message
+                    early[message.index] = message
                     idle.append(connection)  # type: ignore[arg-type]
                 else:
                     yield message
-            while following in held:
-                yield held.pop(following)
+
+            while following in early:
+                yield early.pop(following)
                 following += 1
 
     def _send(self, connection: Connection, message: Job | Shard) -> None:
@@ -128,20 +144,25 @@ class Workers:
 
     def _lost(self, connection: Connection) -> ApolloError:
         code = self._processes[connection].wait()
-        why = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        found = f"exit code {code}"
+        if code < 0:
+            found = f"signal {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
+            found += ", as the system sends it when memory runs out"
         return ApolloError(
             "a process that tokenised rows was ended from outside",
-            found=why + (", as the system sends it when memory runs out" if code == -signal.SIGKILL else ""),
-            expected=f"{self._number} processes until all rows are done; nothing of them is used",
-            fix="the same command again; on fewer cores (taskset) if memory ran out",
+            found=found,
+            expected=f"{self._number} processes until all rows are done; no part of their work is used",
+            fix="run the same command again, on fewer cores (taskset) if memory ran out",
         )
 
 
 def _start() -> tuple[Connection, subprocess.Popen[bytes]]:
-    """A process that listens at the other end of the connection."""
+    """Start a process that receives what is sent over the connection."""
     mine, theirs = socket.socketpair()
     listen = f"import sys; sys.path[:] = {sys.path!r}; {IMPORT_SERVE}; serve({theirs.fileno()})"
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_FROM_WORKERS)  # is handed down, and stays so
+    # The new process inherits the mask, and keeps it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
     try:
         with theirs:
             process = subprocess.Popen(
@@ -156,14 +177,17 @@ def _start() -> tuple[Connection, subprocess.Popen[bytes]]:
 
 
 def serve(handle: int) -> None:
-    """The life of a worker: a job, then shards, until the other end is closed."""
+    """Run a worker: receive a job, then shards, until the other end is closed."""
     connection = Connection(handle)
     messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, messages), daemon=True).start()
     try:
         job: Job = messages.get()
-        assert tokenizer_hash(job.request.tokenizer) == job.tokenizer_hash, "it came another one"
+        assert tokenizer_hash(job.request.tokenizer) == job.tokenizer_hash, (
+            "the tokenizer changed on its way to this process"
+        )
         tokeniser = Tokeniser(job.request)
+
         while True:
             connection.send(_tokenise(tokeniser, job, messages.get(), connection))
     except ApolloError as error:
@@ -173,7 +197,7 @@ def serve(handle: int) -> None:
 
 
 def _listen(connection: Connection, messages: queue.SimpleQueue[Any]) -> None:
-    """In a thread of its own: whatever the main thread does, the process ends when nobody is there any more."""
+    """Receive messages in a thread of its own: the process ends with its parent, whatever the main thread does."""
     try:
         while True:
             messages.put(connection.recv())
@@ -188,7 +212,7 @@ def _tokenise(tokeniser: Tokeniser, job: Job, shard: Shard, connection: Connecti
     chunks = []
     for summary in tokeniser.run(shard_rows(shard, job.request.data), writer):
         chunks.append(summary)
-        connection.send(Progress(summary.num_rows, next(iter(summary.bad_texts.values()), None)))
+        connection.send(Progress(summary.num_rows, summary.first_bad_text))
     writer.close(synced=False)
     return Done(shard.index, part, chunks)
 

@@ -108,7 +108,7 @@ def _split_notes(split: Split, tokenizer: Any, clean: Clean) -> Iterator[Note]:
             rows = {row for loss in losses for row in loss.rows}
             tokens = sum(loss.tokens for loss in losses)
             lost = f", {tokens:,} tokens of them not trained" if tokens else ""
-            replies = f": {summary.found['unwritten_turns']:,} replies" if kind == "incomplete" else ""
+            replies = f": {summary.findings['unwritten_turns'].count:,} replies" if kind == "incomplete" else ""
             yield Note(level, f"{name}: {rows_in_words(len(rows))} {what}{lost}{replies}")
     if not split.losses:
         yield Note("good", f"{name}: all of its {rows_in_words(summary.num_rows)} are trained, none is cut")

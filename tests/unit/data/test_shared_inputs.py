@@ -147,5 +147,5 @@ def test_the_whole_of_gsm8k_becomes_a_store(tmp_path: Path) -> None:
     request = StoreRequest("val", (folder,), -1, tok, resolve_template(tok, data), data)
     summary = prepare_store(request, lambda _: None).summary
     assert (summary.num_rows, summary.num_samples, summary.num_turns) == (1319, 1319, 1319)
-    assert summary.found == {}
+    assert summary.findings == {}
     assert summary.stop_tokens == {tok.eos_token_id: 1319}

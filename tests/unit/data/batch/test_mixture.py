@@ -158,7 +158,7 @@ def test_an_epoch_far_off_needs_no_list() -> None:
             ("source b has fewer samples", "13 samples, max_samples 14", "a weight repeats"),
         ),
         (Part("b"), 0, ("source b has no sample",)),
-        (Part("b", weight=1e-9), 13, ("weight of the source b gives it no sample",)),
+        (Part("b", weight=1e-9), 13, ("weight of the source b is too small for one sample",)),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(part: Part, size: int, words: tuple[str, ...]) -> None:

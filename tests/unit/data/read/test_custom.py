@@ -84,9 +84,9 @@ def test_ready_samples_are_kept_as_they_are(tmp_path: Path, lines: str) -> None:
     ("code", "said"),
     [
         (SAMPLES.replace("LABELS", "[0, 1, 2, 3, 4]"), "made up row 7: labels are not the tokens that follow"),
-        (SAMPLES.replace("LABELS", "[1, 2]"), "made up row 7: input_ids and labels are no two rows of one length"),
+        (SAMPLES.replace("LABELS", "[1, 2]"), "made up row 7: input_ids and labels must be 1-D arrays of equal length"),
         (SAMPLES.replace("np.int32)", "np.int64)").replace("LABELS", "[1]"), "must be int32 arrays"),
-        (YIELDS.replace("ROW", "{'role': 'user'}"), "yields what is no row (number 0)"),
+        (YIELDS.replace("ROW", "{'role': 'user'}"), "yields an object that is no row (number 0)"),
         (YIELDS.replace("ROW", "1 / 0"), "ZeroDivisionError: division by zero"),
         (YIELDS.replace("ROW", "Conversation([{}], None, {}, RowRef('x', 3))"), "x row 3, column messages, message 0"),
         ("class Other: pass", "has no class 'Rows'"),

@@ -1,3 +1,4 @@
+import json
 import random
 from collections import Counter
 from typing import Any
@@ -5,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from apollo_sft.data.render.message_forms import CallStyle
 from apollo_sft.data.render.render import Renderer, shifted_labels, truncate
 from apollo_sft.data.render.template import ChatTemplate, resolve_template
 from apollo_sft.errors import DataError
@@ -390,6 +392,24 @@ def test_tool_calls_get_the_form_that_the_template_writes(body: str, call: str) 
     [[sample], [again]] = one.render([Conversation(CALLING, None, {}, REF)] * 2)
     assert target_texts(sample) == target_texts(again) == [f"{call}<|im_end|>", "two<|im_end|>"]
     assert found_in(one)["unwritten_turns"] == (0 if call else 2)
+
+
+def test_rendering_does_not_depend_on_earlier_calls() -> None:
+    """A style that fits one row is tried first on the rows after it, in one call only, or where the caller asks."""
+    body = (
+        "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}"
+        "{% if c.function.name == 'add' %}{{ c.function.arguments }}"
+        "{% else %}{{ '' + c.function.arguments }}{% endif %}{% endfor %}"
+    )
+    adding = Conversation(CALLING, None, {}, REF)
+    multiplying = Conversation(json.loads(json.dumps(CALLING).replace("add", "mul")), None, {}, REF)
+    one = renderer(CALLS.replace("BODY", body))
+    together = [target_texts(sample)[0] for [sample] in one.render([multiplying, adding])]
+    assert together == ['mul{"x": 1}<|im_end|>', 'add{"x": 1}<|im_end|>']
+    [[alone]] = one.render([adding])
+    assert target_texts(alone)[0] == "add{'x': 1}<|im_end|>"
+    [[asked]] = one.render([adding], CallStyle.JSON_ARGUMENTS)
+    assert target_texts(asked)[0] == 'add{"x": 1}<|im_end|>'
 
 
 def test_what_the_template_leaves_out_of_a_reply_is_counted() -> None:

@@ -30,7 +30,7 @@ def test_the_text_shows_counts_remarks_and_a_marked_example(tmp_path: Path) -> N
     assert f"longest of validation: {tmp_path / 'b.parquet'} row 0" in text
     assert "! validation: 1 rows over data.max_length" in text
     assert "1 samples truncated" in text
-    assert "1 empty replies" in text
+    assert "1 replies are empty" in text
     assert "! train" not in text
     assert text.endswith("<|im_start|>user\nwhat is 0<|im_end|>\n<|im_start|>assistant\n⟦four<|im_end|>⟧\n")
 
@@ -48,7 +48,7 @@ def test_every_target_is_marked_and_colour_adds_to_the_brackets(tmp_path: Path) 
 def test_replies_without_a_stop_token_are_remarked(tmp_path: Path) -> None:
     train = store(tmp_path, "a.parquet", [{"question": "q", "answer": "a"}], chat_template=UNSTOPPED)
     text = describe(train, None, tiny_tokenizer())
-    assert "1 replies without a stop token" in text
+    assert "1 replies have no stop token" in text
     assert next(line for line in text.splitlines() if line.startswith("stop tokens")).split()[-1] == "none"
 
 
@@ -58,4 +58,4 @@ def test_the_json_form_has_the_same_figures(tmp_path: Path) -> None:
     assert list(written) == ["train"]
     assert written["train"]["num_rows"] == 3
     assert written["train"]["num_targets"] == train.summary.num_targets
-    assert written["train"]["remarks"] == ["3 empty replies"]
+    assert written["train"]["remarks"] == ["3 replies are empty"]

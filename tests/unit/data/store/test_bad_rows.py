@@ -30,9 +30,10 @@ def test_bad_rows_up_to_the_ratio_are_left_out_and_counted(tmp_path: Path) -> No
     file = hundred_rows(tmp_path, 3, 50, 51, 52, 99)
     store = prepare_store(request(tmp_path / "store", file, max_bad_ratio=0.05), lambda _: None)
     summary = store.summary
-    assert (len(store), summary.num_rows, summary.rows_bad, summary.rows_not_trained) == (95, 100, 5, 5)
-    assert summary.bad == {"column answer: the cell is null": 5}
-    assert summary.first_bad["column answer: the cell is null"] == [f"{file} row {i}" for i in (3, 50, 51, 52, 99)]
+    assert (len(store), summary.num_rows, summary.rows_bad, summary.not_trained.count) == (95, 100, 5, 5)
+    [(reason, rows)] = summary.bad.items()
+    assert (reason, rows.tally.count) == ("column answer: the cell is null", 5)
+    assert rows.tally.examples == [f"{file} row {i}" for i in (3, 50, 51, 52, 99)]
     assert [entry.row for entry in store.rejected()] == [3, 50, 51, 52, 99]
 
 
@@ -66,8 +67,9 @@ def test_reasons_that_differ_in_numbers_are_one(tmp_path: Path) -> None:
     summary = StoreSummary(files=["f"])
     for i, text in enumerate(["12 words are too many", "3,000 words are too many", "the text is not UTF-8"]):
         count_bad(summary, f"f row {i}", DataError(f"f row {i}: {text}", found=f"word {i}"))
-    assert summary.bad == {"… words are too many": 2, "the text is not UTF-8": 1}
-    assert summary.bad_texts["… words are too many"] == "f row 0: 12 words are too many\n  found:    word 0"
+    counts = {reason: rows.tally.count for reason, rows in summary.bad.items()}
+    assert counts == {"… words are too many": 2, "the text is not UTF-8": 1}
+    assert summary.bad["… words are too many"].text == "f row 0: 12 words are too many\n  found:    word 0"
 
 
 def test_a_file_of_nothing_but_different_mistakes_does_not_fill_memory() -> None:
@@ -79,7 +81,7 @@ def test_a_file_of_nothing_but_different_mistakes_does_not_fill_memory() -> None
             count_bad(summary, f"f row {chunk * 10 + i}", DataError(f"f row {chunk * 10 + i}: no {letters}"))
         total.add(summary)
         without_rare(total)
-    assert total.rows_bad == sum(total.bad.values()) == 200
-    assert len(total.bad) == len(total.first_bad) == len(total.bad_texts) == MOST_REASONS + 1
-    assert total.bad[OTHER] == 200 - MOST_REASONS
-    assert total.first_bad[OTHER] == [f"f row {i}" for i in range(50, 55)]
+    assert total.rows_bad == 200
+    assert len(total.bad) == MOST_REASONS + 1
+    assert total.bad[OTHER].tally.count == 200 - MOST_REASONS
+    assert total.bad[OTHER].tally.examples == [f"f row {i}" for i in range(50, 55)]

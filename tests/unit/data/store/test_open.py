@@ -74,7 +74,7 @@ def test_the_summary_adds_up(tmp_path: Path) -> None:
     assert summary.longest_row == str(store.ref(int(store.lengths.argmax())))
     assert summary.max_token_id == max(store[i].input_ids.max() for i in range(20))
     assert summary.stop_tokens == {tiny_tokenizer().convert_tokens_to_ids("<|im_end|>"): 20}
-    assert (summary.tokens_cut, summary.rows_over_max_length, summary.rows_not_trained) == (0, 0, 0)
+    assert (summary.tokens_cut, summary.over_max_length.count, summary.not_trained.count) == (0, 0, 0)
 
 
 def test_a_second_call_opens_what_the_first_built(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_truncation_is_counted_and_conserves_tokens(tmp_path: Path, side: str) -
     cut = prepare_store(request(tmp_path, file, max_length=limit, truncation=side), quiet)
     summary = cut.summary
     over = int((whole.lengths > limit).sum())
-    assert (summary.rows_over_max_length, summary.samples_truncated) == (over, over)
+    assert (summary.over_max_length.count, summary.samples_truncated) == (over, over)
     assert cut.lengths.max() == limit
     assert summary.num_tokens + summary.tokens_cut == whole.summary.num_tokens
     assert summary.num_targets + summary.targets_lost == whole.summary.num_targets
@@ -186,8 +186,8 @@ def test_a_row_without_a_target_is_reported_never_trained(tmp_path: Path) -> Non
     whole = prepare_store(request(tmp_path, file), quiet)
     store = prepare_store(request(tmp_path, file, max_length=100, truncation="right"), quiet)
     summary = store.summary
-    assert (summary.num_rows, summary.num_samples, summary.rows_not_trained) == (10, 9, 1)
-    assert summary.first_not_trained == [f"{file} row 4"]
+    assert (summary.num_rows, summary.num_samples, summary.not_trained.count) == (10, 9, 1)
+    assert summary.not_trained.examples == [f"{file} row 4"]
     assert [store.ref(i).row for i in range(9)] == [0, 1, 2, 3, 5, 6, 7, 8, 9]
     assert store.num_targets.min() > 0
     assert summary.num_tokens + summary.tokens_cut + summary.tokens_not_trained == whole.summary.num_tokens
@@ -211,7 +211,7 @@ def test_the_ledger_names_every_row_that_is_not_trained_or_not_whole(tmp_path: P
         assert sum(entry.targets_lost for entry in store.rejected()) == store.summary.targets_lost
         trained = {entry.row for entry in store.rejected() if entry.trained}
         assert {store.ref(i).row for i in range(len(store))} == {0} | trained
-        assert store.summary.rows_not_trained == 5 - len(store)
+        assert store.summary.not_trained.count == 5 - len(store)
     whole, forged = (
         (2, False, "nothing in it is trained"),
         "message 0 spells <|im_end|> (data.special_tokens_in_content=drop)",

@@ -71,7 +71,7 @@ def test_the_store_does_not_tell_how_many_made_it(tmp_path: Path) -> None:
     one, three = stores
     assert contents(one.folder) == contents(three.folder)
     summary = one.summary
-    assert min(summary.rows_bad, summary.samples_truncated, summary.rows_not_trained, summary.num_turns) > 0
+    assert min(summary.rows_bad, summary.samples_truncated, summary.not_trained.count, summary.num_turns) > 0
     assert summary.num_rows == 9000 and summary.rows_bad > 20
     assert [sum(counts) for counts in zip(*summary.stop_tokens.items(), strict=True)][1] <= summary.num_turns
     assert all("has no role" in told[0] for told in said)
@@ -162,7 +162,7 @@ def test_progress_says_how_long_it_takes() -> None:
 
 
 def test_progress_is_said_by_the_one_who_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("apollo_sft.data.store.build.SAY_FIRST_SECONDS", 0.0)
+    monkeypatch.setattr("apollo_sft.data.store.build.FIRST_LOG_SECONDS", 0.0)
     said: list[str] = []
     files = write(tmp_path, 3000)
     prepare_store(request(tmp_path / "store", files, 1, **CHANGES), said.append)
