@@ -1,4 +1,4 @@
-"""Lines for people. Rank 0 speaks; a progress bar that is alive is not torn."""
+"""Messages for people. Only rank 0 prints them, above a progress bar that is active."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ LOGGER = logging.getLogger("apollo_sft")
 
 @cache
 def terminal() -> Console:
-    """The one console that all parts write through: stderr, so that stdout stays free for results."""
+    """Return the one console that all parts write through: stderr, so that stdout stays free for results."""
     return Console(file=cast(TextIO, _Stderr()), highlight=False)
 
 
 class _Stderr(io.TextIOBase):
-    """stderr as it is at this moment, for as long as it can be written.
+    """stderr as it is at the moment of a write, for as long as it can be written.
 
     A run does not end because its terminal was closed, its reader has seen enough (`| head`) or its log is full.
     """
@@ -53,17 +53,18 @@ class _Stderr(io.TextIOBase):
         try:
             action(_stream())
         except OSError as error:
-            if error.errno in (errno.EPIPE, errno.EIO):  # nobody will read again, whoever writes
+            # Nobody will read this stream again. Libraries write to it as well, and would raise: it is redirected.
+            if error.errno in (errno.EPIPE, errno.EIO):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
 
 
 def _stream() -> TextIO:
-    """stderr itself: rich puts something in its place, which prints above the bar, while that is alive."""
+    """Return stderr itself: while a bar is active, rich replaces it by an object that prints above the bar."""
     return cast(TextIO, getattr(sys.stderr, "rich_proxied_file", sys.stderr))
 
 
 class _TerminalHandler(logging.Handler):
-    """Writes to `terminal()`, above a bar that is alive; plain text when that is not a terminal.
+    """Write to `terminal()`, above an active bar; plain text when that is not a terminal.
 
     Long lines are never broken here: what a person copies out of them (a path, Python) stays whole.
     """
@@ -74,7 +75,7 @@ class _TerminalHandler(logging.Handler):
 
 
 def setup_logging(is_main: bool) -> None:
-    """Rank 0 logs to `terminal()`, the others stay silent below errors. Called once, at the start of a run."""
+    """Let rank 0 log to `terminal()`, the others errors only. Called once, at the start of a run."""
     LOGGER.handlers[:] = [_handler("%(message)s")]
     LOGGER.setLevel(logging.INFO if is_main else logging.ERROR)
     LOGGER.propagate = False
@@ -82,12 +83,12 @@ def setup_logging(is_main: bool) -> None:
 
 
 def say(text: str) -> None:
-    """One message to the person who started the run."""
+    """Log one message for the person who started the run."""
     LOGGER.info(text)
 
 
 def warn(text: str) -> None:
-    """Something that the person should look at; the run goes on."""
+    """Log a warning; the run continues."""
     LOGGER.warning("warning: %s", text)
 
 
@@ -98,19 +99,22 @@ def _handler(form: str) -> logging.Handler:
 
 
 def _quiet_libraries(is_main: bool) -> None:
-    """Progress bars only on rank 0 of a terminal; no advice on calls that are ours. Warnings stay, on rank 0."""
+    """Show progress bars of libraries on rank 0 of a terminal only, their warnings on rank 0, and no advice."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     if not (is_main and terminal().is_terminal):
         disable_progress_bars()
         transformers_logging.disable_progress_bar()
+
     if not is_main:
         transformers_logging.set_verbosity_error()
-    # Its own handler writes past the progress bar and would tear it.
+
+    # Its own handler would print through the middle of the progress bar.
     transformers_logging.get_logger("transformers").handlers[:] = [_handler("transformers: %(message)s")]
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
-    # What DCP says of a run of one process, which needs no process group.
+    # DCP's warning in a run of one process, which needs no process group.
     warnings.filterwarnings("ignore", message=r".*assuming the intent is to (save|load) in a single process")

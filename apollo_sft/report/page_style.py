@@ -1,4 +1,4 @@
-"""How `page` looks: light or dark as the reader's system is."""
+"""The style sheet of `page`: light or dark as the reader's system is."""
 
 STYLE = """
 :root {

@@ -1,4 +1,4 @@
-"""What a run folder tells of its run: read back, whatever state the run is in."""
+"""Read back the records in a run folder, in whatever state the run is."""
 
 from __future__ import annotations
 
@@ -33,34 +33,39 @@ class LostRows:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """`facts`: run.json. `config`: dotted key -> value. `audit`: split -> figures. `samples`: lines of samples.jsonl.
-
-    What a folder does not hold is empty.
-    """
+    """The records of one run. A field is empty when the folder has no such file."""
 
     folder: Path
     name: str
     facts: dict[str, Any]
+    """run.json."""
     metrics: list[Record]
     config: dict[str, Any]
+    """The values of config.yaml by dotted key."""
     audit: dict[str, Any]
+    """data_audit.json: figures by split."""
     lost: list[LostRows]
     samples: list[dict[str, Any]]
+    """The lines of samples.jsonl."""
 
     def series(self, name: str, scale: float = 1.0) -> list[tuple[int, float]]:
-        """(step, value) of one metric."""
+        """Return (step, value) of one metric."""
         return [(int(record["step"]), record[name] * scale) for record in self.metrics if name in record]
 
     def sources(self, split: str) -> list[str]:
-        """Names of what has a loss of its own: sources of `train`, sets of `val`."""
-        return list(dict.fromkeys(name for record in self.metrics for name in losses_by_name(record, split)))
+        """Return the names that have a loss of their own: sources of `train`, sets of `val`."""
+        names: dict[str, None] = {}
+        for record in self.metrics:
+            names.update(dict.fromkeys(losses_by_name(record, split)))
+        return list(names)
 
     def total(self, name: str) -> float:
+        """Return the sum of one metric over all steps."""
         return sum(record.get(name, 0) for record in self.metrics)
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
-    """Raises: ConfigError for what is no run folder, CheckpointError for a file that cannot be read."""
+    """Read run folders. Raises: ConfigError for what is no run folder, CheckpointError for a file that is damaged."""
     absolute = [folder.expanduser().absolute() for folder in folders]
     return [_read(folder, name) for folder, name in zip(absolute, _names(absolute), strict=True)]
 
@@ -72,6 +77,7 @@ def _read(folder: Path, name: str) -> RunRecord:
             found="no run.json in it" if folder.is_dir() else "no such folder",
             expected="trainer.default_local_dir of a training",
         )
+
     try:
         config = yaml.safe_load(_text(folder / "config.yaml")) or {}
         return RunRecord(
@@ -92,8 +98,10 @@ def _read(folder: Path, name: str) -> RunRecord:
 
 
 def _metrics(path: Path) -> list[Record]:
-    """Raises: ValueError for lines that are no records."""
-    records = read_metrics(path) if path.is_file() else []
+    """Read metrics.jsonl. Raises: ValueError for lines that are no records."""
+    if not path.is_file():
+        return []
+    records = read_metrics(path)
     if not all(isinstance(record, dict) and "step" in record for record in records):
         raise ValueError(f"{path.name} has a line that is no step")
     return records
@@ -104,18 +112,22 @@ def _text(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Whole lines only: the run may be writing the last one."""
-    if path.is_file():
-        with path.open(encoding="utf-8") as file:
-            yield from (json.loads(line) for line in file if line.endswith("\n"))
+    """Yield the complete lines only: the run may be writing the last one."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
 
 
 def _lost(path: Path) -> list[LostRows]:
-    """The most frequent reason first. Reasons that differ in numbers only are one."""
+    """Group the entries of rejected.jsonl by reason, the most frequent first."""
     found: dict[tuple[str, bool, str], LostRows] = {}
     for entry in _lines(path):
-        split, trained, reason = str(entry["split"]), bool(entry["trained"]), str(entry["reason"])
-        lost = found.setdefault((split, trained, NUMBERS.sub("…", reason)), LostRows(split, trained, reason))
+        new = LostRows(str(entry["split"]), bool(entry["trained"]), str(entry["reason"]))
+        # Reasons that differ in their numbers only ("4,200 tokens", "5,100 tokens") are one.
+        lost = found.setdefault((new.split, new.trained, NUMBERS.sub("…", new.reason)), new)
         lost.entries += 1
         lost.tokens += int(entry.get("tokens_lost", 0))
         if len(lost.examples) < MOST_NAMED:
@@ -124,8 +136,9 @@ def _lost(path: Path) -> list[LostRows]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The ends of the paths, as long as is needed to tell them apart."""
-    for depth in range(1, max((len(folder.parts) for folder in folders), default=1) + 1):
+    """Return the ends of the paths, as long as is needed to make them differ."""
+    deepest = max((len(folder.parts) for folder in folders), default=1)
+    for depth in range(1, deepest + 1):
         names = ["/".join(folder.parts[-depth:]) for folder in folders]
         if len(set(names)) == len(set(folders)):
             return names

@@ -1,4 +1,4 @@
-"""The loggers of `trainer.logger` that are other people's programs. Each gets the names of `metrics`."""
+"""The loggers of `trainer.logger` that are programs of others. All get the metrics under the same names."""
 
 from __future__ import annotations
 
@@ -18,25 +18,28 @@ from apollo_sft.report.metrics import Record
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """What a logger is told of the run. `config` is the resolved configuration, `first_step` the number of steps that
-    were done before: later ones, which an earlier process may have logged, come again."""
+    """Facts of the run, for its loggers."""
 
     folder: Path
     project: str
     experiment: str
     config: dict[str, Any]
+    """The resolved configuration."""
     first_step: int = 0
+    """The number of steps that were done before. Later ones, which an earlier process may have logged, come again."""
 
 
 REPLY_COLUMNS = ("row", "prompt", "expected", "text")
 
 
 class Sink(Protocol):
+    """A logger."""
+
     def log(self, record: Record) -> None:
         """Take one record; `record["step"]` counts from 1."""
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Write what is still buffered."""
 
 
 @runtime_checkable
@@ -44,15 +47,18 @@ class TakesText(Protocol):
     """A logger that shows texts as well."""
 
     def replies(self, step: int, replies: Sequence[Mapping[str, Any]]) -> None:
-        """What the model said at a validation: `row`, `prompt`, `expected`, `text` of each."""
+        """Take the model's replies at a validation: `row`, `prompt`, `expected`, `text` of each."""
 
 
 class Backend(NamedTuple):
-    """Where a logger is: the package that it needs, the module that speaks to it, and the class there."""
+    """The place of a logger."""
 
     package: str
+    """The package that it needs."""
     module: str
+    """Our module for it."""
     name: str
+    """The class in that module."""
 
 
 BACKENDS = {
@@ -69,7 +75,7 @@ BACKENDS = {
 
 
 def check_backends(names: Sequence[str]) -> None:
-    """Raises: ConfigError when the package of a wanted logger is not installed, or wandb cannot log in."""
+    """Raise a ConfigError when the package of a wanted logger is not installed, or wandb cannot log in."""
     for name in names:
         if name in BACKENDS and not _is_installed(BACKENDS[name].package):
             raise ConfigError(
@@ -77,6 +83,7 @@ def check_backends(names: Sequence[str]) -> None:
                 found=list(names),
                 fix=f"pip install 'apollo-sft[{name}]', or leave {name} out of trainer.logger",
             )
+
     if "wandb" in names and not _wandb_may_log_in():
         raise ConfigError(
             "trainer.logger: wandb has no key to log in with",
@@ -86,12 +93,13 @@ def check_backends(names: Sequence[str]) -> None:
 
 
 def _wandb_may_log_in() -> bool:
-    """False only when there is no sign of a key at all. wandb itself would say so after the model is loaded."""
+    """Return False only when no key is found anywhere. wandb itself would report it after the model is loaded."""
     environ = os.environ
     if environ.get("WANDB_MODE", "online") != "online":
         return True
     if any(environ.get(f"WANDB_{name}") for name in ("API_KEY", "IDENTITY_TOKEN_FILE")):
         return True
+
     home = environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
     files = (environ.get("NETRC") or "~/.netrc", "~/_netrc", f"{home}/settings", "wandb/settings")
     return any(Path(file).expanduser().is_file() for file in files)
@@ -104,7 +112,7 @@ def _is_installed(package: str) -> bool:
 
 
 class Sinks:
-    """All wanted loggers as one. One that fails is reported once and left out; the run goes on."""
+    """All wanted loggers as one. One that fails is reported once and disabled; the run continues."""
 
     def __init__(self, names: Sequence[str], info: RunInfo) -> None:
         self._open: dict[str, Sink] = {}
@@ -113,15 +121,18 @@ class Sinks:
                 self._guard(name, partial(self._start, name, info))
 
     def log(self, record: Record) -> None:
+        """Pass a record to every logger."""
         for name, sink in list(self._open.items()):
             self._guard(name, partial(sink.log, record))
 
     def replies(self, step: int, replies: Sequence[Mapping[str, Any]]) -> None:
+        """Pass replies to every logger that shows texts."""
         for name, sink in list(self._open.items()):
             if isinstance(sink, TakesText):
                 self._guard(name, partial(sink.replies, step, replies))
 
     def close(self) -> None:
+        """Close every logger."""
         for name, sink in list(self._open.items()):
             self._guard(name, sink.close)
 
@@ -131,8 +142,9 @@ class Sinks:
         self._open[name] = getattr(module, backend.name)(info)
 
     def _guard(self, name: str, action: Callable[[], None]) -> None:
+        # A program of others may raise anything. metrics.jsonl has every number, so no logger may end a run.
         try:
             action()
-        except Exception as error:  # a foreign program may raise anything; metrics.jsonl holds every number anyway
+        except Exception as error:
             warn(f"the logger {name} failed and is left out from here on: {type(error).__name__}: {error}")
             self._open.pop(name, None)

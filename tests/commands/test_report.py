@@ -91,7 +91,7 @@ def test_words_fit_what_is_drawn(runs: Path, tmp_path: Path) -> None:
 def test_two_runs_are_one_plot_each_and_what_differs(runs: Path, tmp_path: Path) -> None:
     text = words(report(runs / "first", runs / "second", tmp_path / "page.html"))
     assert "first · training" in text and "second · validation" in text
-    differing = text.partition("What differs")[2].partition("All else is the same.")[0]
+    differing = text.partition("What differs")[2].partition("Everything else is the same.")[0]
     assert "optim.lr 0.01 0.001" in differing
     assert "data.max_length" not in differing
     for name in ("first", "second"):

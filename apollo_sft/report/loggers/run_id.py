@@ -1,4 +1,4 @@
-"""What loggers share: the id that a run keeps over all its starts, and how its end is called."""
+"""Functions that the loggers share: the id that a run keeps over all its starts, and the name of its end."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ def metrics_of(record: Record) -> Record:
 
 
 def ended(done: str, stopped: str, failed: str) -> str:
-    """Return what a logger calls the end of this run. Loggers are closed on the way out of an error, too."""
+    """Return a logger's name for the end of this run."""
+    # Loggers are closed in a `finally`, so that the error that ends the run, if any, is the current one.
     reason = sys.exc_info()[1]
     if reason is None:
         return done
-    return stopped if isinstance(reason, Preempted) else failed
+    if isinstance(reason, Preempted):
+        return stopped
+    return failed
 
 
 def run_id_of(info: RunInfo, logger: str, variable: str) -> str:
@@ -37,7 +40,9 @@ def run_id_of(info: RunInfo, logger: str, variable: str) -> str:
 
 def stored(path: Path) -> str:
     """Return the id in a file; empty without one."""
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    if not path.is_file():
+        return ""
+    return path.read_text(encoding="utf-8").strip()
 
 
 def store(path: Path, run_id: str) -> None:

@@ -17,13 +17,18 @@ SWANLAB_PROBES = ("hardware", "runtime", "requirements", "git", "swanlab", "moni
 
 
 class SwanLab:
-    """To swanlab's server when SWANLAB_API_KEY or SWANLAB_MODE=online says so, else to `swanlab/` in the run folder.
-    One id for the run folder, in `swanlab/run_id`."""
+    """Log to swanlab's server with SWANLAB_API_KEY or SWANLAB_MODE=online, else to `swanlab/` in the run folder.
+
+    A run folder has one id, in `swanlab/run_id`.
+    """
 
     def __init__(self, info: RunInfo) -> None:
         import swanlab
 
-        mode = os.environ.get("SWANLAB_MODE") or ("online" if os.environ.get("SWANLAB_API_KEY") else "offline")
+        mode = "online" if os.environ.get("SWANLAB_API_KEY") else "offline"
+        mode = os.environ.get("SWANLAB_MODE") or mode
+
+        # swanlab prints to stdout, which is for results.
         with redirect_stdout(io.StringIO()):
             self._run = swanlab.init(
                 project=redact(info.project),
@@ -38,7 +43,11 @@ class SwanLab:
                     interactive=False, terminal={"proxy_type": "none"}, probe=dict.fromkeys(SWANLAB_PROBES, False)
                 ),
             )
-        say(f"swanlab: {self._run.url}" if mode == "online" else f"swanlab: {mode}, in {info.folder / 'swanlab'}")
+
+        if mode == "online":
+            say(f"swanlab: {self._run.url}")
+        else:
+            say(f"swanlab: {mode}, in {info.folder / 'swanlab'}")
 
     def log(self, record: Record) -> None:
         self._run.log(metrics_of(record), step=int(record["step"]))

@@ -11,12 +11,17 @@ from apollo_sft.report.sinks import REPLY_COLUMNS, RunInfo
 
 
 class TensorBoard:
-    """Writes metrics as scalars and replies as texts."""
+    """Write metrics as scalars and replies as texts."""
 
     def __init__(self, info: RunInfo) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        again_from = info.first_step + 1 if info.first_step else 0  # step 0 is a validation before the first
+        # Steps that an earlier process logged after its last checkpoint are done again: they are dropped from the view.
+        # Step 0, which a run from the start repeats too, is the validation before the first step.
+        again_from = 0
+        if info.first_step:
+            again_from = info.first_step + 1
+
         self._writer = SummaryWriter(str(info.folder / "tensorboard"), purge_step=again_from)
 
     def log(self, record: Record) -> None:

@@ -13,11 +13,13 @@ from apollo_sft.report.sinks import RunInfo
 
 
 class Trackio:
-    """To the server of TRACKIO_SERVER_URL or TRACKIO_SPACE_ID, else to TRACKIO_DIR, which has a default of its own.
+    """Log to the server of TRACKIO_SERVER_URL or TRACKIO_SPACE_ID, else to TRACKIO_DIR, which has a default of its own.
 
-    It knows runs by their names only: the name ends with the id in `trackio/run_id` of the run folder."""
+    trackio identifies runs by their names only: the name ends with the id in `trackio/run_id` of the run folder.
+    """
 
     def __init__(self, info: RunInfo) -> None:
+        # trackio prints to stdout, which is for results.
         with redirect_stdout(io.StringIO()):
             import trackio
 
@@ -30,6 +32,7 @@ class Trackio:
                 auto_log_gpu=False,
                 auto_log_cpu=False,
             )
+
         say(f"trackio: {self._run.name}, in {self._run.url or trackio.TRACKIO_DIR}")
 
     def log(self, record: Record) -> None:

@@ -16,7 +16,7 @@ from apollo_sft.report.sinks import REPLY_COLUMNS, RunInfo
 
 
 class Wandb:
-    """A run folder is one run of wandb, however often it was started again: its id lies in `wandb/run_id`."""
+    """Log to wandb. A run folder is one run there, however often it is restarted: its id is in `wandb/run_id`."""
 
     def __init__(self, info: RunInfo) -> None:
         import wandb
@@ -31,7 +31,11 @@ class Wandb:
             # Its own description of the process would hold the command line as it was given, secrets included.
             settings=wandb.Settings(console="off", silent=True, x_disable_meta=True),
         )
-        say(f"wandb: offline, in {Path(self._run.dir).parent}" if self._run.offline else f"wandb: {self._run.url}")
+
+        if self._run.offline:
+            say(f"wandb: offline, in {Path(self._run.dir).parent}")
+        else:
+            say(f"wandb: {self._run.url}")
 
     def log(self, record: Record) -> None:
         self._run.log(metrics_of(record), step=int(record["step"]))
@@ -45,8 +49,11 @@ class Wandb:
     def close(self) -> None:
         import wandb
 
-        reason = sys.exc_info()[1]  # closed on the way out of an error: wandb shows the run as failed, or as preempted
+        # Loggers are closed in a `finally`: wandb shows the run as failed, or as preempted, by the error that ends it.
+        reason = sys.exc_info()[1]
         if isinstance(reason, Preempted):
             self._run.mark_preempting()
+
+        # Offline, `finish` returns before the file is complete: `teardown` waits for it.
         self._run.finish(exit_code=int(reason is not None))
-        wandb.teardown()  # offline, `finish` comes back before the file is whole
+        wandb.teardown()
