@@ -38,7 +38,7 @@ def cell(folder: Path, model: str, optimizer: str, world: World) -> dict[str, An
     one.save(STEPS // 2)
     figures = first + one.steps(STEPS // 2, STEPS)
     again = Training(folder, model, "fsdp2", world, *keys)
-    again.checkpoints.folder = one.checkpoints.folder
+    again.checkpoints.saver.folder = one.checkpoints.folder
     again.go_on(STEPS // 2)
     rest = again.steps(STEPS // 2, STEPS)
     weights, state = one.weights(), one.state()
