@@ -155,7 +155,7 @@ def key_twice(bench: Bench) -> Case:
     lines = [json.dumps(row) for row in bench.single()]
     lines[bench.at] = '{"question": "x", "answer": "y", "answer": "z"}'
     path = bench.bytes("\n".join(lines).encode(), "a.jsonl")
-    return Case("a key twice", [path], (f"{path} {bench.row()}", "'answer' occurs twice"))
+    return Case("a key twice", [path], (f"{path} {bench.row()}", "'answer' stands twice"))
 
 
 def line_that_is_not_json(bench: Bench) -> Case:

@@ -272,5 +272,5 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice[:SHOWN_CHARACTERS]!r} occurs twice in one object")
+        raise ValueError(f"the key {twice[:SHOWN_CHARACTERS]!r} stands twice in one object")
     return found
