@@ -1,4 +1,4 @@
-"""`apollo-sft demo`: data, a small model and a training run from nothing, with held-out answers before and after."""
+"""`apollo-sft demo`: make data and a small model, train it, and show held-out answers before and after."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MARKER = "demo.json"
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """What was asked for, and where everything lies."""
+    """The options of the demo, and its paths."""
 
     folder: Path
     seed: int
@@ -44,30 +44,35 @@ class Demo:
 
     @property
     def base_model(self) -> Path:
+        """Return the folder of the untrained model."""
         return self.folder / "base-model"
 
     @property
     def trained_model(self) -> Path:
+        """Return the folder of the trained model."""
         return self.folder / "trained-model"
 
     def data(self, layout: str, split: str) -> Path:
+        """Return a file of data."""
         return self.folder / "data" / layout / f"{split}.parquet"
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
+    """Held-out questions and their answers."""
+
     questions: list[str]
     truths: list[str]
 
     def examples(self) -> list[int]:
-        """Three to show: two problems of one step and one of two."""
+        """Return three to show: two problems of one step and one of two."""
         one = [i for i, truth in enumerate(self.truths) if truth.count("\n") == 1]
         two = [i for i, truth in enumerate(self.truths) if truth.count("\n") == 2]
         return one[:2] + two[:1]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit code: 0 the model learned, 1 it did not, else that of the training command.
+    """Run the demo. Return the exit code: 0 the model learned, 1 it did not, else that of the training command.
 
     Raises: ConfigError when the folder holds something that the demo did not write.
     """
@@ -77,45 +82,48 @@ def main(argv: Sequence[str]) -> int:
     _claim(demo)
 
     console.rule("[bold]1  Data and a model from nothing")
+    # Each step is shown before it runs: training takes a minute, in which a silent program looks broken.
     _prepare(demo)
     held_out = _read_held_out(demo)
     before = _answer(demo.base_model, held_out)
-    _say_prepared(console, held_out)
-    _say_answers(console, held_out, {"before": before})
+    _print_prepared(console, held_out)
+    _print_answers(console, held_out, {"before": before})
 
     console.rule("[bold]2  Training")
     command = training_command(demo, "single_turn")
-    _say_command(console, command)
+    _print_command(console, command)
     started = time.monotonic()
     code = _train(command)
-    if code != 0:
+    if code != 0:  # nothing to compare: the training has printed its own message
         console.print(f"\n[bold red]The training command ended with exit code {code}; its own message is above.")
         return code
+
     seconds = time.monotonic() - started
 
     console.rule("[bold]3  The same questions, answered by the folder that training left")
     after = _answer(demo.trained_model, held_out)
-    _say_answers(console, held_out, {"before": before, "after": after})
-    learned = _say_result(console, held_out, before, after, seconds)
+    _print_answers(console, held_out, {"before": before, "after": after})
+    learned = _print_result(console, held_out, before, after, seconds)
     if learned:
-        _say_next(console, demo)
-    return 0 if learned else 1
+        _print_next(console, demo)
+        return 0
+
+    return 1
 
 
 def training_command(demo: Demo, layout: str) -> list[str]:
-    """The command that trains on one layout of the demo's data, as a user would type it."""
-    single = layout == "single_turn"
-    columns = (
-        [
+    """Return the command that trains on one layout of the demo's data, as a user would type it."""
+    columns = ["data.multiturn.enable=true", "data.multiturn.messages_key=messages"]
+    output = demo.folder / "trained-multiturn"
+    if layout == "single_turn":
+        columns = [
             "data.prompt_key=extra_info",
             "data.response_key=extra_info",
             "data.prompt_dict_keys=[question]",
             "+data.response_dict_keys=[answer]",
         ]
-        if single
-        else ["data.multiturn.enable=true", "data.multiturn.messages_key=messages"]
-    )
-    output = demo.trained_model if single else demo.folder / "trained-multiturn"
+        output = demo.trained_model
+
     return [
         *_program(),
         "train",
@@ -145,9 +153,10 @@ def training_command(demo: Demo, layout: str) -> list[str]:
 def _train(command: Sequence[str]) -> int:
     """Run the command and return its exit code.
 
-    Ctrl-C reaches it from the terminal itself, so here it is only waited for; a SIGTERM is passed on.
+    The terminal itself sends Ctrl-C to it: here it is ignored until the command ends. A SIGTERM is passed on.
     """
     with subprocess.Popen(command) as process:
+        # Without these handlers a signal would end this process, and the training would run on without it.
         previous = {
             signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
             signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
@@ -175,24 +184,28 @@ def _parse(argv: Sequence[str]) -> Demo:
 
 
 def _program() -> list[str]:
-    """The `apollo-sft` of this environment, as short as it can be typed here."""
+    """Return the `apollo-sft` of this environment, as short as it can be typed here."""
     script = Path(sys.executable).with_name("apollo-sft")
     if not script.exists():
         return [sys.executable, "-m", "apollo_sft.cli.main"]
+
     here = Path.cwd()
-    return [str(script.relative_to(here) if script.is_relative_to(here) else script)]
+    if script.is_relative_to(here):
+        script = script.relative_to(here)
+    return [str(script)]
 
 
 def _claim(demo: Demo) -> None:
-    """Take a new or empty folder, or one that an earlier demo left. Raises: ConfigError for any other."""
+    """Take a new or empty folder, or one of an earlier demo. Raises: ConfigError for any other."""
     marker = demo.folder / MARKER
     if demo.folder.exists() and not marker.exists() and any(demo.folder.iterdir()):
         raise ConfigError(
-            f"--folder {demo.folder} is not the demo's",
+            f"--folder {demo.folder} was not made by the demo",
             found="files that the demo did not write",
             expected="no folder, an empty one, or one of an earlier demo",
             fix="give another one: apollo-sft demo --folder NAME",
         )
+
     demo.folder.mkdir(parents=True, exist_ok=True)
     marker.write_text(json.dumps({"seed": demo.seed, "steps": demo.num_steps}) + "\n", encoding="utf-8")
 
@@ -200,7 +213,9 @@ def _claim(demo: Demo) -> None:
 def _prepare(demo: Demo) -> None:
     write_word_problems(demo.folder / "data", NUM_TRAIN, NUM_HELD_OUT, demo.seed)
     rows = pq.read_table(demo.data("single_turn", "train"), columns=["extra_info"])["extra_info"].to_pylist()
-    texts = [row[key] for row in rows for key in ("question", "answer")]
+    texts: list[str] = []
+    for row in rows:
+        texts += [row["question"], row["answer"]]
     write_base_model(demo.base_model, texts, demo.seed)
 
 
@@ -214,7 +229,7 @@ def _answer(folder: Path, held_out: HeldOut) -> list[str]:
     return generate_answers(model, tokenizer, held_out.questions, MAX_ANSWER_TOKENS, batch_size=100)
 
 
-def _say_prepared(console: Console, held_out: HeldOut) -> None:
+def _print_prepared(console: Console, held_out: HeldOut) -> None:
     console.print(
         f"{NUM_TRAIN} word problems to train on and {len(held_out.questions)} held out: no held-out question is in the "
         "training data.\nA Qwen3-style model of 0.7 M parameters with random weights, and a tokenizer of its own.\n"
@@ -222,7 +237,7 @@ def _say_prepared(console: Console, held_out: HeldOut) -> None:
     )
 
 
-def _say_answers(console: Console, held_out: HeldOut, answers: dict[str, list[str]]) -> None:
+def _print_answers(console: Console, held_out: HeldOut, answers: dict[str, list[str]]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -231,11 +246,12 @@ def _say_answers(console: Console, held_out: HeldOut, answers: dict[str, list[st
         for name, texts in answers.items():
             table.add_row(name, shown(texts[i], is_right(texts[i], held_out.truths[i])))
         table.add_row("", "")
+
     console.print(table)
 
 
-def _say_command(console: Console, command: Sequence[str]) -> None:
-    """One argument a line, ready to paste. Never wrapped: a wrapped command cannot be pasted."""
+def _print_command(console: Console, command: Sequence[str]) -> None:
+    """Print a command, one argument a line. Never wrapped: a wrapped command cannot be pasted."""
     words = [shlex.quote(word) for word in command]
     start = next((i for i, word in enumerate(command) if "=" in word), len(words))
     lines = [" ".join(words[:start]), *words[start:]]
@@ -243,12 +259,17 @@ def _say_command(console: Console, command: Sequence[str]) -> None:
     console.print()
 
 
-def _say_result(console: Console, held_out: HeldOut, before: list[str], after: list[str], seconds: float) -> bool:
-    share_before, share_after = (exact_match(answers, held_out.truths) for answers in (before, after))
+def _print_result(console: Console, held_out: HeldOut, before: list[str], after: list[str], seconds: float) -> bool:
+    share_before = exact_match(before, held_out.truths)
+    share_after = exact_match(after, held_out.truths)
     learned = share_after >= ENOUGH
     console.print(f"{len(held_out.questions)} held-out questions, {seconds:.0f} seconds of training:")
     console.print(f"exact match before: {100 * share_before:.3g} %")
-    console.print(f"exact match after: {100 * share_after:.3g} %", style="bold green" if learned else "bold red")
+    style = "bold red"
+    if learned:
+        style = "bold green"
+
+    console.print(f"exact match after: {100 * share_after:.3g} %", style=style)
     if learned:
         console.print(
             f"\nWhat this shows: the model learned to read twelve kinds of question and the table of sums from 0 to "
@@ -256,11 +277,12 @@ def _say_result(console: Console, held_out: HeldOut, before: list[str], after: l
         )
     else:
         console.print(f"\nTraining failed to learn: at least {100 * ENOUGH:.0f} % was expected.")
+
     return learned
 
 
-def _say_next(console: Console, demo: Demo) -> None:
-    console.rule("[bold]4  Where everything lies, and what to try next")
+def _print_next(console: Console, demo: Demo) -> None:
+    console.rule("[bold]4  Where everything is, and what to try next")
     table = Table(box=None, show_header=False, pad_edge=False)
     for path, what in (
         (demo.data("single_turn", "train").parent, "one question and answer a row"),
@@ -270,7 +292,10 @@ def _say_next(console: Console, demo: Demo) -> None:
         (demo.trained_model / "metrics.jsonl", "loss, learning rate, speed of every step"),
     ):
         table.add_row(Text(str(path)), Text(what, style="dim"))
+
     console.print(table)
+
+    # The commands use the paths of this demo: they can be pasted as they are.
     own = ["data.train_files=my.parquet", "data.val_files=null", f"model.partial_pretrain={demo.trained_model}"]
     hub = [
         f"data.train_files={demo.data('single_turn', 'train')}",
@@ -281,12 +306,13 @@ def _say_next(console: Console, demo: Demo) -> None:
         "data.train_batch_size=64",
     ]
     train = [*_program(), "train"]
+
     console.print("\n[bold]The multi-turn file:")
-    _say_command(console, training_command(demo, "multiturn"))
+    _print_command(console, training_command(demo, "multiturn"))
     console.print("[bold]Your own data[/] (a parquet file with the columns question and answer):")
-    _say_command(console, [*train, *own, "trainer.default_local_dir=my-model"])
+    _print_command(console, [*train, *own, "trainer.default_local_dir=my-model"])
     console.print("[bold]A model from the hub, on every GPU of this machine:")
-    _say_command(console, [*train, *hub, "trainer.total_epochs=1", "trainer.default_local_dir=my-qwen"])
+    _print_command(console, [*train, *hub, "trainer.total_epochs=1", "trainer.default_local_dir=my-qwen"])
 
 
 if __name__ == "__main__":

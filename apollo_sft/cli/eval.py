@@ -1,4 +1,4 @@
-"""`apollo-sft eval`: what a model folder answers to questions with known answers, and how much of it is right."""
+"""`apollo-sft eval`: let a model folder answer questions with known answers, and count the right ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 HELP = """apollo-sft eval DIR FILE.parquet … [options] [data.key=value …]
 
 Lets the model of a folder answer the questions of parquet files, greedily, and compares final answers: what follows
-#### on its line, or stands in \\boxed{…}. The truth is reward_model.ground_truth where the file has that column, else
+#### on its line, or is inside \\boxed{…}. The truth is reward_model.ground_truth where the file has that column, else
 the final answer in the response.
 
 Columns are named by the keys of a training (data.prompt_key, data.prompt_dict_keys, data.response_key,
@@ -46,49 +46,60 @@ SHOWN_CHARACTERS = 60
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code. Raises: ApolloError for what cannot be read."""
+    """Evaluate a model folder. Return the exit code. Raises: ApolloError for what cannot be read."""
     if "--help" in arguments or "-h" in arguments:
         print(HELP)
         return 0
+
     overrides, rest = split_overrides(arguments)
     options = _parse(rest)
+    # Keys need values that a config requires; the files come from the command line.
     composed = compose(["data.train_files=questions.parquet", "data.val_files=null", *overrides])
     folder = Path(options.folder)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} is no model folder", found="no config.json", expected="a Hugging Face folder")
     if not options.out.absolute().parent.is_dir() or options.out.is_dir():
         raise ConfigError(f"--out {options.out} cannot be written", expected="a file in a folder that exists")
+
+    # Everything that can be refused is refused by now: generating may take hours.
     exam = _examine(folder, options, composed)
     write_generations(options.out, exam.answered)
     if options.json:
         print(json.dumps(_figures(exam)))
     else:
         _show(Console(highlight=False), exam, options)
+
     return 0
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(`key=value` as a training takes them, the rest)."""
+    """Return `key=value` arguments as a training takes them, and the rest."""
     overrides = [argument for argument in arguments if OVERRIDE.match(argument)]
     return overrides, [argument for argument in arguments if not OVERRIDE.match(argument)]
 
 
 def write_generations(path: Path, answered: Iterable[Answered]) -> None:
+    """Write one JSON line for each reply."""
     with path.open("w", encoding="utf-8") as file:
         for one in answered:
             file.write(json.dumps(one.record(), ensure_ascii=False) + "\n")
 
 
 def shown(answer: str, right: bool) -> Text:
-    """One line: line breaks become `/`, a long answer is cut in its middle."""
-    return Text.assemble(one_line(answer), ("  right" if right else "  wrong", "green" if right else "red"))
+    """Return an answer in one line, and whether it is right."""
+    verdict = ("  wrong", "red")
+    if right:
+        verdict = ("  right", "green")
+    return Text.assemble(one_line(answer), verdict)
 
 
 def one_line(text: str) -> str:
-    """At most 60 characters; what is cut is cut in the middle."""
+    """Return a text in one line of at most 60 characters: line breaks become `/`, a long text is cut in its middle."""
     line = " / ".join(part.strip() for part in text.splitlines() if part.strip()) or "(blank)"
+    if len(line) <= SHOWN_CHARACTERS:
+        return line
     half = SHOWN_CHARACTERS // 2
-    return line if len(line) <= SHOWN_CHARACTERS else f"{line[:half]} … {line[-half:]}"
+    return f"{line[:half]} … {line[-half:]}"
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -97,6 +108,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("files", nargs="+")
     for flag, default in (("--limit", -1), ("--batch-size", 32), ("--max-new-tokens", 512), ("--examples", 6)):
         parser.add_argument(flag, type=int, default=default)
+
     parser.add_argument("--engine", choices=("auto", "transformers", "vllm"), default="auto")
     parser.add_argument("--out", type=Path, default=Path("generations.jsonl"))
     parser.add_argument("--json", action="store_true")
@@ -107,6 +119,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _examine(folder: Path, options: argparse.Namespace, composed: Composed) -> Exam:
+    """Read the questions, and let the model answer them."""
     from transformers.utils import logging as transformers_logging
 
     from apollo_sft.data.read.files import expand_paths
@@ -116,8 +129,11 @@ def _examine(folder: Path, options: argparse.Namespace, composed: Composed) -> E
     transformers_logging.disable_progress_bar()
     files = expand_paths(options.files, "FILE")
     data = data_keys(folder, composed)
+    # Columns that the user has named are used, even where the file has usual ones.
     keys = {"data.prompt_key", "data.multiturn.enable", "data.multiturn.messages_key"} & set(composed.overridden)
-    data = data if keys else fitting_keys(data, column_names(files[0]))
+    if not keys:
+        data = fitting_keys(data, column_names(files[0]))
+
     questions = read_questions(files, data, options.limit)
     settings = Settings(
         max_new_tokens=options.max_new_tokens,
@@ -126,13 +142,17 @@ def _examine(folder: Path, options: argparse.Namespace, composed: Composed) -> E
         template_kwargs=dict(data.apply_chat_template_kwargs),
         trust_remote_code=composed.config.model.trust_remote_code,
     )
+
     with Console(stderr=True).status(f"0 of {len(questions):,} questions") as status:
-        return take_exam(
-            str(folder), questions, settings, lambda done: status.update(f"{done:,} of {len(questions):,} questions")
-        )
+
+        def progress(done: int) -> None:
+            status.update(f"{done:,} of {len(questions):,} questions")
+
+        return take_exam(str(folder), questions, settings, progress)
 
 
 def _figures(exam: Exam) -> dict[str, Any]:
+    """Return the figures of `--json`."""
     from apollo_sft.model.generate import interval
 
     total = len(exam.answered)
@@ -151,16 +171,25 @@ def _figures(exam: Exam) -> dict[str, Any]:
 def _show(console: Console, exam: Exam, options: argparse.Namespace) -> None:
     figures = _figures(exam)
     table = Table(box=None, pad_edge=False)
-    for name in ("row", "question", "truth", "answer", "reply"):
-        table.add_column(name, overflow="fold", style="dim" if name == "row" else "")
+    table.add_column("row", overflow="fold", style="dim")
+    for name in ("question", "truth", "answer", "reply"):
+        table.add_column(name, overflow="fold")
+
     for one in _some(exam.answered, options.examples):
         record = one.record()
-        asked = one_line(one.question.messages[-1]["content"])
-        extracted = "none" if record["extracted"] is None else record["extracted"]
-        answer = Text(one_line(extracted), style="green" if one.right else "red")
+        question = one_line(one.question.messages[-1]["content"])
+        extracted = record["extracted"]
+        if extracted is None:
+            extracted = "none"
+        style = "red"
+        if one.right:
+            style = "green"
+        answer = Text(one_line(extracted), style=style)
         reply = one_line(one.reply.text)
-        table.add_row(str(record["row"]), Text(asked), Text(one_line(record["truth"])), answer, Text(reply))
+        table.add_row(str(record["row"]), Text(question), Text(one_line(record["truth"])), answer, Text(reply))
+
     console.print(table)
+
     low, high = (100 * bound for bound in figures["interval"])
     lines = [
         f"right           {figures['right']:,} of {figures['rows']:,}: {100 * figures['accuracy']:.1f} %, "
@@ -173,7 +202,7 @@ def _show(console: Console, exam: Exam, options: argparse.Namespace) -> None:
 
 
 def _some(answered: Sequence[Answered], number: int) -> list[Answered]:
-    """Half right and half wrong ones, as far as there are, in the order of the file."""
+    """Return half right and half wrong ones, as far as there are, in the order of the file."""
     right = [one for one in answered if one.right]
     wrong = [one for one in answered if not one.right]
     of_right = min(len(right), max(number // 2, number - len(wrong)))

@@ -1,4 +1,4 @@
-"""`apollo-sft export`: a model folder from a checkpoint of a run."""
+"""`apollo-sft export`: write a model folder from a checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ of a run does the same with its last step. Needs the base model where it was, bu
 
   OUT            a new folder, or one of an earlier export [RUN_FOLDER-step_N, beside the run folder]
   --step WHICH   of a run folder: latest, best, or the number of a step [latest]
-  --dtype DTYPE  of the files: auto (as the base's), bf16, fp16 or fp32 [as the run was told]
+  --dtype DTYPE  of the files: auto (as the base's), bf16, fp16 or fp32 [as the run was configured]
   --help         this text
 
 Exit codes: 0 done, 1 failed, 2 refused. Files that an export did not write are never replaced."""
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code. Raises: ApolloError for what cannot be exported."""
+    """Export a checkpoint. Return the exit code. Raises: ApolloError for what cannot be exported."""
     if "--help" in arguments or "-h" in arguments:
         print(HELP)
         return 0
+
     options = _parse(arguments)
     from apollo_sft.checkpoint.run_folder.lookup import find_checkpoint, find_run
     from apollo_sft.tools.export import export_checkpoint
@@ -33,11 +34,15 @@ def main(arguments: list[str]) -> int:
     checkpoint = find_checkpoint(options.source, options.step)
     run = find_run(checkpoint)
     out = options.out
-    if out is None:
-        beside = checkpoint if run is None else run
-        out = beside.with_name(f"{beside.name}-{checkpoint.name if run is not None else 'model'}")
+    # Beside the run folder, not inside: the folder of a run belongs to the run alone.
+    if out is None and run is not None:
+        out = run.with_name(f"{run.name}-{checkpoint.name}")
+    elif out is None:
+        out = checkpoint.with_name(f"{checkpoint.name}-model")
+
     for note in export_checkpoint(checkpoint, out, options.dtype):
         print(note)
+
     print(f"{out}: the model of {checkpoint}")
     print(f"apollo-sft handoff {out} checks what RL will read of it.")
     return 0

@@ -1,4 +1,4 @@
-"""`apollo-sft handoff`: can verl, TRL and vLLM go on from this folder?"""
+"""`apollo-sft handoff`: check whether verl, TRL and vLLM can use a model folder."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from apollo_sft.errors import ConfigError
 
 if TYPE_CHECKING:
     from apollo_sft.tools.handoff.checklist import Result
-    from apollo_sft.tools.handoff.model_files import Subject
+    from apollo_sft.tools.handoff.subject import Subject
 
 HELP = """apollo-sft handoff DIR [options] [data.key=value …]
 
 Checks a model folder against what verl, TRL and vLLM read of it: files, architecture, names, shapes and dtype of the
 weights, tokenizer, chat template, stop tokens, and whether a greedy reply ends. Prompts of the training data are
-compared with what training rendered, byte for byte. Every failure has a name; docs/handoff.md says what to do.
+compared with what training rendered, byte for byte. Every failure has a name; docs/handoff.md explains what to do.
 
   --data FILE …        parquet files to compare prompts on [those of the run that wrote DIR, where they still are]
-  --for VERSION        the reader that is to open it: transformers==4.51. What it does not know is wrong then
+  --for VERSION        the reader that is to open it: transformers==4.51. A format that it does not know is wrong
   --no-generate        load no weights
   --max-new-tokens N   the longest reply [twice the longest of the compared rows, at most 512]
   --trust-remote-code  run the folder's own code
@@ -40,32 +40,37 @@ STYLES = {"pass": "green", "note": "yellow", "wrong": "bold red", "skipped": "di
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code. Raises: ApolloError for what is no folder, or for data that cannot be read."""
+    """Check a folder. Return the exit code. Raises: ApolloError for what is no folder, or data that cannot be read."""
     if "--help" in arguments or "-h" in arguments:
         print(HELP)
         return 0
+
     overrides, rest = split_overrides(arguments)
     options = _parse(rest)
     if not options.folder.is_dir():
         raise ConfigError(f"{options.folder} is not a folder", expected="a local model folder")
+
     from transformers.utils import logging as transformers_logging
 
     from apollo_sft.tools.handoff.checklist import check_folder, passes
 
     transformers_logging.disable_progress_bar()
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # what it would warn of is found and named here
+    transformers_logging.set_verbosity_error()  # the checks report what it would warn of
     try:
         results = check_folder(_subject(options, overrides))
     finally:
         transformers_logging.set_verbosity(verbosity)
+
     passed = passes(results)
     if options.json:
         checks = [asdict(result) for result in results]
         print(json.dumps({"folder": str(options.folder), "passed": passed, "checks": checks}, ensure_ascii=False))
     else:
         _show(Console(highlight=False), options, results, passed)
-    return 0 if passed else 2
+    if not passed:
+        return 2
+    return 0
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -76,26 +81,36 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int)
     for flag in ("--no-generate", "--trust-remote-code", "--json"):
         parser.add_argument(flag, action="store_true")
+
     return parser.parse_args(arguments)
 
 
 def _subject(options: argparse.Namespace, overrides: list[str]) -> Subject:
+    """Return the folder, with the run and the base model that it came from, as far as they are here."""
     from apollo_sft.checkpoint.run_folder.lookup import find_base, find_run, read_training
     from apollo_sft.config.sources import paths_of
     from apollo_sft.data.read.files import expand_paths
     from apollo_sft.tools.evaluate.questions import data_keys
     from apollo_sft.tools.handoff.against_base import names_of
-    from apollo_sft.tools.handoff.model_files import Subject
     from apollo_sft.tools.handoff.readers import parse_reader
+    from apollo_sft.tools.handoff.subject import Subject
 
     run = find_run(options.folder)
     composed = compose(["data.train_files=train.parquet", "data.val_files=null", *overrides])
     data = data_keys(options.folder, composed)
+    # Files of the run are used where they still exist; missing files of --data are an error.
     if options.data:
         files = tuple(expand_paths(options.data, "--data"))
     else:
         files = tuple(file for file in paths_of(data.train_files) if run is not None and Path(file).is_file())
-    base = None if run is None else find_base(read_training(run)[1])
+
+    base = None
+    if run is not None:
+        base = find_base(read_training(run)[1])
+
+    reader = None
+    if options.reader is not None:
+        reader = parse_reader(options.reader)
     return Subject(
         folder=options.folder,
         data=data,
@@ -105,7 +120,7 @@ def _subject(options: argparse.Namespace, overrides: list[str]) -> Subject:
         files=files,
         trust_remote_code=options.trust_remote_code,
         generate=not options.no_generate,
-        reader=None if options.reader is None else parse_reader(options.reader),
+        reader=reader,
         max_new_tokens=options.max_new_tokens,
     )
 
@@ -120,12 +135,19 @@ def _show(console: Console, options: argparse.Namespace, results: list[Result], 
         table.add_row(result.check, Text(result.state, style=STYLES[result.state]), Text(result.what))
         if result.name is not None:
             table.add_row("", "", Text.assemble((result.name, "bold"), f": {result.fix}"))
+
     console.print(table)
+
+    # Some checks open the folder by the installed transformers: their result may differ for the wanted reader.
     if options.reader is not None:
         by_library = [result for result in results if result.holds_for != "every version"]
         own = ", ".join(result.check for result in results if result not in by_library)
         theirs = ", ".join(result.check for result in by_library)
         console.print(f"\nFor {options.reader}: {own}.", soft_wrap=True)
         console.print(f"As {by_library[0].holds_for} reads the folder, which is installed: {theirs}.", soft_wrap=True)
-    end = f"{folder}: RL can go on from here." if passed else f"{folder}: RL cannot go on from here as it is."
-    console.print(Text(f"\n{end}", style="green" if passed else "bold red"), soft_wrap=True)
+    if passed:
+        end = Text(f"\n{folder}: RL can start from this folder.", style="green")
+    else:
+        end = Text(f"\n{folder}: RL cannot start from this folder as it is.", style="bold red")
+
+    console.print(end, soft_wrap=True)

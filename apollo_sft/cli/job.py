@@ -24,7 +24,7 @@ Every key, its default and its meaning:
 def compose_job(arguments: list[str]) -> Composed | None:
     """Compose the config, and refuse it before torch is imported if it cannot run.
 
-    Returns None when the command line only asked for a text, which is printed.
+    Return None when the command line only requests a text, which is printed.
     Raises: ConfigError.
     """
     if "--help" in arguments or "-h" in arguments:
@@ -34,6 +34,7 @@ def compose_job(arguments: list[str]) -> Composed | None:
         print_once(_resolved(arguments).rstrip())
         return None
 
+    # Compose knows no files: `plan` and `--cfg` work without them, a training does not.
     composed = compose(arguments)
     check_paths(composed.config.data, composed.config.model, set(composed.overridden))
     return composed
@@ -45,7 +46,7 @@ def print_once(text: str) -> None:
         return
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # `--help | head`: the reader has seen enough
+    except BrokenPipeError:  # `--help | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,4 +1,4 @@
-"""torchrun, as `apollo-sft train` starts it: the ranks say what happened, and their exit code is ours.
+"""Run torchrun for `apollo-sft train`: the ranks report what happened, and their exit code is ours.
 
 torchrun itself prints a page about the failure of a rank, and ends with 1 whatever the rank's code was. On a signal it
 would kill ranks that need more than its timeout to save; here they get the signal and take the time that they need.
@@ -36,17 +36,18 @@ class Passed:
 
 
 def running_ranks() -> list[int]:
-    """torchrun starts every rank in a session of its own."""
-    children = [task / "children" for task in Path("/proc/self/task").iterdir()]
-    pids = [int(pid) for file in children for pid in file.read_text().split()]
+    """Return the ranks: of our child processes those that lead a session, which torchrun starts for every rank."""
+    pids: list[int] = []
+    for task in Path("/proc/self/task").iterdir():
+        pids += map(int, (task / "children").read_text().split())
     return [pid for pid in pids if os.getsid(pid) == pid]
 
 
 def main(arguments: list[str]) -> int:
-    """`arguments` are torchrun's. Returns the exit code of the rank that failed first, 1 when it was killed."""
+    """Run torchrun with its arguments. Return the exit code of the rank that failed first, 1 when it was killed."""
     end_with_parent()
     passed = Passed()
-    # From here on a signal is heard; importing torch takes seconds.
+    # From here on signals are passed on; importing torch takes seconds.
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
@@ -58,9 +59,10 @@ def main(arguments: list[str]) -> int:
         if failure.exitcode > 0:
             return int(failure.exitcode)
         if -failure.exitcode in passed.numbers and -failure.exitcode in SIGNALS:
-            return Preempted.exit_code  # it did not listen yet: nothing had begun
+            return Preempted.exit_code  # its handler was not installed yet: nothing had begun
         print(f"apollo-sft: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
         return 1
+
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`apollo-sft COMMAND …`: finds the command and runs it. Each command is a file of this folder."""
+"""`apollo-sft COMMAND …`: find the command and run it. Each command is a file of this folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMMANDS = {
     "verify": "show that every layout of a training gives the same gradient",
     "export": "write the model of a checkpoint as a folder that RL, vLLM and transformers open",
     "handoff": "check what RL would read of a model folder",
-    "report": "write what became of one run or several as one HTML page",
+    "report": "write one HTML page about one run or several",
     "eval": "let a model folder answer questions, and count the right answers",
     "workflow": "run a workflow file of AlphaApollo: its preparations, then its training",
     "store": "show the tokenised data that trainings keep, and remove some",
@@ -27,23 +27,23 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 failed, 2 refused."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run a command. Return the exit code: 0 done, 1 failed, 2 refused."""
+    if arguments is None:
+        arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0
     if arguments[0] == "--version":
         print(f"apollo-sft {importlib.metadata.version('apollo-sft')}")
         return 0
+
     name, *rest = arguments
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f", did you mean {close[0]}?" if close else f"; there are {', '.join(COMMANDS)}"
-        hint = f"; did you mean apollo-sft train {name} …?" if "=" in name else hint
-        print(f"apollo-sft: unknown command {name}{hint}", file=sys.stderr)
+        print(f"apollo-sft: unknown command {name}{_hint(name)}", file=sys.stderr)
         return 2
     if "" not in sys.path:
-        sys.path.insert(0, "")  # as `python -m` does: model.external_lib may lie in the working directory
+        sys.path.insert(0, "")  # as `python -m` does: model.external_lib may be in the working directory
+
     try:
         code: int = importlib.import_module(f"apollo_sft.cli.{name}").main(rest)
     except ApolloError as error:
@@ -52,12 +52,24 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("apollo-sft: interrupted", file=sys.stderr)
         return INTERRUPTED
+
     return code
 
 
+def _hint(name: str) -> str:
+    """Return what the user may have meant by a word that is no command."""
+    if "=" in name:
+        return f"; did you mean apollo-sft train {name} …?"
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    if close:
+        return f", did you mean {close[0]}?"
+    return f"; there are {', '.join(COMMANDS)}"
+
+
 def usage() -> str:
+    """Return the list of commands."""
     lines = [f"  {name:<8} {meaning}" for name, meaning in COMMANDS.items()]
-    return "\n".join(["apollo-sft COMMAND …", "", *lines, "", "apollo-sft COMMAND --help says more."])
+    return "\n".join(["apollo-sft COMMAND …", "", *lines, "", "apollo-sft COMMAND --help shows its options."])
 
 
 if __name__ == "__main__":

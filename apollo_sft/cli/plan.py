@@ -50,14 +50,16 @@ PEAK_TFLOPS = 989.0
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code. Raises: ApolloError for what a training would refuse as well."""
+    """Plan a training. Return the exit code. Raises: ApolloError for what a training would refuse as well."""
     if "--help" in arguments or "-h" in arguments:
         print(HELP)
         return 0
+
     options, overrides = _parse(arguments)
     composed = _composed(overrides)
     if composed is None:
         return 0
+
     from apollo_sft.tools.plan.planner import Planner  # torch, after everything that can be refused without it
 
     config = composed.config
@@ -68,11 +70,13 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(_figures(machine, plan), indent=2))
     else:
         print("\n".join(text(config, machine, plan)))
-    return 0 if plan.fits else DOES_NOT_FIT
+    if not plan.fits:
+        return DOES_NOT_FIT
+    return 0
 
 
 def _composed(overrides: list[str]) -> Composed | None:
-    """None when the config was only to be printed. Files of data need not be there. Raises: ConfigError."""
+    """Compose the config; print it and return None for `--cfg`. Files of data need not exist. Raises: ConfigError."""
     if "--cfg" in overrides:
         at = overrides.index("--cfg")
         print(to_yaml(compose([*overrides[:at], *overrides[at + 2 :]]).config).rstrip())
@@ -81,23 +85,30 @@ def _composed(overrides: list[str]) -> Composed | None:
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Our own options anywhere in the line, and the rest of it. Raises: ConfigError."""
+    """Return our own options, which may be anywhere in the line, and the rest of it. Raises: ConfigError."""
     parser = Parser(prog="apollo-sft plan", add_help=False, allow_abbrev=False)
     for name in ("--gpus", "--nodes"):
         parser.add_argument(name, type=_count)
+
     for name in ("--gpu-memory", "--reserve"):
         parser.add_argument(name, type=_bytes)
+
     parser.add_argument("--peak-tflops", type=_positive)
     parser.add_argument("--mfu", type=_positive, default=0.4)
     parser.add_argument("--json", action="store_true")
+
+    # Keys of a training are not known to the parser: they are the rest. A wrong option would be among them.
     options, rest = parser.parse_known_args(arguments)
     for argument in rest:
         if argument.startswith("-") and "=" not in argument and argument != "--cfg":
             close = difflib.get_close_matches(
                 argument, ["--gpus", "--nodes", "--gpu-memory", "--reserve", "--mfu"], n=1
             )
-            fix = f"did you mean {close[0]}?" if close else "apollo-sft plan --help"
-            raise ConfigError(f"apollo-sft plan knows no {argument}", fix=fix)
+            fix = "apollo-sft plan --help"
+            if close:
+                fix = f"did you mean {close[0]}?"
+            raise ConfigError(f"apollo-sft plan has no option {argument}", fix=fix)
+
     if options.mfu > 1:
         raise ConfigError("--mfu is a share", found=options.mfu, expected="above 0, at most 1")
     return options, rest
@@ -120,6 +131,7 @@ def _positive(text: str) -> float:
 
 
 def _bytes(text: str) -> int:
+    """Read a size with its unit, such as 80GiB."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text)
     if found is None or found[2].upper() not in UNITS:
         raise argparse.ArgumentTypeError(f"bytes such as 80GiB, not {text!r}")
@@ -127,18 +139,27 @@ def _bytes(text: str) -> int:
 
 
 def _machine(options: argparse.Namespace, trainer: TrainerConfig, least: int) -> Machine:
-    """Return the machine to plan for. `least`: ranks that the layout needs, which count where nothing says how many.
+    """Return the machine to plan for. `least`: ranks that the layout needs, which are planned where no number is given.
 
     Raises: ConfigError when the GPUs cannot be spread over the nodes.
     """
     from apollo_sft.tools.plan.planner import Machine
 
+    # Options come before keys. Without either, the smallest machine that the layout allows is planned.
     nodes = options.nodes or trainer.nnodes
-    gpus = options.gpus or (nodes * trainer.n_gpus_per_node if trainer.n_gpus_per_node else max(nodes, least))
+    gpus = max(nodes, least)
+    if options.gpus:
+        gpus = options.gpus
+    elif trainer.n_gpus_per_node:
+        gpus = nodes * trainer.n_gpus_per_node
     if gpus % nodes:
         raise ConfigError("--gpus are those of all nodes together", found=f"{gpus} GPUs, {nodes} nodes")
+
     on_cuda = trainer.device != "cpu"
-    reserve = options.reserve if options.reserve is not None else (options.gpu_memory or 0) // 10
+    reserve = (options.gpu_memory or 0) // 10
+    if options.reserve is not None:
+        reserve = options.reserve
+
     peak = (options.peak_tflops or trainer.peak_tflops or PEAK_TFLOPS) * 1e12
     return Machine(gpus, gpus // nodes, on_cuda, options.gpu_memory, reserve, peak, options.mfu)
 
@@ -159,12 +180,21 @@ def text(config: SftConfig, machine: Machine, plan: Plan) -> list[str]:
 
 def _head(max_length: int, layout: str, machine: Machine, plan: Plan) -> list[str]:
     model = plan.model
-    trained = "" if model.trained == model.parameters else f", {model.trained:,} trained"
-    used = f", {model.active:,} used by a token" if model.active < 0.8 * model.parameters else ""
-    kind = "GPU" if machine.on_cuda else "CPU process"
-    ranks = f"{machine.gpus} {kind}{'s' if machine.gpus > 1 else ''}, {machine.per_node} a node"
+    parameters = f"{model.parameters:,} parameters"
+    if model.trained != model.parameters:
+        parameters += f", {model.trained:,} trained"
+    if model.active < 0.8 * model.parameters:  # mostly models with experts
+        parameters += f", {model.active:,} used by a token"
+
+    kinds = {"one": "CPU process", "several": "CPU processes"}
+    if machine.on_cuda:
+        kinds = {"one": "GPU", "several": "GPUs"}
+
+    ranks = f"{machine.gpus} {kinds['several']}, {machine.per_node} a node"
+    if machine.gpus == 1:
+        ranks = f"1 {kinds['one']}, {machine.per_node} a node"
     return [
-        f"model      {model.name}, {model.layers} layers, {model.parameters:,} parameters{trained}{used}",
+        f"model      {model.name}, {model.layers} layers, {parameters}",
         f"ranks      {ranks}: {layout}",
         f"forwards   {plan.size_key}={plan.size}, rows of data.max_length={max_length} tokens, all targets",
     ]
@@ -174,12 +204,16 @@ def _memory(machine: Machine, plan: Plan) -> list[str]:
     lines = [f"memory of one rank when it holds most: in the {plan.memory.when}"]
     lines += [f"  {name:<28}{gib(size)}" for name, size in plan.memory.parts.items() if size]
     lines.append(f"  {'total':<28}{gib(plan.memory.total)}")
+
     if machine.memory is not None:
         lines.append(
             f"  {'reserve':<28}{gib(machine.reserve)}   computed: CUDA, its allocator and NCCL are not run here"
         )
-        verdict = "fits" if plan.fits else "DOES NOT FIT"
+        verdict = "fits"
+        if not plan.fits:
+            verdict = "DOES NOT FIT"
         lines.append(f"  {'of':<28}{gib(machine.memory)}   {verdict}")
+
     host = {
         **plan.memory.host,
         "copy for a checkpoint": plan.checkpoint_copy,
@@ -193,22 +227,33 @@ def _memory(machine: Machine, plan: Plan) -> list[str]:
 def _fits(machine: Machine, plan: Plan) -> list[str]:
     if machine.memory is None:
         return []
-    lines = [f"largest    {plan.size_key}={plan.largest}" if plan.largest else f"largest    no {plan.size_key} fits"]
+
+    lines = [f"largest    no {plan.size_key} fits"]
+    if plan.largest:
+        lines = [f"largest    {plan.size_key}={plan.largest}"]
+
     advice = plan.advice
     if advice is not None and advice.keys is not None and advice.memory is not None:
         keys = " ".join(f"{key}={str(value).lower()}" for key, value in advice.keys.items())
         lines.append(f"advice     {keys or 'keep these keys'}: {gib(advice.memory.total).strip()}")
     elif advice is not None:
         lines.append(f"advice     none of {advice.tried} layouts fits: more GPUs, a shorter data.max_length, or LoRA")
+
     return lines
 
 
 def _work(data: DataConfig, machine: Machine, plan: Plan) -> list[str]:
     work = plan.work
-    known = work.steps is not None
-    where = "from the files' footers" if work.samples is not None else "the number of rows is not known"
-    steps = f"{work.steps:,} steps of {data.train_batch_size} samples" if known else "one step"
-    rows = f"{work.samples:,} rows, " if work.samples is not None else ""
+    steps = "one step"
+    if work.steps is not None:
+        steps = f"{work.steps:,} steps of {data.train_batch_size} samples"
+
+    rows = ""
+    where = "the number of rows is not known"
+    if work.samples is not None:
+        rows = f"{work.samples:,} rows, "
+        where = "from the files' footers"
+
     rate = f"{machine.gpus} x {machine.peak / 1e12:g} TFLOPs at MFU {machine.mfu:g}"
     return [
         f"work       {steps}: {rows}at most {work.tokens:,} tokens ({where})",
@@ -217,15 +262,20 @@ def _work(data: DataConfig, machine: Machine, plan: Plan) -> list[str]:
 
 
 def gib(num_bytes: float) -> str:
+    """Return bytes in GiB, in a column."""
     return f"{num_bytes / 2**30:10.2f} GiB"
 
 
 def duration(seconds: float) -> str:
+    """Return a time in seconds, minutes or hours."""
     if seconds < 60:
         return f"{seconds:.3g} s"
-    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def _figures(machine: Machine, plan: Plan) -> dict[str, Any]:
+    """Return the figures of `--json`."""
     given = asdict(machine)
     return {"memory_limit": given.pop("memory"), **given, **asdict(plan)}

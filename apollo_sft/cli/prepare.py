@@ -1,4 +1,4 @@
-"""`apollo-sft prepare DATASET`: files that SFT and RL read, from a data set of the hub or from local files."""
+"""`apollo-sft prepare DATASET`: write files that SFT and RL read, from a data set of the hub or from local files."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ from apollo_sft.prepare.next_step import commands, training_keys
 from apollo_sft.prepare.output import Output
 from apollo_sft.prepare.preparation import Say, Task, check_columns, prepare, preview
 from apollo_sft.prepare.raw_sources import Source, column_names, local_source
+from apollo_sft.types import ignore
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """`own_folder`: --local_dir is the folder that is written, and not the folder of folders named by source."""
+    """A data set that can be prepared."""
 
     meaning: str
     data_source: str
+
     own_folder: bool = False
+    """--local_dir is the folder that is written, and not its parent."""
+
     subset: str | None = None
 
 
@@ -40,38 +44,41 @@ DATASETS = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit code 0. Raises: ApolloError for what cannot be prepared; nothing is written then."""
+    """Prepare a data set. Return the exit code 0. Raises: ApolloError when it cannot; nothing is written then."""
     given = _parse(argv)
     if given.hdfs_dir:
         raise ConfigError(
-            "--hdfs_dir is not built",
+            "--hdfs_dir is not supported",
             found=given.hdfs_dir,
-            fix="leave it out, and copy the folder with `hdfs dfs -put`; manifest.json tells whether all arrived",
+            fix="leave it out, and copy the folder with `hdfs dfs -put`; manifest.json lists its files",
         )
-    say: Say = print if logging.getLevelName(given.log_level) <= logging.INFO else _say_nothing
+
+    say: Say = ignore
+    if logging.getLevelName(given.log_level) <= logging.INFO:
+        say = print
+
     source, output = _source_and_output(given)
     say(f"{given.dataset}: {source.kind}, {source.name}")
+    # Columns of a user's own data are guessed: the first rows show whether rightly.
     if given.dry_run or given.dataset == "custom":
-        _say_first_rows(given, source)
+        _print_first_rows(given, source)
     if given.dry_run:
         print("dry run: nothing was written")
         return 0
+
     with output:
         done = prepare(_task(given, source), source, output, say)
+
     files = {name: split.file for name, split in done.items()}
     for file in files.values():
         say(f"wrote {file}")
+
     largest = max(split.largest for split in done.values())
     say(f"\nTrain on it:\n\n{commands(training_keys(files, largest))}")
     return 0
 
 
-def _say_nothing(text: str) -> None:
-    """--log_level WARNING and above."""
-    del text
-
-
-def _say_first_rows(given: argparse.Namespace, source: Source) -> None:
+def _print_first_rows(given: argparse.Namespace, source: Source) -> None:
     if given.dataset == "custom":
         print(_layout(given, source).describe())
     task = _task(given, source)
@@ -80,14 +87,17 @@ def _say_first_rows(given: argparse.Namespace, source: Source) -> None:
 
 
 def _source_and_output(given: argparse.Namespace) -> tuple[Source, Output]:
-    """What is in the way of the output is found before anything is downloaded."""
+    """Return where rows come from, and where they go. Files in the way are found before anything is downloaded."""
     if given.dataset == "multiturn":
         splits = ["train", "test"]
     else:
         splits = [split.strip() for split in given.splits.split(",") if split.strip()]
+
+    # A split becomes the name of a file: it must not lead out of the folder.
     bad = [split for split in splits if Path(split).name != split or split.startswith(".")]
     if bad or not splits or len(set(splits)) != len(splits):
         raise ConfigError("--splits: names of splits, each once", found=given.splits, expected="train,test")
+
     output = Output(_folder(given), splits, given.overwrite)
     if given.dataset == "multiturn":
         return multiturn.generated_source(given.num_train, given.num_test, given.seed), output
@@ -95,8 +105,10 @@ def _source_and_output(given: argparse.Namespace) -> tuple[Source, Output]:
 
 
 def _source(given: argparse.Namespace, splits: list[str]) -> Source:
-    """--local_dataset_path, or --data_source where that is a local path, or the hub."""
-    local = given.local_dataset_path or (given.data_source if _is_local(given.data_source) else None)
+    """Return the source: --local_dataset_path, or --data_source where that is a local path, or the hub."""
+    local = given.local_dataset_path or None
+    if local is None and _is_local(given.data_source):
+        local = given.data_source
     if local is not None:
         return local_source(Path(local).expanduser(), splits, given.subset)
     if given.dataset == "custom" and given.data_source == custom.DATA_SOURCE:
@@ -105,7 +117,11 @@ def _source(given: argparse.Namespace, splits: list[str]) -> Source:
 
 
 def _task(given: argparse.Namespace, source: Source) -> Task:
-    name = Path(given.data_source).expanduser().resolve().name if _is_local(given.data_source) else given.data_source
+    """Return how rows of the data set are converted."""
+    name = given.data_source
+    if _is_local(name):
+        name = Path(name).expanduser().resolve().name
+
     match given.dataset:
         case "gsm8k":
             return gsm8k.task(name, given.instruction)
@@ -122,7 +138,9 @@ def _task(given: argparse.Namespace, source: Source) -> Task:
 
 
 def _layout(given: argparse.Namespace, source: Source) -> custom.Layout:
+    """Return which column of a user's data is what."""
     split = source.splits[0]
+    # The first row tells formats with the same column names apart.
     first = next((row for _, row in source.rows(split)), {})
     by_name = custom.Layout(
         name="",
@@ -137,7 +155,7 @@ def _layout(given: argparse.Namespace, source: Source) -> custom.Layout:
 
 
 def _folder(given: argparse.Namespace) -> Path:
-    """--local_save_dir is the folder itself; so is --local_dir for data sets with a folder of their own.
+    """Return the folder to write: --local_save_dir, or --local_dir for data sets with a folder of their own.
 
     For the others --local_dir is the folder in which each source has its folder: ~/data/DigitalLearningGmbH/….
     """
@@ -145,8 +163,10 @@ def _folder(given: argparse.Namespace) -> Path:
         return Path(given.local_save_dir).expanduser()
     if DATASETS[given.dataset].own_folder:
         return Path(given.local_dir or f"~/data/{given.dataset}").expanduser()
-    source = given.data_source
-    name = Path(source).expanduser().resolve().stem if _is_local(source) else source
+
+    name: str = given.data_source
+    if _is_local(name):
+        name = Path(name).expanduser().resolve().stem
     return Path(given.local_dir or "~/data").expanduser() / name
 
 
@@ -171,24 +191,26 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         if name == "custom":
             for what in ("prompt", "response", "messages", "system", "tools", "ground_truth"):
                 _add(command, f"{what}_column", f"column that holds the {what.replace('_', ' ')}; COLUMN.FIELD works")
+
     return parser.parse_args(argv)
 
 
 def _add(parser: argparse.ArgumentParser, name: str, text: str) -> None:
-    """An option in both spellings, `--local_dir` and `--local-dir`."""
+    """Add an option in both spellings, `--local_dir` and `--local-dir`."""
+    default = None
+    if name in ("data_source", "subset"):
+        default = argparse.SUPPRESS  # the data set has set a default of its own
     spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-    parser.add_argument(
-        *spellings, dest=name, default=argparse.SUPPRESS if name in ("data_source", "subset") else None, help=text
-    )
+    parser.add_argument(*spellings, dest=name, default=default, help=text)
 
 
 def _add_source_options(parser: argparse.ArgumentParser, dataset: Dataset) -> None:
     _add(parser, "data_source", f"id on the hub, or a local folder; the name that rows carry [{dataset.data_source}]")
     _add(parser, "local_dataset_path", "read this folder, parquet file, JSON or JSON lines file instead of the hub")
-    _add(parser, "subset", "the folder that is meant, where a data set has several (a configuration of the hub)")
+    _add(parser, "subset", "the folder to read, where a data set has several (a configuration of the hub)")
     _add(parser, "revision", "branch, tag or commit of the data set on the hub")
     parser.add_argument("--splits", default="train,test", help="splits to prepare [train,test]")
-    _add(parser, "instruction", "what every question ends with; '' for nothing")
+    _add(parser, "instruction", "the text at the end of every question; '' for nothing")
 
 
 def _add_generator_options(parser: argparse.ArgumentParser) -> None:
@@ -199,8 +221,12 @@ def _add_generator_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_output_options(parser: argparse.ArgumentParser, dataset: Dataset) -> None:
     _add(parser, "local_save_dir", "the folder to write into")
-    _add(parser, "local_dir", "the same" if dataset.own_folder else "writes into LOCAL_DIR/DATA_SOURCE [~/data]")
-    _add(parser, "hdfs_dir", "not built: refused")
+    local_dir = "writes into LOCAL_DIR/DATA_SOURCE [~/data]"
+    if dataset.own_folder:
+        local_dir = "the same"
+
+    _add(parser, "local_dir", local_dir)
+    _add(parser, "hdfs_dir", "not supported: refused")
     parser.add_argument("--overwrite", action="store_true", help="replace files that this command did not write")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="show the first rows and write nothing")
     parser.add_argument("--log_level", "--log-level", default="INFO", type=str.upper, choices=LEVELS)

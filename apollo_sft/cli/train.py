@@ -1,4 +1,4 @@
-"""`apollo-sft train`: checks the command line, then starts one process per GPU (or `--nproc N`) by torchrun."""
+"""`apollo-sft train`: check the command line, then start one process per GPU (or `--nproc N`) by torchrun."""
 
 from __future__ import annotations
 
@@ -21,26 +21,29 @@ SIGNALS = (*signals.SIGNALS, signal.SIGHUP)
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code of the training: 0 done, 1 failed, 2 refused, 75 stopped by a signal with the state saved.
+    """Train. Return the exit code: 0 done, 1 failed, 2 refused, 75 stopped by a signal with the state saved.
 
     Raises: ConfigError, before torch is imported.
     """
     if "--help" in arguments or "-h" in arguments:
         arguments = ["--help"]
+
     nproc, overrides = _take_nproc(arguments)
     composed = compose_job(overrides)
     if composed is None:
         return 0
+
     processes = _num_processes(composed.config.trainer, nproc)
     if processes == 1:
         return entry.main(overrides)
+
     began = time.time()
     code = _torchrun(processes, overrides)
     return settle_run(Path(composed.config.trainer.default_local_dir), code, began)
 
 
 def _take_nproc(arguments: list[str]) -> tuple[int | None, list[str]]:
-    """`--nproc N` or `--nproc=N` anywhere in the line, and the rest of it. Raises: ConfigError."""
+    """Return the value of `--nproc`, which may be anywhere in the line, and the rest of it. Raises: ConfigError."""
     rest: list[str] = []
     value: str | None = None
     waiting = iter(arguments)
@@ -51,6 +54,7 @@ def _take_nproc(arguments: list[str]) -> tuple[int | None, list[str]]:
             value = argument.partition("=")[2]
         else:
             rest.append(argument)
+
     if value is None:
         return None, rest
     if not value.isdecimal() or int(value) < 1:
@@ -59,7 +63,10 @@ def _take_nproc(arguments: list[str]) -> tuple[int | None, list[str]]:
 
 
 def _num_processes(trainer: TrainerConfig, nproc: int | None) -> int:
-    """What the user says, else one per GPU, else one. Raises: ConfigError when the user says two things."""
+    """Return the number of processes that is given, else one per GPU, else one.
+
+    Raises: ConfigError when two different numbers are given.
+    """
     wanted = trainer.n_gpus_per_node
     if nproc is not None and wanted is not None and nproc != wanted:
         raise ConfigError("--nproc and trainer.n_gpus_per_node differ", found=f"{nproc} and {wanted}")
@@ -67,13 +74,14 @@ def _num_processes(trainer: TrainerConfig, nproc: int | None) -> int:
         return nproc or wanted or 1
     if trainer.device == "cpu":
         return 1
+
     import torch
 
     return max(1, torch.cuda.device_count())
 
 
 def _torchrun(processes: int, overrides: list[str]) -> int:
-    """Run torchrun, return the exit code of the rank that failed first."""
+    """Run torchrun, and return the exit code of the rank that failed first."""
     command = [sys.executable, "-m", "apollo_sft.cli.launcher", "--standalone", "--nnodes=1"]
     command += [f"--nproc_per_node={processes}", "-m", "apollo_sft", *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(processes)))}
@@ -81,7 +89,8 @@ def _torchrun(processes: int, overrides: list[str]) -> int:
 
 
 def run_passing_signals(command: list[str], environment: dict[str, str]) -> int:
-    """Run a command of ours, pass signals on to it, return its exit code."""
+    """Run a command of ours, pass signals on to it, and return its exit code."""
+    # In a session of its own: the terminal would send it Ctrl-C a second time.
     running = subprocess.Popen(command, env=environment, start_new_session=True)
     passed: list[int] = []
 
@@ -97,11 +106,14 @@ def run_passing_signals(command: list[str], environment: dict[str, str]) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
     if code >= 0:
         return code
-    return Preempted.exit_code if -code in passed else 1  # it did not listen yet: no rank had been started
+    if -code in passed:  # its handlers were not installed yet: no rank had been started
+        return Preempted.exit_code
+    return 1
 
 
 def _threads(processes: int) -> int:
-    """Cores for each process: torchrun itself would give every process one."""
+    """Return the cores for each process: torchrun itself would give every process one."""
     return max(1, (os.cpu_count() or 1) // processes)

@@ -26,7 +26,8 @@ from apollo_sft.errors import ConfigError
 from apollo_sft.tools.verify.layouts import BOUNDS, ORACLE_FILE, STEPS, Figures, Layout, fits, worlds
 
 RANKS = 4
-ORACLE, TITLE = -1, -2
+ORACLE = -1
+TITLE = -2
 """Rows of the table that are no layouts."""
 HELP = """apollo-sft verify [--ranks N] [--real-weights] key=value …
 
@@ -45,7 +46,7 @@ NUMBERS = {"loss": 10, "grad norm": 11, "deviation": 10}
 
 @dataclass(slots=True)
 class Table:
-    """What is shown, and what came back so far. `reasons`: of the layouts that do not agree, why."""
+    """The table on the screen, and the results so far."""
 
     console: Console
     folder: Path
@@ -54,58 +55,74 @@ class Table:
     exact: int = 0
     worst: float = 0.0
     reasons: list[tuple[str, str]] = field(default_factory=list)
+    """The layouts that do not agree, with the reason."""
 
     def name(self, index: int) -> str:
-        return "oracle" if index == ORACLE else self.layouts[index].name
+        """Return the name of a row."""
+        if index == ORACLE:
+            return "oracle"
+        if index == TITLE:
+            return "layout"
+        return self.layouts[index].name
 
     def label(self, index: int) -> str:
-        """The name with the number of processes, for lines that stand alone."""
-        return self.name(index) if index == ORACLE else f"{_processes(self.layouts[index])}, {self.name(index)}"
+        """Return the name with the number of processes, for lines outside of the table."""
+        if index == ORACLE:
+            return self.name(index)
+        return f"{_processes(self.layouts[index])}, {self.name(index)}"
 
     def row(self, index: int, cells: list[str], verdict: tuple[str, str]) -> None:
+        """Print a row. `verdict`: its text and style."""
         width = 2 + max(len(layout.name) for layout in self.layouts)
         padded = [f"{cell:>{size}}" for cell, size in zip(cells, NUMBERS.values(), strict=True)]
-        name = self.name(index) if index != TITLE else "layout"
         style = {TITLE: "bold", ORACLE: "dim"}.get(index, "")
-        line = Text.assemble(f"  {name:<{width}}", *padded, "  ", verdict, style=style)
+        line = Text.assemble(f"  {self.name(index):<{width}}", *padded, "  ", verdict, style=style)
         line.rstrip()
         self.console.print(line)
 
     def show(self, figures: Figures) -> None:
-        """One row, and its verdict."""
-        index, label = figures.index, self.label(figures.index)
+        """Print the row of one layout with its verdict, and keep the result."""
+        index = figures.index
+        label = self.label(index)
         self.seen.add(index)
         if figures.error:
             self.reasons.append((label, figures.error.strip()))
             self.row(index, ["-", "-", "-"], ("FAILED", "bold red"))
             return
+
         numbers = [f"{figures.loss:.6f}", f"{figures.grad_norm:.6f}"]
         if index == ORACLE:
             self.row(index, [*numbers, ""], ("", ""))
             return
-        if not figures.wrong:
+
+        verdict = ("exact", "green")
+        if figures.wrong:
+            verdict = ("WRONG", "bold red")
+            self.reasons.append((label, f"differs by {figures.wrong}"))
+        else:
             self.exact += 1
             self.worst = max(self.worst, figures.deviation)
-        else:
-            self.reasons.append((label, f"differs by {figures.wrong}"))
-        verdict = ("WRONG", "bold red") if figures.wrong else ("exact", "green")
+
         self.row(index, [*numbers, f"{figures.deviation:.1e}"], verdict)
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code: 0 every layout agrees with the oracle, 1 one does not.
+    """Verify the layouts of a training. Return the exit code: 0 every layout agrees with the oracle, 1 one does not.
 
     Raises: ApolloError for what a training would refuse as well.
     """
     if "--help" in arguments or "-h" in arguments:
         print(HELP)
         return 0
+
     ranks, real_weights, overrides = _parse(arguments)
     composed = compose_job(overrides)
     if composed is None:
         return 0
+
     config = composed.config
     ranks = _num_ranks(config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size, ranks)
+
     console = Console(highlight=False, soft_wrap=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="apollo-verify-") as name, _term_interrupts():
@@ -114,17 +131,19 @@ def main(arguments: list[str]) -> int:
             from apollo_sft.tools.verify.setup import set_up  # torch, after everything that can be refused without it
 
             rehearsal = set_up(config, ranks, real_weights, folder)
-        _say_what(console, rehearsal.description)
+        _print_description(console, rehearsal.description)
         table = Table(console, folder, rehearsal.job.layouts)
         table.row(TITLE, list(NUMBERS), ("verdict", ""))
+        # The process that runs alone writes the oracle: without that file there is nothing to compare with.
         for processes in sorted({layout.processes for layout in table.layouts}):
             if processes == 1 or (folder / ORACLE_FILE).exists():
                 _run(table, processes)
+
     return _conclude(table, time.monotonic() - began)
 
 
 def _parse(arguments: list[str]) -> tuple[int | None, bool, list[str]]:
-    """Our own options anywhere in the line, and the rest of it. Raises: ConfigError."""
+    """Return our own options, which may be anywhere in the line, and the rest of it. Raises: ConfigError."""
     rest: list[str] = []
     value: str | None = None
     waiting = iter(arguments)
@@ -135,9 +154,14 @@ def _parse(arguments: list[str]) -> tuple[int | None, bool, list[str]]:
             value = argument.partition("=")[2]
         elif argument != "--real-weights":
             rest.append(argument)
+
     if value is not None and not (value.isdecimal() and 1 <= int(value) <= 64):
         raise ConfigError("--ranks takes a number of processes", found=repr(value), expected="1 to 64")
-    return None if value is None else int(value), "--real-weights" in arguments, rest
+
+    ranks = None
+    if value is not None:
+        ranks = int(value)
+    return ranks, "--real-weights" in arguments, rest
 
 
 def _num_ranks(sp_size: int, fsdp_size: int, given: int | None) -> int:
@@ -145,6 +169,7 @@ def _num_ranks(sp_size: int, fsdp_size: int, given: int | None) -> int:
 
     Raises: ConfigError when the `given` number is too small.
     """
+    # Both must divide the number of processes.
     needed = math.lcm(sp_size, max(1, fsdp_size))
     ranks = given or max(RANKS, needed)
     if not any(fits(sp_size, fsdp_size, processes) for processes in worlds(ranks)):
@@ -154,12 +179,13 @@ def _num_ranks(sp_size: int, fsdp_size: int, given: int | None) -> int:
             f"model.fsdp_config.fsdp_size={fsdp_size}",
             expected=f"a multiple of {needed}",
         )
+
     return ranks
 
 
 @contextmanager
 def _term_interrupts() -> Iterator[None]:
-    """SIGTERM ends the processes as Ctrl-C does, and the folder goes too."""
+    """Let SIGTERM end the processes as Ctrl-C does, which removes the folder too."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         del number, frame
@@ -172,7 +198,7 @@ def _term_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _say_what(console: Console, description: list[tuple[str, str]]) -> None:
+def _print_description(console: Console, description: list[tuple[str, str]]) -> None:
     rows = [
         *description,
         ("oracle", "plain transformers, eager attention, one document at a time, all logits"),
@@ -180,41 +206,48 @@ def _say_what(console: Console, description: list[tuple[str, str]]) -> None:
     ]
     for name, meaning in rows:
         console.print(Text.assemble((f"{name:<11}", "bold"), meaning))
+
     console.print()
 
 
 def _run(table: Table, processes: int) -> None:
-    """Start the processes once, and show their layouts as they come."""
+    """Start the processes once, and show each of their layouts when it is done."""
     awaited = [i for i, layout in enumerate(table.layouts) if layout.processes == processes]
     table.console.print(Text(_processes(table.layouts[awaited[0]]), style="bold cyan"))
     if processes == 1:
         awaited.insert(0, ORACLE)
-    results, output = table.folder / "results.jsonl", table.folder / f"output-{processes}.txt"
+
+    results = table.folder / "results.jsonl"
+    output = table.folder / f"output-{processes}.txt"
     results.write_text("", encoding="utf-8")
     with output.open("wb") as stream, table.console.status("") as status, _worker(table.folder, processes, stream) as w:
-        ended, shown = False, 0
+        ended = False
+        shown = 0
         while not ended:
-            ended = w.poll() is not None  # before the results are read: what it wrote last is not missed
+            ended = w.poll() is not None  # before the results are read: its last lines are not missed
             lines = results.read_text(encoding="utf-8").split("\n")[:-1]
             for line in lines[shown:]:
                 table.show(Figures(**json.loads(line)))
             shown = len(lines)
             status.update(next((table.name(i) for i in awaited if i not in table.seen), "done"))
             time.sleep(0.1)
+
     missing = [index for index in awaited if index not in table.seen]
     if missing and not (table.folder / f"failed-{processes}").exists():
-        last_words = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-8:]
-        table.show(Figures(missing.pop(0), error="\n".join(last_words) or "its process ended without a word"))
+        last_lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-8:]
+        table.show(Figures(missing.pop(0), error="\n".join(last_lines) or "its process ended without a message"))
+
     for index in missing:
         table.row(index, ["-", "-", "-"], ("not run", "yellow"))
 
 
 @contextmanager
 def _worker(folder: Path, processes: int, stream: BinaryIO) -> Iterator[subprocess.Popen[bytes]]:
-    """The processes, which do not outlive this block."""
+    """Start the processes, and end them with this block."""
     command = [sys.executable, "-m"]
     if processes > 1:
         command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+
     command += ["apollo_sft.tools.verify.worker", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with subprocess.Popen(command, env=environment, stdout=stream, stderr=stream) as worker:
@@ -225,11 +258,13 @@ def _worker(folder: Path, processes: int, stream: BinaryIO) -> Iterator[subproce
 
 
 def _processes(layout: Layout) -> str:
-    return "1 process" if layout.processes == 1 else f"{layout.processes} processes"
+    if layout.processes == 1:
+        return "1 process"
+    return f"{layout.processes} processes"
 
 
 def _conclude(table: Table, seconds: float) -> int:
-    """The closing sentence. Returns the exit code."""
+    """Print the result, and return the exit code."""
     total = len(table.layouts)
     table.console.print()
     if table.exact == total:
@@ -240,8 +275,10 @@ def _conclude(table: Table, seconds: float) -> int:
             style="green",
         )
         return 0
+
     for label, reason in table.reasons:
         table.console.print(Text.assemble((label, "bold"), "\n", textwrap.indent(reason, "  ")))
+
     end = f"{total - table.exact} of {total} layouts do not give the gradient of the oracle, or could not run."
     table.console.print(f"\n{end} ({seconds:.0f} s)", style="bold red")
     return 1

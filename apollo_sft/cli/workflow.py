@@ -1,4 +1,4 @@
-"""`apollo-sft workflow FILE.yaml`: AlphaApollo's workflow files, run with our modules.
+"""`apollo-sft workflow FILE.yaml`: run AlphaApollo's workflow files with our modules.
 
 A file holds `preprocess` (modules with their args), `runner` (how the trainer is started, and its overrides) and
 perhaps `env`. All of it is read and checked before the first command runs.
@@ -43,17 +43,21 @@ PREPARES = {
     "examples.data_preprocess.prepare_informal_math": "informal-math",
     "examples.data_preprocess.multiturn": "multiturn",
 }
-"""Module -> our command, `apollo-sft prepare …`."""
+"""The data set of `apollo-sft prepare …` for each module."""
 OURS = [sys.executable, "-m", "apollo_sft.cli.main"]
 ONE_HOST: dict[str, Any] = {"standalone": True, "nnodes": 1, "nproc_per_node": 1}
 
 
 class Step(BaseModel, extra="forbid"):
+    """A preparation of data."""
+
     module: str
     args: dict[str, Any] = {}
 
 
 class Runner(BaseModel, extra="forbid"):
+    """How the trainer is started."""
+
     launcher: str = "python"
     module: str
     torchrun: dict[str, Any] = {}
@@ -61,32 +65,44 @@ class Runner(BaseModel, extra="forbid"):
 
 
 class Workflow(BaseModel, extra="forbid"):
+    """A workflow file."""
+
     preprocess: list[Step] = []
     runner: Runner
     env: dict[str, Any] = {}
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 0, or the exit code of the command that failed; the ones after it are not run. Raises: ConfigError."""
+    """Run a workflow. Return 0, or the exit code of the command that failed; later ones are not run.
+
+    Raises: ConfigError.
+    """
     if "--help" in arguments or "-h" in arguments:
         print(USAGE)
         return 0
+
     file, pairs = _read_words([word for word in arguments if word != "--dry-run"])
     workflow, overrides = _read_file(file, pairs)
+
+    # All commands are made, and checked, before the first one runs: a preparation may take hours.
     commands = [list(_preparation(step)) for step in workflow.preprocess]
     commands.append(_training(workflow.runner, [*map(str, workflow.runner.overrides), *overrides]))
     environment = os.environ | {name: str(value) for name, value in workflow.env.items()}
     for command in commands:
         print(redact(f"+ {shlex.join(command)}"), flush=True)
-        code = 0 if "--dry-run" in arguments else run_passing_signals(command, environment)
+        if "--dry-run" in arguments:
+            continue
+        code = run_passing_signals(command, environment)
         if code:
             return code
+
     return 0
 
 
 def _read_words(words: list[str]) -> tuple[Path, list[tuple[str, str]]]:
-    """The file and the (key, value) pairs of a command line. Raises: ConfigError."""
-    files, pairs = [], []
+    """Return the file and the (key, value) pairs of a command line. Raises: ConfigError."""
+    files = []
+    pairs = []
     waiting = iter(words)
     for word in waiting:
         key, equals, value = word.removeprefix("--").partition("=")
@@ -98,13 +114,14 @@ def _read_words(words: list[str]) -> tuple[Path, list[tuple[str, str]]]:
             files.append(value or key)
         else:
             pairs.append((key, value))
+
     if len(files) != 1:
         raise ConfigError("a workflow is one file", found=" ".join(files) or "none", expected="FILE.yaml key=value …")
     return Path(files[0]).expanduser(), pairs
 
 
 def _read_file(file: Path, pairs: list[tuple[str, str]]) -> tuple[Workflow, list[str]]:
-    """The workflow with the pairs that are its own, references resolved, and the trainer's overrides among the pairs.
+    """Return the workflow, changed by the pairs that are its own and resolved, and the other pairs: the trainer's.
 
     Raises: ConfigError.
     """
@@ -121,7 +138,7 @@ def _read_file(file: Path, pairs: list[tuple[str, str]]) -> tuple[Workflow, list
 
 
 def _set(tree: dict[str, Any], key: str, value: str) -> bool:
-    """Set a key of the file, before references are resolved. Returns False for a key of the trainer.
+    """Set a key of the file, before references are resolved. Return False for a key of the trainer.
 
     Raises: ConfigError.
     """
@@ -131,42 +148,70 @@ def _set(tree: dict[str, Any], key: str, value: str) -> bool:
         tree |= OmegaConf.to_container(changed)  # type: ignore[arg-type]
     if section != "preprocess":
         return section == "runner"
+
+    # A step is named by its number or its module; without a name all steps are meant.
     steps = {f"{at}.": step for at, step in enumerate(tree["preprocess"])}
     steps |= {f"{step['module']}.": step for step in steps.values()}
     one = next((prefix for prefix in steps if name.startswith(prefix)), "")
     argument = name.removeprefix(one)
     if not argument or "." in argument:
         raise ConfigError(f"{key}: there is no such step", expected=", ".join(f"preprocess.{each}…" for each in steps))
-    for step in [steps[one]] if one else tree["preprocess"]:
+
+    chosen = tree["preprocess"]
+    if one:
+        chosen = [steps[one]]
+
+    for step in chosen:
         if argument == "module":
             step["module"] = value
+        elif argument == "data_sources":
+            step["args"][argument] = value.split(",")
         else:
-            step["args"][argument] = value.split(",") if argument == "data_sources" else value
+            step["args"][argument] = value
+
     return True
 
 
 def _preparation(step: Step) -> Iterator[str]:
-    """`apollo-sft prepare …` with the step's args as options. Raises: ConfigError for a module that we do not have."""
+    """Yield the words of `apollo-sft prepare …` with the step's args as options.
+
+    Raises: ConfigError for a module that we do not have.
+    """
     if step.module not in PREPARES:
         raise ConfigError(f"preprocess: there is no module {step.module} here", expected=", ".join(PREPARES))
+
     yield from (*OURS, "prepare", PREPARES[step.module])
     for name, value in step.args.items():
         if value is False:
             continue
         yield f"--{name}"
-        if value is not True and value is not None:
-            yield from map(str, value if isinstance(value, list) else [value])
+        if isinstance(value, list):
+            yield from map(str, value)
+        elif value is not True and value is not None:
+            yield str(value)
 
 
 def _training(runner: Runner, overrides: list[str]) -> list[str]:
-    """Raises: ConfigError for what the trainer would refuse of its command line, before hours of preparation."""
+    """Return the command of the training. Raises: ConfigError for a command line that the trainer would refuse."""
     if runner.module not in TRAINERS:
         raise ConfigError(f"runner: there is no module {runner.module} here", expected=" or ".join(TRAINERS))
     if runner.launcher not in ("torchrun", "python"):
         raise ConfigError("runner.launcher cannot be used", found=runner.launcher, expected="torchrun or python")
-    compose(overrides)
-    options = ONE_HOST | (runner.torchrun if runner.launcher == "torchrun" else {})
+
+    compose(overrides)  # raises what the trainer would raise, hours later
+
+    options = dict(ONE_HOST)
+    if runner.launcher == "torchrun":
+        options |= runner.torchrun
+    # On one host our own launcher replaces torchrun: it passes exit codes and signals on.
     if options == ONE_HOST | {"nproc_per_node": options["nproc_per_node"]}:
         return [*OURS, "train", f"--nproc={options['nproc_per_node']}", *overrides]
-    words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items() if value]
+
+    words = []
+    for name, value in options.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value:
+            words.append(f"--{name}={value}")
+
     return [sys.executable, "-m", "apollo_sft.cli.launcher", *words, "-m", "apollo_sft", *overrides]

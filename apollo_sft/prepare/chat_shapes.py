@@ -1,4 +1,4 @@
-"""Conversations as OpenAI, ShareGPT and others write them -> messages as chat templates read them."""
+"""Convert conversations of OpenAI, ShareGPT and others to messages as chat templates read them."""
 
 from __future__ import annotations
 
@@ -16,53 +16,72 @@ ROLES = {
     **{"tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool"},
     "function_call": "assistant",
 }
-"""What others call a role, and what it is here."""
+"""Roles of other formats, and ours."""
 
 
 def messages_of(value: Any) -> list[Message]:
-    """The messages in a cell: a list of structs with `role`/`content` or `from`/`value`, or its JSON text.
+    """Return the messages in a cell: a list of structs with `role`/`content` or `from`/`value`, or its JSON text.
 
     Raises: RejectedRow when the cell is no conversation, a turn is empty, or calls and outputs do not fit.
     """
-    chat = _from_json(value) if isinstance(value, str) else value
+    chat = value
+    if isinstance(value, str):
+        chat = _from_json(value)
     if not isinstance(chat, list) or not chat or not all(isinstance(turn, dict) for turn in chat):
         raise RejectedRow("no conversation")
+
     messages = [_message(turn) for turn in chat]
     if not any(message["role"] == "assistant" for message in messages):
         raise RejectedRow("no turn of the assistant")
+
     _link_calls(messages)
     return messages
 
 
 def tools_of(value: Any) -> str | None:
-    """The tools in a cell as JSON text. Raises: RejectedRow when they are no list of objects."""
-    tools = _from_json(value) if isinstance(value, str) and value.strip() else value
+    """Return the tools in a cell as JSON text. Raises: RejectedRow when they are no list of objects."""
+    tools = value
+    if isinstance(value, str) and value.strip():
+        tools = _from_json(value)
     if not tools:
         return None
-    tools = [_from_json(tool) if isinstance(tool, str) else tool for tool in tools] if isinstance(tools, list) else None
-    if tools is None or not all(isinstance(tool, dict) for tool in tools):
+
+    if not isinstance(tools, list):
+        raise RejectedRow("the tools are no list of objects")
+
+    tools = [_from_json(tool) if isinstance(tool, str) else tool for tool in tools]
+    if not all(isinstance(tool, dict) for tool in tools):
         raise RejectedRow("the tools are no list of objects")
     return json.dumps(without_nulls(tools), ensure_ascii=False)
 
 
 def without_nulls(value: Any) -> Any:
-    """Arrow gives a struct the fields of all others, filled with null."""
+    """Remove nulls: Arrow gives a struct the fields of all others, filled with null."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
 
 
 def _message(turn: dict[str, Any]) -> Message:
+    """Convert one turn. Raises: RejectedRow."""
     turn = without_nulls(turn)
     name = turn.get("role", turn.get("from"))
-    role = ROLES.get(name) if isinstance(name, str) else None
+    role = None
+    if isinstance(name, str):
+        role = ROLES.get(name)
     if role is None:
         raise RejectedRow(f"an unknown role: {name!r}"[:80])
+
     content = _content(turn.get("content", turn.get("value")))
-    calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
-    if name == "function_call":
-        calls, content = _from_json(content), ""
-        calls = calls if isinstance(calls, list) else [calls]
+    calls = _calls(turn)
+    if name == "function_call":  # ShareGPT: the text of the turn is the call
+        calls = _from_json(content)
+        content = ""
+        if not isinstance(calls, list):
+            calls = [calls]
+
     message: Message = {"role": role, "content": content or None}
     message |= {key: turn[key] for key in ("reasoning_content", "tool_call_id", "name") if turn.get(key)}
     if calls:
@@ -71,13 +90,24 @@ def _message(turn: dict[str, Any]) -> Message:
         raise RejectedRow(f"an empty turn of the {role}")
     elif role == "tool":
         message["content"] = content  # a tool may well print nothing
+
     return message
 
 
+def _calls(turn: dict[str, Any]) -> Any:
+    """Return the tool calls of a turn: the list, or the one call of an older form."""
+    if turn.get("tool_calls"):
+        return turn["tool_calls"]
+    if turn.get("function_call"):
+        return [turn["function_call"]]
+    return []
+
+
 def _content(value: Any) -> str:
-    """Text; of a list of parts, the texts joined. Raises: RejectedRow for parts that are no text."""
+    """Return the text of a turn; of a list of parts, the texts joined. Raises: RejectedRow for other parts."""
     if not isinstance(value, list):
         return as_text(value)
+
     parts = [part.get("text") if isinstance(part, dict) else part for part in value]
     texts = [part for part in parts if isinstance(part, str)]
     if len(texts) < len(parts):
@@ -86,13 +116,19 @@ def _content(value: Any) -> str:
 
 
 def _call(call: Any) -> dict[str, Any]:
-    inner = call.get("function", call) if isinstance(call, dict) else None
+    """Return a call in the form of OpenAI. Raises: RejectedRow."""
+    inner = None
+    if isinstance(call, dict):
+        inner = call.get("function", call)
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
         raise RejectedRow("a tool call without a function's name")
+
     arguments = inner.get("arguments") or {}
-    arguments = _from_json(arguments) if isinstance(arguments, str) else arguments
+    if isinstance(arguments, str):
+        arguments = _from_json(arguments)
     if not isinstance(arguments, dict):
         raise RejectedRow("the arguments of a tool call are no JSON object")
+
     function = {"name": inner["name"], "arguments": json.dumps(arguments, ensure_ascii=False)}
     return {"id": str(call.get("id") or ""), "type": "function", "function": function}
 
@@ -100,32 +136,34 @@ def _call(call: Any) -> dict[str, Any]:
 def _link_calls(messages: list[Message]) -> None:
     """Give an id to calls without one, and to each output the id of its call.
 
-    Every output answers a call, and every call is answered before someone else speaks; an output without an id may
-    answer several calls at once. The conversation may end with a call.
-    Raises: RejectedRow for one that does not.
+    Every output answers a call, and every call is answered before the next turn of another role; an output without an
+    id may answer several calls at once. The conversation may end with a call.
+    Raises: RejectedRow when that does not hold.
     """
     waiting: list[str] = []
-    together = False
+    answers_all = False
     for number, message in enumerate(messages):
         if message["role"] == "tool":
             if not waiting:
                 raise RejectedRow("an output without a call before it")
-            together = "tool_call_id" not in message
+            answers_all = "tool_call_id" not in message
             identity = message.setdefault("tool_call_id", waiting[0])
             if identity not in waiting:
                 raise RejectedRow("an output whose tool_call_id is not that of a call before it")
             waiting.remove(identity)
             continue
-        if waiting and not together:
+        # Another role continues: every call must have its output by now.
+        if waiting and not answers_all:
             raise RejectedRow("a call without its output")
         waiting = [_identify(call, number, at) for at, call in enumerate(message.get("tool_calls", ()))]
-        together = False
-    if waiting and messages[-1]["role"] == "tool" and not together:
+        answers_all = False
+
+    if waiting and messages[-1]["role"] == "tool" and not answers_all:
         raise RejectedRow("a call without its output")
 
 
 def _identify(call: dict[str, Any], number: int, at: int) -> str:
-    """The call's own id, or nine letters and digits, which is what Mistral's templates want."""
+    """Return the call's own id, or nine letters and digits: Mistral's templates require that form."""
     call["id"] = call["id"] or f"call{number:03d}{at:02d}"
     identity: str = call["id"]
     return identity

@@ -1,12 +1,14 @@
-"""Which columns of foreign data hold the question, the worked answer and the final answer.
+"""Find the columns of foreign data that hold the question, the worked answer and the final answer.
 
-The first non-empty one of a fixed list is taken, row by row, and what was taken is counted to be shown.
+The first non-empty one of a fixed list is taken, row by row; how often each was taken is shown.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from apollo_sft.data.read.files import Row
@@ -22,7 +24,7 @@ TRUTH = (
     *("reward_model.ground_truth", "extra_info.ground_truth", "response", "extra_info.answer", "messages"),
 )
 ONLY_WORKED = {*WORKED, "response", "output", "extra_info.answer", "messages"}
-"""Columns whose text is never itself a final answer: one has to be marked in it."""
+"""Columns whose text is never a final answer as a whole: the answer must be marked in it."""
 
 
 class Finder:
@@ -34,30 +36,34 @@ class Finder:
         self.also: dict[str, Counter[str]] = {"question": Counter(), "answer": Counter(), "final answer": Counter()}
 
     def question(self, row: Row) -> str:
-        """The question without an instruction of an earlier preparation. Raises: RejectedRow when there is none."""
-        found = _texts(row, QUESTION, "user")
-        texts = found if self.keep_instructions else [(path, without_instruction(text)) for path, text in found]
+        """Return the question without the instruction of an earlier preparation. Raises: RejectedRow without one."""
+        texts = _texts(row, QUESTION, "user")
+        if not self.keep_instructions:
+            texts = [(path, without_instruction(text)) for path, text in texts]
+
         texts = [(path, text) for path, text in texts if text]
         if not texts:
             raise RejectedRow("no question")
         return self._take("question", texts)
 
     def answer(self, row: Row) -> str:
-        """The worked answer, which SFT trains. Raises: RejectedRow when there is none."""
+        """Return the worked answer, which SFT trains. Raises: RejectedRow when there is none."""
         found = _texts(row, ANSWER, "assistant")
         if not found:
             raise RejectedRow("no answer")
         return self._take("answer", found)
 
     def truth(self, row: Row) -> str | None:
-        """The final answer: marked in the first text that marks one, or a text of one line as it stands."""
+        """Return the final answer: the one marked in the first text with a mark, or a text of one line as it is."""
         for path, text in _texts(row, TRUTH, "assistant"):
             marked = final_answer(text)
+            # A short text without a mark may be the answer itself; a worked solution never is.
             if marked is None and path not in ONLY_WORKED and "\n" not in text:
                 marked = text
             if marked is not None:
                 self.taken["final answer"][path] += 1
                 return marked
+
         return None
 
     def _take(self, what: str, texts: list[tuple[str, str]]) -> str:
@@ -67,48 +73,60 @@ class Finder:
         return text
 
     def describe(self) -> list[str]:
-        """Lines for the screen, for example `question: column problem (12 rows)`."""
+        """Return lines for the screen, for example `question: column problem (12 rows)`."""
         lines = []
         for what, taken in self.taken.items():
-            if taken:
-                columns = ", ".join(f"{path} ({count:,} rows)" for path, count in taken.most_common())
-                others = ", ".join(self.also[what])
-                lines.append(f"{what}: column {columns}" + (f"; also there, not used: {others}" if others else ""))
+            if not taken:
+                continue
+            columns = ", ".join(f"{path} ({count:,} rows)" for path, count in taken.most_common())
+            line = f"{what}: column {columns}"
+            if self.also[what]:
+                line += f"; also there, not used: {', '.join(self.also[what])}"
+            lines.append(line)
+
         return lines
 
 
 def has_any(names: list[str], paths: tuple[str, ...]) -> bool:
-    """Whether one of the columns `names` can hold what `paths` name."""
+    """Return whether one of the columns `names` is the column of a path."""
     return any(path.partition(".")[0] in names for path in paths)
 
 
 def at_path(row: Row, path: str) -> Any:
-    """The value at `column.field.field`; None where there is none."""
+    """Return the value at `column.field.field`; None where there is none."""
     value: Any = row
     for name in path.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
+        if not isinstance(value, dict):
+            return None
+        value = value.get(name)
     return value
 
 
 def as_text(value: Any) -> str:
-    """A cell as text, stripped: the elements of a list one a line, a struct as JSON. Empty for None."""
+    """Return a cell as text, stripped: the elements of a list one a line, a struct as JSON. Empty for None."""
     if value is None:
         return ""
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, list):
-        return "\n".join(text for item in value if (text := as_text(item)))
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | bool) else str(value)
+        return "\n".join(filter(None, map(as_text, value)))
+    if isinstance(value, dict | bool):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)
 
 
 def _texts(row: Row, paths: tuple[str, ...], role: str) -> list[tuple[str, str]]:
-    """The non-empty texts at `paths`, in this order."""
+    """Return the non-empty texts at `paths`, in this order, with their paths."""
     found = []
     for path in paths:
         value = at_path(row, path)
-        text = _only_message(value, role) if _is_chat(value) else as_text(value)
+        read: Callable[[Any], str] = as_text
+        if _is_chat(value):
+            read = partial(_only_message, role=role)
+        text = read(value)
         if text:
             found.append((path, text))
+
     return found
 
 
@@ -117,12 +135,12 @@ def _is_chat(value: Any) -> bool:
 
 
 def _only_message(messages: list[dict[str, Any]], role: str) -> str:
-    """The text of the one message of `role`; empty when there is none.
+    """Return the text of the only message of `role`; empty when there is none.
 
     Raises: RejectedRow for a conversation: several turns, or a system message that a question cannot hold.
     """
     kept = [m for m in messages if not (m["role"] == "system" and as_text(m.get("content")) in KNOWN_INSTRUCTIONS)]
     roles = [message["role"] for message in kept]
     if roles not in (["user"], ["user", "assistant"], ["assistant"]):
-        raise RejectedRow("a conversation, not one question and answer: `apollo-sft prepare custom` keeps it whole")
+        raise RejectedRow("a conversation, not one question and answer: `apollo-sft prepare custom` keeps all of it")
     return next((as_text(message.get("content")) for message in kept if message["role"] == role), "")

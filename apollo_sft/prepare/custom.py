@@ -1,4 +1,4 @@
-"""Data of your own: columns of any name, and the usual shapes, which are recognised by their columns.
+"""Prepare a user's own data: columns of any name, and the usual formats, which are recognised by their columns.
 
 Conversations (OpenAI, ShareGPT) become the columns `messages` and `tools`; prompts and responses (Alpaca, or columns by
 name) become questions and answers, or conversations where there is a system prompt or a history.
@@ -25,12 +25,14 @@ DATA_SOURCE = "custom"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Which column is what; None where there is no such column. `column.field` goes into a struct.
+    """The columns of the data; None where there is no such column. `column.field` is a field of a struct.
 
-    `name`: the shape in words. With neither `messages` nor `prompt`, the columns are looked for row by row.
+    With neither `messages` nor `prompt`, the columns are searched row by row.
     """
 
     name: str
+    """The format in words."""
+
     messages: str | None = None
     prompt: str | None = None
     context: str | None = None
@@ -42,81 +44,117 @@ class Layout:
 
     @property
     def is_chat(self) -> bool:
+        """Return whether rows become conversations."""
         return bool(self.messages or self.system or self.history)
 
     def describe(self) -> str:
+        """Return a line about the format and its columns."""
         named = {"messages": self.messages, "prompt": self.prompt, "input": self.context, "response": self.response}
         named |= {"system": self.system, "history": self.history, "tools": self.tools, "truth": self.ground_truth}
         columns = ", ".join(f"{what} = {column}" for what, column in named.items() if column)
-        return f"recognised: {self.name}" + (f" ({columns})" if columns else "")
+        if not columns:
+            return f"recognised: {self.name}"
+        return f"recognised: {self.name} ({columns})"
 
 
 def recognise(names: Sequence[str], first: Row, given: Layout) -> Layout:
-    """The layout of a file with the columns `names`; what is `given` by name comes first.
+    """Return the layout of a file with the columns `names`. Columns that are `given` by name come first.
 
     Raises: ConfigError for a prompt without a response; DataError for a column that is not there.
     """
     for column in (given.messages, given.prompt, given.response, given.system, given.tools, given.ground_truth):
         if column is not None and column.partition(".")[0] not in names:
             raise DataError(f"there is no column {column!r}", found=f"columns {', '.join(names) or '(none)'}")
+
     if (given.prompt is None) != (given.response is None):
         raise ConfigError("--prompt_column and --response_column belong together", found="one of them")
 
     def existing(name: str) -> str | None:
-        return name if name in names else None
+        if name in names:
+            return name
+        return None
 
     if given.prompt is not None and given.messages is None:
         return replace(given, name="prompt and response by name")
+
+    # Conversations first: files with them often have columns of single questions too.
     chat = given.messages or existing("messages") or existing("conversations")
     if chat is not None:
-        shape = "ShareGPT conversations" if _is_sharegpt(first.get(chat)) else "OpenAI messages"
-        system = given.system or (existing("system") if shape.startswith("ShareGPT") else None)
+        shape = "OpenAI messages"
+        system = given.system
+        if _is_sharegpt(first.get(chat)):
+            shape = "ShareGPT conversations"
+            system = given.system or existing("system")
         return replace(given, name=shape, messages=chat, system=system, tools=given.tools or existing("tools"))
     if {"instruction", "output"} <= set(names):
         found = replace(given, name="Alpaca", prompt="instruction", context=existing("input"), response="output")
         return replace(found, system=given.system or existing("system"), history=existing("history"))
+
     return replace(given, name="question and answer")
 
 
 def task(data_source: str, instruction: str | None, layout: Layout) -> Task:
-    """`instruction`: what every question ends with; None for nothing. Conversations are never changed by it."""
+    """Return the task. `instruction`: the end of every question; None for nothing. Conversations are not changed."""
     finder = Finder(keep_instructions=True)
     suffix = Instruction(instruction or "", separator="\n")
 
     def convert_chat(row: Row, origin: Origin) -> Row:
-        messages = messages_of(at_path(row, layout.messages)) if layout.messages else _pair(row)
-        system = as_text(at_path(row, layout.system)) if layout.system else ""
+        messages = _messages(row)
+        system = _text_at(row, layout.system)
         if system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
-        tools = tools_of(at_path(row, layout.tools)) if layout.tools else None
+
+        tools = None
+        if layout.tools:
+            tools = tools_of(at_path(row, layout.tools))
         return chat_row(origin, messages, tools, _truth(row, layout, messages[-1].get("content") or ""))
 
-    def _pair(row: Row) -> list[Message]:
-        question, answer = _question(row, layout, finder), _answer(row, layout, finder)
+    def _messages(row: Row) -> list[Message]:
+        if layout.messages:
+            return messages_of(at_path(row, layout.messages))
+        question = _question(row, layout, finder)
+        answer = _answer(row, layout, finder)
         user = {"role": "user", "content": suffix.prompt(question)}
         return [*_history(row, layout), user, {"role": "assistant", "content": answer}]
 
     def convert_pair(row: Row, origin: Origin) -> Row:
-        question, answer = _question(row, layout, finder), _answer(row, layout, finder)
+        question = _question(row, layout, finder)
+        answer = _answer(row, layout, finder)
         return question_row(origin, suffix.prompt(question), question, answer, _truth(row, layout, answer))
 
+    # A system prompt or a history does not fit into a question: then pairs become conversations.
     if layout.is_chat:
         return Task("custom", data_source, CHAT_SCHEMA, convert_chat, {}, finder.describe, suffix.text)
-    needed = {} if layout.prompt else {"question": QUESTION, "answer": ANSWER}
+
+    needed: dict[str, tuple[str, ...]] = {}
+    if not layout.prompt:
+        needed = {"question": QUESTION, "answer": ANSWER}
     return Task("custom", data_source, QUESTION_SCHEMA, convert_pair, needed, finder.describe, suffix.text)
 
 
+def _text_at(row: Row, path: str | None) -> str:
+    """Return the text at a path; empty without one."""
+    if not path:
+        return ""
+    return as_text(at_path(row, path))
+
+
 def _question(row: Row, layout: Layout, finder: Finder) -> str:
+    """Return the question of a row, with its context. Raises: RejectedRow when there is none."""
     if layout.prompt is None:
         return finder.question(row)
-    text = as_text(at_path(row, layout.prompt))
-    more = as_text(at_path(row, layout.context)) if layout.context else ""
+
+    text = _text_at(row, layout.prompt)
+    context = _text_at(row, layout.context)
     if not text:
         raise RejectedRow(f"column {layout.prompt} is empty")
-    return f"{text}\n\n{more}" if more else text
+    if not context:
+        return text
+    return f"{text}\n\n{context}"
 
 
 def _answer(row: Row, layout: Layout, finder: Finder) -> str:
+    """Return the answer of a row. Raises: RejectedRow when there is none."""
     if layout.response is None:
         return finder.answer(row)
     text = as_text(at_path(row, layout.response))
@@ -126,24 +164,29 @@ def _answer(row: Row, layout: Layout, finder: Finder) -> str:
 
 
 def _history(row: Row, layout: Layout) -> list[Message]:
-    """Alpaca's earlier turns: pairs of a question and its answer."""
-    pairs = at_path(row, layout.history) if layout.history else None
+    """Return Alpaca's earlier turns: pairs of a question and its answer."""
+    if not layout.history:
+        return []
+
     turns: list[Message] = []
-    for pair in pairs or []:
-        texts = [as_text(text) for text in pair] if isinstance(pair, list) else []
+    for pair in at_path(row, layout.history) or []:
+        texts: list[str] = []
+        if isinstance(pair, list):
+            texts = [as_text(text) for text in pair]
         if len(texts) != 2 or not all(texts):
             raise RejectedRow("the history is no list of question and answer pairs")
         turns += [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]}]
+
     return turns
 
 
 def _truth(row: Row, layout: Layout, answer: str) -> str | None:
-    """The column given by name, else a final answer that is marked in the text; None where there is neither."""
+    """Return the text of the column of truths, else a final answer marked in the answer; None without either."""
     if layout.ground_truth is not None:
         return as_text(at_path(row, layout.ground_truth)) or None
     try:
         return final_answer(answer)
-    except RejectedRow:  # an open box is a fault of a solution to a math problem, not of any text
+    except RejectedRow:  # an open box is an error in a solution to a math problem, but not in any other text
         return None
 
 

@@ -1,7 +1,7 @@
-"""A small model from nothing: a tokenizer trained on the given texts and a Qwen3 with random weights, as one folder.
+"""Make a small model from nothing: a tokenizer trained on the given texts and a Qwen3 with random weights.
 
-Not a Qwen2: for that type transformers 5 replaces the tokenizer's own way of cutting text by Qwen's, which splits a
-number into digits, and then the sums take twice the steps to learn.
+Not a Qwen2: for that type transformers 5 replaces the tokenizer's own splitting of text by Qwen's, which splits a
+number into digits; then the sums take twice the steps to learn.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ line breaks alone, so a reply starts with the same tokens whatever it starts wit
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a ChatML template: eos `<|im_end|>`, pad `<|endoftext|>`, any text encodes.
+    """Train a byte-level BPE tokenizer with a ChatML template: eos `<|im_end|>`, pad `<|endoftext|>`, for any text.
 
     `vocab_size` is an upper bound: fewer words give fewer tokens.
     """
@@ -78,9 +78,11 @@ def write_base_model(folder: Path, texts: Iterable[str], seed: int) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    # The seed decides the weights, and the generator of the caller stays as it is.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config)
+
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )

@@ -23,12 +23,16 @@ SUBSET = "main"
 
 
 def task(data_source: str, instruction: str | None) -> Task:
-    """`instruction`: what every question ends with; None for GSM8K's own."""
+    """Return the task. `instruction`: the end of every question; None for GSM8K's own."""
     finder = Finder()
-    suffix = Instruction(GSM8K_INSTRUCTION if instruction is None else instruction, separator=" ")
+    if instruction is None:
+        instruction = GSM8K_INSTRUCTION
+
+    suffix = Instruction(instruction, separator=" ")
 
     def convert(row: Row, origin: Origin) -> Row:
-        question, answer = finder.question(row), finder.answer(row)
+        question = finder.question(row)
+        answer = finder.answer(row)
         truth = marked(answer)
         if truth is None:
             raise RejectedRow("the answer has no `#### result`")

@@ -1,4 +1,4 @@
-"""Problems in words with a worked solution whose final answer stands in `\\boxed{}`: MATH and sets like it."""
+"""Prepare math problems with a worked solution whose final answer is in `\\boxed{}`: MATH and sets like it."""
 
 from __future__ import annotations
 
@@ -14,38 +14,52 @@ DATA_SOURCE = "DigitalLearningGmbH/MATH-lighteval"
 
 
 class BoxedProblems:
-    """Question, worked answer and final answer of a row. `completed`: answers that got a box from another column."""
+    """Reads question, worked answer and final answer of a row.
+
+    `completed`: the number of answers that got a box with the final answer of another column.
+    """
 
     def __init__(self, instruction: str | None) -> None:
         self.finder = Finder()
-        self.suffix = Instruction(BOXED_INSTRUCTION if instruction is None else instruction, separator="\n")
+        if instruction is None:
+            instruction = BOXED_INSTRUCTION
+        self.suffix = Instruction(instruction, separator="\n")
         self.completed = 0
 
     def read(self, row: Row) -> tuple[str, str, str]:
-        """Raises: RejectedRow when one of the three is missing."""
-        question, answer = self.finder.question(row), self.finder.answer(row)
+        """Return question, worked answer and final answer. Raises: RejectedRow when one of them is missing."""
+        question = self.finder.question(row)
+        answer = self.finder.answer(row)
         truth = self.finder.truth(row)
         if truth is None:
             raise RejectedRow("no final answer: no \\boxed{}, no `####`, and no column that holds one")
         return question, self._in_a_box(answer, truth), truth
 
     def describe(self) -> list[str]:
-        note = f"{self.completed:,} answers had no \\boxed{{}}: the final answer was put into one, as the prompt asks"
-        return [*self.finder.describe(), *([note] if self.completed else [])]
+        """Return lines about the columns, and about answers that got a box."""
+        lines = self.finder.describe()
+        if self.completed:
+            lines.append(
+                f"{self.completed:,} answers had no \\boxed{{}}: the final answer was put into one, as the prompt asks"
+            )
+        return lines
 
     def _in_a_box(self, answer: str, truth: str) -> str:
-        """The answer as the prompt asks for it: `#### 7` becomes `\\boxed{7}`, and an answer without any gets one."""
+        """Return the answer in the form of the prompt: `#### 7` becomes `\\boxed{7}`; one without either gets a box."""
         if "\\boxed" not in self.suffix.text or last_boxed(answer) is not None:
             return answer
+
         self.completed += 1
         found = marked(answer)
         if found is not None:
             return f"{answer.rpartition(MARKER)[0].rstrip()}\n\\boxed{{{found}}}".lstrip()
-        return f"\\boxed{{{truth}}}" if answer == truth else f"{answer}\n\\boxed{{{truth}}}"
+        if answer == truth:
+            return f"\\boxed{{{truth}}}"
+        return f"{answer}\n\\boxed{{{truth}}}"
 
 
 def task(data_source: str, instruction: str | None) -> Task:
-    """`instruction`: what every question ends with; None for the one that asks for a `\\boxed{}`."""
+    """Return the task. `instruction`: the end of every question; None for the one that requests a `\\boxed{}`."""
     problems = BoxedProblems(instruction)
 
     def convert(row: Row, origin: Origin) -> Row:

@@ -1,6 +1,6 @@
-"""Conversations from a seed: a number of things that changes from turn to turn, so each answer needs the ones before.
+"""Generate conversations from a seed: a number of things changes from turn to turn, so each answer needs those before.
 
-No turn but the first says how many there are; one kind of question goes back to the beginning, one to the turn before.
+Only the first turn names the number; one kind of question is about the beginning, one about the turn before.
 """
 
 from __future__ import annotations
@@ -32,39 +32,51 @@ Kind = Callable[[random.Random, "Story"], Turn]
 
 @dataclass(slots=True)
 class Story:
-    """Who has how many of what; `counts`: the number at first and after each change. `asked`: kinds of turns so far."""
+    """Who has how many of what."""
 
     name: str
     other: str
     things: str
+
     counts: list[int] = field(default_factory=list)
+    """The number at first and after each change."""
+
     asked: list[Kind] = field(default_factory=list)
+    """Kinds of turns so far."""
 
     def noun(self, number: int) -> str:
-        return f"{number} {self.things.removesuffix('s') if number == 1 else self.things}"
+        """Return a number with its noun."""
+        if number == 1:
+            return f"1 {self.things.removesuffix('s')}"
+        return f"{number} {self.things}"
 
 
 def generated_source(num_train: int, num_test: int, seed: int) -> Source:
-    """Training and held-out conversations, all with different first questions. The same arguments give the same rows.
+    """Generate training and held-out conversations, all with different first questions. The same seed: the same rows.
 
     Raises: ConfigError for more conversations than can safely be made different, or none.
     """
+    # Conversations are drawn until all are different: far more would take forever.
     if not (num_train > 0 and num_test > 0 and num_train + num_test <= MAX_CONVERSATIONS):
         raise ConfigError(
             "--num_train and --num_test cannot be made",
             found=f"{num_train} and {num_test}",
             expected=f"both at least 1, and together at most {MAX_CONVERSATIONS:,}",
         )
+
     rng = random.Random(seed)
     drawn: dict[str, Row] = {}
     while len(drawn) < num_train + num_test:
         row = _conversation(rng)
         drawn.setdefault(row["messages"][0]["content"], row)
+
     rows = list(drawn.values())
     return Source("generated", f"seed {seed}", None, {}, {"train": rows[num_test:], "test": rows[:num_test]})
 
 
 def task() -> Task:
+    """Return the task."""
+
     def convert(row: Row, origin: Origin) -> Row:
         return chat_row(origin, row["messages"], None, row["truth"])
 
@@ -79,17 +91,21 @@ def _conversation(rng: random.Random) -> Row:
         kind = rng.choice(_possible(story))
         story.asked.append(kind)
         turns.append(kind(rng, story))
+
     messages: list[Message] = []
     for question, working, result in turns:
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": f"{working}\n#### {result}"})
+
     return {"messages": messages, "truth": str(turns[-1][2])}
 
 
 def _opening(rng: random.Random, story: Story) -> Turn:
-    start, more = rng.randint(1, LARGEST // 2), rng.randint(1, LARGEST // 2)
+    start = rng.randint(1, LARGEST // 2)
+    more = rng.randint(1, LARGEST // 2)
     story.counts += [start, start + more]
-    name, things = story.name, story.things
+    name = story.name
+    things = story.things
     text = rng.choice(
         (
             f"{name} has {story.noun(start)} and finds {more} more. How many {things} does {name} have now?",
@@ -101,8 +117,13 @@ def _opening(rng: random.Random, story: Story) -> Turn:
 
 
 def _possible(story: Story) -> list[Kind]:
-    """The turns that can follow: none takes away what is not there; what changes nothing is asked once."""
-    changes: list[Kind] = [*([_lose] if story.counts[-1] > 1 else []), *([_gain] if story.counts[-1] < LARGEST else [])]
+    """Return the turns that can follow. Nothing is taken away that is not there; other questions come only once."""
+    changes: list[Kind] = []
+    if story.counts[-1] > 1:
+        changes.append(_lose)
+    if story.counts[-1] < LARGEST:
+        changes.append(_gain)
+
     others: list[Kind] = [kind for kind in (_beginning, _before, _twice, _compare) if kind not in story.asked]
     return [*changes, *changes, *others]
 

@@ -1,6 +1,6 @@
-"""Prepared files: written to the side, then moved into place; what this program did not write is never replaced.
+"""Write prepared files aside, then move them into place. A file of another program is never replaced.
 
-`manifest.json` lists every file with its sha256 and is moved last: files that do not fit it were not all moved.
+`manifest.json` lists every file with its sha256 and is moved last: files that differ from it were not all moved.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ ROW_GROUP = 2000
 
 
 class Output:
-    """The folder that is written. Use as a context: what is staged goes when an error ends it.
+    """The folder that is written. Use it as a context: staged files are removed when an error ends it.
 
-    Raises: DataError at once when a file is in the way that this program did not write.
+    Raises: DataError at once when there is a file in the way that this program did not write.
     """
 
     def __init__(self, folder: Path, splits: Sequence[str], overwrite: bool) -> None:
@@ -52,6 +52,7 @@ class Output:
             self.folder.rmdir()
 
     def reject(self, split: str, ref: RowRef, reason: str) -> None:
+        """Write a rejected row down."""
         record = {"split": split, "file": ref.file, "row": ref.row, "reason": reason}
         self.rejected.write(json.dumps(record, ensure_ascii=False) + "\n")
 
@@ -62,15 +63,22 @@ class Output:
         text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
         (self.staging / MANIFEST).write_text(text, encoding="utf-8")
         sync_tree(self.staging)
+
+        # Once more: a file may have come while the rows were converted.
         self._refuse_foreign()
-        for name in self.names:
+        for name in self.names:  # the manifest is the last one
             (self.staging / name).replace(self.folder / name)
+
         sync_names(self.folder)
 
     def _refuse_foreign(self) -> None:
-        """A file is ours when a manifest lists its sha256. An interrupted move leaves the new manifest in staging."""
+        """Raise DataError for a file that is not ours: a manifest lists the sha256 of ours.
+
+        After an interrupted move the new manifest is still in staging.
+        """
         if self.overwrite:
             return
+
         listed = [*_listed(self.folder / MANIFEST), *_listed(self.folder / f"{STAGING_PREFIX}{STAGING}" / MANIFEST)]
         foreign = [name for name in self.names if (self.folder / name).exists() and name != MANIFEST]
         foreign = [name for name in foreign if describe_file(self.folder / name) not in listed]
@@ -85,7 +93,7 @@ class Output:
 
 
 class SplitWriter:
-    """Rows of one split to one parquet file, a row group at a time. Use as a context."""
+    """Writes the rows of one split to one parquet file, a row group at a time. Use it as a context."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.schema = schema
@@ -101,6 +109,7 @@ class SplitWriter:
         self.writer.close()
 
     def add(self, row: Row) -> None:
+        """Add a row."""
         self.waiting.append(row)
         self.num_rows += 1
         if len(self.waiting) == ROW_GROUP:
@@ -113,7 +122,7 @@ class SplitWriter:
 
 
 def _listed(manifest: Path) -> list[dict[str, Any]]:
-    """What a manifest of ours says of its files; nothing for a file that is not ours."""
+    """Return the entries of a manifest of ours; nothing for any other file."""
     try:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
         return list(files.values())

@@ -1,4 +1,4 @@
-"""Where rows come from: files of a split in a local folder, in one local file, or in a data set of the hub."""
+"""Read rows: files of a split in a local folder, in one local file, or in a data set of the hub."""
 
 from __future__ import annotations
 
@@ -16,36 +16,38 @@ from apollo_sft.errors import DataError
 from apollo_sft.types import RowRef
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
-ROWS_LOOKED_AT = 100
+INSPECTED_ROWS = 100
 PEEKED = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """`files`: the files of each split, in order. `name` and `revision`: what the manifest says of their origin.
-
-    `generated`: the rows themselves, by split, where they come from no file.
-    """
+    """The source of rows. `kind`, `name` and `revision` are written into the manifest."""
 
     kind: str
     name: str
     revision: str | None
+
     files: dict[str, list[Path]]
+    """The files of each split, in order."""
+
     generated: dict[str, list[Row]] = field(default_factory=dict)
+    """The rows themselves, by split, where they come from no file."""
 
     @property
     def splits(self) -> list[str]:
+        """Return the names of the splits."""
         return [*self.files, *self.generated]
 
     def rows(self, split: str) -> Iterator[tuple[RowRef, Row]]:
-        """Every row of the split with its place. Raises: DataError for a damaged file, naming file and line."""
+        """Yield every row of the split with its place. Raises: DataError for a damaged file, naming file and line."""
         if split in self.files:
             return source_rows(self.files[split])
         return ((RowRef(self.name, index), row) for index, row in enumerate(self.generated[split]))
 
 
 def local_source(path: Path, splits: Sequence[str], subset: str | None) -> Source:
-    """The files of `splits` below a folder, or one file for one split.
+    """Return the files of `splits` below a folder, or one file for one split.
 
     Raises: DataError when there is no such path, or a split is missing or found twice.
     """
@@ -60,9 +62,14 @@ def local_source(path: Path, splits: Sequence[str], subset: str | None) -> Sourc
             expected="parquet or JSON lines",
             fix="datasets.load_from_disk(FOLDER)[SPLIT].to_parquet(SPLIT + '.parquet') for every split",
         )
+
+    # Sorted: the order of a directory differs between machines, and with it the order of rows.
     names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.suffix in SUFFIXES)
-    chosen = {split: files_of_split(names, split, subset, str(path)) for split in splits}
-    return Source("local", str(path), None, {split: [path / name for name in chosen[split]] for split in splits})
+    files: dict[str, list[Path]] = {}
+    for split in splits:
+        files[split] = [path / name for name in files_of_split(names, split, subset, str(path))]
+
+    return Source("local", str(path), None, files)
 
 
 def _only_split(file: Path, splits: Sequence[str]) -> str:
@@ -75,12 +82,15 @@ def _only_split(file: Path, splits: Sequence[str]) -> str:
             expected="one split for one file",
             fix=f"--splits {splits[0]}, or the folder that holds a file of every split",
         )
+
     return splits[0]
 
 
 def files_of_split(names: Sequence[str], split: str, subset: str | None, where: str) -> list[str]:
-    """Those of `names` (relative, with `/`) that hold `split`: `train.jsonl`, `data/train-00000-of-00002.parquet`,
-    `train/0.parquet`. `subset` is the folder that is meant when several hold the split.
+    """Return the `names` (relative, with `/`) that hold `split`.
+
+    Such as `train.jsonl`, `data/train-00000-of-00002.parquet`, `train/0.parquet`. `subset`: the folder to use when
+    several hold the split.
 
     Raises: DataError when none does, or it is not clear which.
     """
@@ -89,10 +99,14 @@ def files_of_split(names: Sequence[str], split: str, subset: str | None, where: 
         path = PurePosixPath(name)
         hidden = any(part.startswith(".") for part in path.parts)
         if path.suffix in SUFFIXES and not hidden and _holds(path, split):
-            folder = path.parent.parent if path.parent.name == split else path.parent
+            folder = path.parent
+            if folder.name == split:
+                folder = folder.parent
             groups.setdefault((folder.as_posix(), path.suffix), []).append(name)
-    meant = {key: files for key, files in groups.items() if PurePosixPath(key[0]).name == subset}
-    groups = meant or groups
+
+    # A subset is only looked at where it exists: a folder without subsets needs no option.
+    of_subset = {key: files for key, files in groups.items() if PurePosixPath(key[0]).name == subset}
+    groups = of_subset or groups
     if not groups:
         found = sorted({PurePosixPath(name).name for name in names if PurePosixPath(name).suffix in SUFFIXES})
         raise DataError(
@@ -105,8 +119,9 @@ def files_of_split(names: Sequence[str], split: str, subset: str | None, where: 
         raise DataError(
             f"{where}: several files may be the split {split!r}",
             found=", ".join(sorted(files[0] for files in groups.values())[:10]),
-            fix="name the folder that is meant: --subset NAME, or --local_dataset_path FOLDER",
+            fix="name one folder: --subset NAME, or --local_dataset_path FOLDER",
         )
+
     return sorted(next(iter(groups.values())))
 
 
@@ -119,15 +134,17 @@ def _holds(path: PurePosixPath, split: str) -> bool:
 
 
 def column_names(file: Path) -> list[str]:
-    """The columns of a parquet file; the keys of the first rows of a JSON file."""
+    """Return the columns of a parquet file; the keys of the first rows of a JSON file."""
     if file.suffix == ".parquet":
         return _parquet_columns(file)
-    rows = (row for _, row in islice(_json_rows(file), ROWS_LOOKED_AT))
-    return list(dict.fromkeys(key for row in rows for key in row))
+    names: dict[str, None] = {}
+    for _, row in islice(_json_rows(file), INSPECTED_ROWS):
+        names |= dict.fromkeys(row)
+    return list(names)
 
 
 def source_rows(files: Sequence[Path]) -> Iterator[tuple[RowRef, Row]]:
-    """Every row of the files with its place. Memory does not grow with a parquet or a JSON lines file.
+    """Yield every row of the files with its place. Memory does not grow with a parquet or a JSON lines file.
 
     Raises: DataError for a damaged file, naming file and line.
     """
@@ -148,7 +165,7 @@ def _parquet_columns(file: Path) -> list[str]:
 
 
 def _json_rows(file: Path) -> Iterator[tuple[RowRef, Row]]:
-    """JSON lines; or, in a `.json` file that begins with `[`, one list, which is read whole."""
+    """Yield the rows of JSON lines; or, in a `.json` file that begins with `[`, of one list, which is read at once."""
     with file.open(encoding="utf-8-sig") as lines:
         try:
             if file.suffix == ".json" and lines.read(PEEKED).lstrip().startswith("["):

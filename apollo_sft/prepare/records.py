@@ -1,4 +1,4 @@
-"""The two layouts that are written. One row of the first serves SFT and RL, with the same prompt text in both."""
+"""The two layouts that are written. A row of the first one serves SFT and RL, with the same prompt text in both."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ KNOWN_INSTRUCTIONS = (
     BOXED_INSTRUCTION,
     "Let's think step by step and output the final answer within \\boxed{}.",
 )
-"""What questions that were prepared before end with (here, by verl) or begin with (by AlphaApollo): it is taken off, so
-that none stands twice."""
+"""Instructions at the end of questions that were prepared here or by verl, or at the beginning (AlphaApollo). They are
+removed, so that none is there twice."""
 
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 QUESTION_SCHEMA = pa.schema(
@@ -75,7 +75,7 @@ CHAT_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a row comes from: the data set's name, the split, and the row's number in the split, from 0."""
+    """The origin of a row: the data set's name, the split, and the row's number in the split, from 0."""
 
     data_source: str
     split: str
@@ -84,24 +84,27 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """What the user's turn ends with, after the question. There is never a system message."""
+    """The text at the end of the user's turn, after the question. There is never a system message."""
 
     text: str
     separator: str = " "
 
     def prompt(self, raw_question: str) -> str:
-        return f"{raw_question}{self.separator}{self.text}" if self.text else raw_question
+        """Return a question with the instruction."""
+        if not self.text:
+            return raw_question
+        return f"{raw_question}{self.separator}{self.text}"
 
 
 def without_instruction(question: str) -> str:
-    """The question as it was before this program, verl's or AlphaApollo's put an instruction to it."""
+    """Return a question without the instruction that this program, verl or AlphaApollo has added."""
     for text in KNOWN_INSTRUCTIONS:
         question = question.removesuffix(text).removeprefix(text).strip()
     return question
 
 
 def question_row(origin: Origin, question: str, raw_question: str, answer: str, truth: str | None) -> Row:
-    """A row of QUESTION_SCHEMA. `question`: with its instruction, the text of the prompt in SFT and in RL.
+    """Return a row of QUESTION_SCHEMA. `question`: with its instruction, the text of the prompt in SFT and in RL.
 
     `truth`: the final answer that a reward compares with; None where there is none.
     """
@@ -123,7 +126,7 @@ def question_row(origin: Origin, question: str, raw_question: str, answer: str, 
 
 
 def chat_row(origin: Origin, messages: list[dict[str, Any]], tools: str | None, truth: str | None) -> Row:
-    """A row of CHAT_SCHEMA. `tools`: JSON text; arguments of calls are JSON text too."""
+    """Return a row of CHAT_SCHEMA. `tools`: JSON text; arguments of calls are JSON text too."""
     return {
         "data_source": origin.data_source,
         "messages": messages,

@@ -1,4 +1,4 @@
-"""A row that cannot be prepared: it goes to rejected.jsonl with its reason, and the others go on."""
+"""A row that cannot be prepared: it is written to rejected.jsonl with its reason, and the work continues."""
 
 from __future__ import annotations
 

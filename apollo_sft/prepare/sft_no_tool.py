@@ -1,4 +1,4 @@
-"""The same as informal-math for models that call no tools: solutions that run code are left out."""
+"""Prepare informal-math for models that call no tools: solutions that run code are left out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from apollo_sft.prepare.tool_text import runs_code
 
 
 def task(data_source: str, instruction: str | None) -> Task:
-    """As `informal_math.task`."""
+    """Return the task, as `informal_math.task`."""
     plain = informal_math.task(data_source, instruction)
 
     def convert(row: Row, origin: Origin) -> Row:

@@ -1,6 +1,6 @@
-"""Conversations with tools: reasoning and calls by the assistant, outputs by the tool, which are never trained.
+"""Prepare conversations with tools: reasoning and calls by the assistant, outputs by the tool, which are not trained.
 
-Rows that hold real tool messages keep them; a solution with ```python and ```output fences is taken apart.
+Rows that hold real tool messages keep them; a solution with ```python and ```output fences is split.
 """
 
 from __future__ import annotations
@@ -20,39 +20,50 @@ TOOL_ROLES = ("tool", "function", "observation", "function_call", "function_resp
 
 
 def task(data_source: str, instruction: str | None, code_as: str) -> Task:
-    """`instruction`: what questions of text rows end with, as in informal-math.
+    """Return the task. `instruction`: the end of the questions of text rows, as in informal-math.
 
     `code_as`: `calls` for calls of a tool `python`, with the column `tools`; `text` for fences in the assistant's text.
     """
     problems = BoxedProblems(instruction)
 
     def convert(row: Row, origin: Origin) -> Row:
+        # Real tool messages are better than a text that is split: they are kept.
         chat = next((row[name] for name in CHATS if _has_tools(row.get(name))), None)
         if chat is not None:
             return chat_row(origin, messages_of(chat), tools_of(row.get("tools")), None)
         if not any(runs_code(text) for text in _solutions(row)):
             raise RejectedRow("no tool is called")
+
         question, answer, truth = problems.read(row)
         user = {"role": "user", "content": problems.suffix.prompt(question)}
         messages = [user, *turns(answer, code_as == "calls")]
-        return chat_row(origin, messages, TOOLS if code_as == "calls" else None, truth)
+        tools = None
+        if code_as == "calls":
+            tools = TOOLS
+        return chat_row(origin, messages, tools, truth)
 
     needed = {"question": (*QUESTION, *CHATS), "answer": (*ANSWER, *CHATS)}
     return Task("sft-tool", data_source, CHAT_SCHEMA, convert, needed, problems.describe, problems.suffix.text)
 
 
 def _solutions(row: Row) -> list[str]:
-    """Every text that may be the solution; of a conversation, the turns."""
+    """Return every text that may be the solution; of a conversation, the turns."""
     cells = [at_path(row, path) for path in ANSWER]
-    chats = [turn.get("content") for cell in cells if isinstance(cell, list) for turn in cell if isinstance(turn, dict)]
-    return [as_text(text) for text in (*cells, *chats)]
+    texts = list(cells)
+    for cell in cells:
+        if isinstance(cell, list):
+            texts += [turn.get("content") for turn in cell if isinstance(turn, dict)]
+    return [as_text(text) for text in texts]
 
 
 def _has_tools(chat: object) -> bool:
-    """Whether a cell is a conversation in which a tool is called, or speaks."""
+    """Return whether a cell is a conversation with a call or an output of a tool."""
     if isinstance(chat, str):
         return '"tool_calls"' in chat or any(f'"{role}"' in chat for role in TOOL_ROLES)
-    turns = [turn for turn in chat if isinstance(turn, dict)] if isinstance(chat, list) else []
+    if not isinstance(chat, list):
+        return False
+
+    turns = [turn for turn in chat if isinstance(turn, dict)]
     return any(
         turn.get("tool_calls") or turn.get("function_call") or turn.get("role", turn.get("from")) in TOOL_ROLES
         for turn in turns

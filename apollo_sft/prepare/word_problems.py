@@ -1,7 +1,7 @@
-"""Small word problems from a seed: training and held-out files for the demo, in both layouts that the trainer reads.
+"""Generate small word problems from a seed: files for the demo, in both layouts that the trainer reads.
 
-A problem has one or two steps over the numbers 0 to 20, and its text holds every fact that its answer needs. So a
-small model can learn to read the twelve forms and the table of sums behind them; it learns no arithmetic beyond that.
+A problem has one or two steps over the numbers 0 to 20, and its text holds every fact that its answer needs. A small
+model can learn to read the twelve forms and the table of sums behind them; it learns no arithmetic beyond that.
 """
 
 from __future__ import annotations
@@ -77,19 +77,23 @@ TWO_STEP = (
 
 
 def generate(num_train: int, num_test: int, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """Training and held-out problems, all with different questions. The same arguments give the same problems.
+    """Generate training and held-out problems, all with different questions. The same arguments: the same problems.
 
     Raises: ValueError for more problems than can safely be made different.
     """
     if num_train + num_test > MAX_PROBLEMS:
         raise ValueError(f"at most {MAX_PROBLEMS} problems, found {num_train} + {num_test}")
+
     rng = random.Random(seed)
     problems: dict[str, Problem] = {}
     while len(problems) < num_train + num_test:
         problem = _draw(rng)
         problems.setdefault(problem.question, problem)
+
     drawn = list(problems.values())
-    test, train = drawn[:num_test], drawn[num_test:]
+    # Held-out problems come first: with more training data they stay the same.
+    test = drawn[:num_test]
+    train = drawn[num_test:]
     held_out = {problem.question for problem in test}
     assert not any(problem.question in held_out for problem in train)
     return train, test
@@ -109,30 +113,40 @@ def write_word_problems(folder: Path, num_train: int, num_test: int, seed: int) 
 
 
 def _draw(rng: random.Random) -> Problem:
-    form = rng.choice(TWO_STEP if rng.random() < TWO_STEP_RATIO else ONE_STEP)
+    forms: tuple[Form, ...] = ONE_STEP
+    if rng.random() < TWO_STEP_RATIO:
+        forms = TWO_STEP
+
+    form = rng.choice(forms)
     numbers, steps = _numbers(rng, form.operations)
     name, other = rng.sample(NAMES, 2)
     things = rng.choice(THINGS)
     facts: dict[str, object] = {"n": name, "m": other, "things": things}
     for key, number in zip("abc", numbers, strict=False):
-        noun = things.removesuffix("s") if number == 1 else things
+        noun = things
+        if number == 1:
+            noun = things.removesuffix("s")
         facts |= {key: number, f"{key}_things": f"{number} {noun}", f"{key}_more": f"{number} more {noun}"}
+
     lines = [f"{left} {sign} {right} = {result}" for left, sign, right, result in steps]
     result = steps[-1][-1]
     return Problem(form.text.format(**facts), "\n".join([*lines, f"#### {result}"]), result, len(steps))
 
 
 def _numbers(rng: random.Random, operations: Sequence[str]) -> tuple[list[int], list[tuple[int, str, int, int]]]:
-    """Numbers whose every step stays within 0 to 20, and the steps as (left, sign, right, result).
+    """Draw numbers whose steps all stay within 0 to 20; return them, and the steps as (left, sign, right, result).
 
     The first number is 0 to 20, the others 1 to 20: nobody gives 0 coins away.
     """
+    # Drawn again until all steps fit: adjusting the numbers would make some of them more likely.
     while True:
         numbers = [rng.randint(0, LARGEST), *(rng.randint(1, LARGEST) for _ in operations)]
         steps = []
         left = numbers[0]
         for sign, right in zip(operations, numbers[1:], strict=True):
-            result = left + right if sign == "+" else left - right
+            result = left + right
+            if sign == "-":
+                result = left - right
             steps.append((left, sign, right, result))
             left = result
         if all(0 <= result <= LARGEST for *_, result in steps):
@@ -162,6 +176,7 @@ def _chat(problems: Sequence[Problem], split: str, index: int) -> dict[str, Any]
     for problem in problems:
         messages.append({"role": "user", "content": problem.question})
         messages.append({"role": "assistant", "content": problem.answer})
+
     return {
         "data_source": "apollo-sft/word-problems",
         "messages": messages,

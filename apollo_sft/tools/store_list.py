@@ -1,4 +1,4 @@
-"""What lies in the folder of stores, and its removal. Training does not come here."""
+"""List the folder of stores, and remove entries. Training does not come here."""
 
 from __future__ import annotations
 
@@ -23,18 +23,23 @@ State = Literal["whole", "damaged", "unfinished", "being built"]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A store, or what is left of one. `made`, `used`: seconds since 1970; `used` is when it was opened last.
-
-    `in_use`: a process builds it or has it open.
-    """
+    """A store, or the remains of one."""
 
     path: Path
     key: str
     state: State
+
     in_use: bool
+    """A process builds it or has it open."""
+
     num_bytes: int
+
     made: float
+    """When it was written, in seconds since 1970."""
+
     used: float
+    """When it was opened last, in seconds since 1970."""
+
     files: list[str] = field(default_factory=list)
     rows: int = 0
     samples: int = 0
@@ -42,14 +47,21 @@ class Entry:
 
 
 def entries(root: Path) -> list[Entry]:
-    """The one that was used last first."""
-    paths = root.iterdir() if root.is_dir() else ()
-    found = [_entry(path, key[0]) for path in paths if (key := KEY.search(path.name)) and _is_ours(path, key[0])]
+    """Return all entries, the one that was used last first."""
+    if not root.is_dir():
+        return []
+
+    found = []
+    for path in root.iterdir():
+        key = KEY.search(path.name)
+        if key is not None and _is_ours(path, key[0]):
+            found.append(_entry(path, key[0]))
+
     return sorted(found, key=lambda entry: (-entry.used, entry.path.name))
 
 
 def _is_ours(path: Path, key: str) -> bool:
-    """Locks stay: another process may be waiting for one."""
+    """Return whether a path is an entry. Locks are none, and stay: another process may be waiting for one."""
     if path.name.startswith((BUILDING, REMOVING)) or path.name == key:
         return path.is_dir()
     return path.name == f"{key}.error"
@@ -59,10 +71,16 @@ def _entry(path: Path, key: str) -> Entry:
     is_locked = _is_locked(path.with_name(key))
     stat = path.stat()
     if path.name != key:
-        state: State = "being built" if is_locked and path.name.startswith(BUILDING) else "unfinished"
+        state: State = "unfinished"
+        if is_locked and path.name.startswith(BUILDING):
+            state = "being built"
         return Entry(path, key, state, is_locked, _num_bytes(path), stat.st_mtime, stat.st_mtime)
+
     mark = path / LAST_USED
-    used = mark.stat().st_mtime if mark.is_file() else stat.st_mtime
+    used = stat.st_mtime
+    if mark.is_file():
+        used = mark.stat().st_mtime
+
     in_use = is_locked or _is_open(mark)
     try:
         meta = json.loads((path / META).read_text(encoding="utf-8"))["summary"]
@@ -74,7 +92,7 @@ def _entry(path: Path, key: str) -> Entry:
 
 
 def _num_bytes(path: Path) -> int:
-    """On the disk."""
+    """Return the bytes that a path takes on the disk."""
     return sum(file.lstat().st_blocks * 512 for file in (path, *path.rglob("*")))
 
 
@@ -82,6 +100,7 @@ def _is_locked(folder: Path) -> bool:
     lock = key_lock(folder)
     if not Path(lock.lock_file).is_file():
         return False
+
     try:
         with lock.acquire(blocking=False):
             return False
@@ -99,7 +118,10 @@ def _is_open(mark: Path) -> bool:
 
 
 def remove(entry: Entry) -> bool:
-    """Whether it is gone: what a process builds or has open stays. Raises: OSError."""
+    """Remove an entry, and return whether it is gone: it stays where a process builds it or has it open.
+
+    Raises: OSError.
+    """
     try:
         with key_lock(entry.path.with_name(entry.key)).acquire(blocking=False):
             return _remove_locked(entry.path)
@@ -111,20 +133,28 @@ def _remove_locked(path: Path) -> bool:
     if path.is_file():
         path.unlink()
         return True
+
     mark = path / LAST_USED
-    handle = try_to_own(mark) if mark.is_file() else None
-    if mark.is_file() and handle is None:
-        return False
+    # Who has a store open holds a lock on this file.
+    handle = None
+    if mark.is_file():
+        handle = try_to_own(mark)
+        if handle is None:
+            return False
+
     try:
-        hidden = path.with_name(f"{REMOVING}{path.name}") if KEY.fullmatch(path.name) else path
+        hidden = path
+        if KEY.fullmatch(path.name):
+            hidden = path.with_name(f"{REMOVING}{path.name}")
         path.rename(hidden)  # at once: nobody opens a half of it
         shutil.rmtree(hidden)
     finally:
         if handle is not None:
             os.close(handle)
+
     return True
 
 
 def hashes(root: Path) -> Iterator[Path]:
-    """Remembered hashes of data files."""
+    """Yield the files with remembered hashes of data files."""
     yield from (root / "hashes").glob("*")

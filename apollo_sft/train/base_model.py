@@ -94,7 +94,7 @@ def _refuse_adapter(folder: Path, source: str) -> None:
     raise ModelError(
         f"model.partial_pretrain={source} is a LoRA adapter, not a model",
         found=f"{ADAPTER_CONFIG} and no config.json",
-        expected="a folder with config.json and the weights of a whole model",
+        expected="a folder with config.json and all weights of a model",
         fix=f"model.partial_pretrain={base} model.lora_adapter_path={source}",
     )
 
@@ -218,7 +218,7 @@ def _untied(raw: dict[str, Any], hf_config: Any) -> tuple[dict[str, Any], Any]:
 
 
 def _text_parts(hf_config: Any) -> list[str]:
-    """Name the entries of config.json that hold the config of the text model; none where it is the whole."""
+    """Return the keys of config.json that hold the config of the text model; none where it is config.json itself."""
     text = hf_config.get_text_config()
     return [key for key in type(hf_config).sub_configs if getattr(hf_config, key, None) is text]
 

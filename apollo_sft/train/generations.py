@@ -126,7 +126,8 @@ def _next_tokens(model: SftModel, texts: Sequence[Sequence[int]], world: World) 
     mine = torch.from_numpy(np.flatnonzero(ends // width == model.sp_rank)).to(world.device)
     known = torch.full((len(texts),), -1, dtype=torch.int64, device=world.device)
     known[mine] = model.next_tokens(micro_batch, world.device)
-    if world.size > 1:  # data ranks have all found the same; were one to differ, all would go on with one of the two
+    # Data ranks have all found the same token. If one differs after all, the ranks still continue with one token.
+    if world.size > 1:
         dist.all_reduce(known, op=dist.ReduceOp.MAX)
     return [int(token) for token in known.tolist()]
 

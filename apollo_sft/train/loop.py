@@ -86,5 +86,5 @@ def _preempted(run: Run, stop: StopFlag, step: int) -> Preempted:
         kept = "there was nothing to save"
     return Preempted(
         f"stopped by {stop.name or 'a signal to another rank'} after step {step} of {run.schedule.total_steps}; {kept}",
-        fix="the same command goes on from there",
+        fix="the same command resumes from there",
     )

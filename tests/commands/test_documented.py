@@ -209,7 +209,7 @@ def test_the_commands_after_a_training(tmp_path: Path) -> None:
     assert [done.returncode for done in said.values()] == [0, 0, 0], [done.stderr[-1000:] for done in said.values()]
     export, handoff, evaluation = (" ".join(done.stdout.split()) for done in said.values())
     assert "out-best: the model of" in export
-    assert "RL can go on from here" in handoff
+    assert "RL can start from this folder" in handoff
     assert "8 of 8: 100.0 %" in evaluation
 
 

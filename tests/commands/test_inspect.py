@@ -129,7 +129,7 @@ def test_a_check_fails_for_each_reason_and_says_which(inspect: Inspect) -> None:
     clean = inspect(val, "--check")
     assert (clean.code, clean.out.splitlines()[-1]) == (
         0,
-        "check passed: every row is trained, whole, and none is validated on",
+        "check passed: every row is trained completely, and none is validated on",
     )
     inspect.write("val.parquet", numbered(2, 11))
     assert "check failed: 1 validation samples are trained on too" in inspect(val, "--check").out
@@ -147,7 +147,7 @@ def test_a_check_fails_for_each_reason_and_says_which(inspect: Inspect) -> None:
     calling = {"role": "assistant", "content": "", "tool_calls": [call]}
     inspect.write("train.parquet", [*numbered(12), {"messages": [*chat("q"), calling]}])
     silent = inspect("--check", "--html", str(inspect.folder / "page.html"))
-    missing = "1 row with replies that the template does not write whole"
+    missing = "1 row with replies that the template does not write completely"
     assert (silent.code, silent.out.splitlines()[-1]) == (1, f"check failed: train: {missing}")
     for text in (silent.out, (inspect.folder / "page.html").read_text(encoding="utf-8")):
         said = " ".join(text.split())
@@ -190,7 +190,7 @@ def test_a_tokenizer_that_transformers_changes_is_pointed_out(inspect: Inspect) 
     apart = {"type": "Split", "pattern": {"Regex": "t"}, "behavior": "Isolated", "invert": False}
     content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [apart, content["pre_tokenizer"]]}
     file.write_text(json.dumps(content))
-    assert "! transformers splits the text otherwise than tokenizer.json says" in inspect().out
+    assert "! because of model_type in config.json, transformers splits text in another way" in inspect().out
 
 
 def test_rows_that_are_asked_for(inspect: Inspect) -> None:

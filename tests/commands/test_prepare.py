@@ -177,7 +177,7 @@ def test_rows_that_cannot_be_used_are_listed_and_counted(tmp_path: Path, here: M
     code, out, _ = here("gsm8k", "--local_dataset_path", tmp_path, "--local_dir", tmp_path / "out")
     assert code == 0
     assert "train: 7 rows read, 2 written\n  2 rejected: no question\n" in out
-    assert "warning: 1 rows of test ask what train asks too" in out
+    assert "warning: 1 rows of test have a question of train" in out
     listed = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     reasons = ["no question"] * 2 + ["no answer", "the answer has no `#### result`", "a text is not valid Unicode"]
     assert [(line["row"], line["reason"]) for line in listed] == list(zip(range(2, 7), reasons, strict=True))
@@ -189,7 +189,7 @@ def test_rows_that_cannot_be_used_are_listed_and_counted(tmp_path: Path, here: M
 @pytest.mark.parametrize(
     ("dataset", "options", "found"),
     [
-        ("gsm8k", ["--hdfs_dir", "hdfs://a/b"], "--hdfs_dir is not built"),
+        ("gsm8k", ["--hdfs_dir", "hdfs://a/b"], "--hdfs_dir is not supported"),
         ("gsm8k", ["--splits", "train,validation"], "has no split 'validation'"),
         ("gsm8k", ["--splits", "../x"], "--splits: names of splits"),
         ("gsm8k", ["--splits", "train,train"], "--splits: names of splits"),

@@ -421,6 +421,6 @@ def test_the_table_says_what_to_do(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert main(["handoff", str(folder)]) == 2
     printed = capsys.readouterr().out
     assert "missing_template: export again" in printed
-    assert "RL cannot go on from here as it is." in printed
+    assert "RL cannot start from this folder as it is." in printed
     assert main(["handoff", str(tmp_path / "nowhere")]) == 2
     assert "is not a folder" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Questions with known answers from parquet files, and what a model folder makes of them.
+"""Read questions with known answers from parquet files, and let a model folder answer them.
 
 Single process; training does not come here.
 """
@@ -36,45 +36,59 @@ from apollo_sft.types import Message, RowRef, ignore
 REWARD = "reward_model"
 """The column of RL data whose `ground_truth` is the answer."""
 Engine = Callable[[list[str], Callable[[int], object]], list[Reply]]
-"""(rendered prompts, who hears how many are done) -> replies in the same order."""
+"""Takes rendered prompts, and a function that receives how many are done; returns replies in the same order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One row: the messages before the answer, what the template reads besides, and the true final answer."""
+    """A question of one row."""
 
     ref: RowRef
+
     messages: list[Message]
+    """The messages before the answer."""
+
     tools: list[dict[str, Any]] | None
     template_kwargs: dict[str, Any]
+
     truth: str
+    """The true final answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`template_kwargs`: what training gave the template. `engine`: auto, transformers or vllm."""
+    """How questions are answered."""
 
     max_new_tokens: int = 512
     batch_size: int = 32
+
     engine: str = "auto"
+    """auto, transformers or vllm."""
+
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """The arguments that training gave the template."""
+
     trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A question, the text that the model went on from, and its reply."""
+    """A question, and the reply of the model."""
 
     question: Question
+
     prompt: str
+    """The text that the model continued."""
+
     reply: Reply
 
     @property
     def right(self) -> bool:
+        """Return whether the final answer is the true one."""
         return is_right(self.reply.text, self.question.truth)
 
     def record(self) -> dict[str, Any]:
-        """One line of the file of generations."""
+        """Return the line of the file of generations."""
         return {
             "row": self.question.ref.row,
             "file": self.question.ref.file,
@@ -90,35 +104,42 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Exam:
-    """`seconds`: of generating alone."""
+    """All questions with their replies."""
 
     answered: list[Answered]
+
     seconds: float
+    """The time of generating alone."""
+
     engine: str
 
     @property
     def num_right(self) -> int:
+        """Return how many replies are right."""
         return sum(one.right for one in self.answered)
 
     @property
     def num_stopped(self) -> int:
+        """Return how many replies end with a stop token."""
         return sum(one.reply.stopped for one in self.answered)
 
     @property
     def num_tokens(self) -> int:
+        """Return the tokens of all replies."""
         return sum(one.reply.num_tokens for one in self.answered)
 
 
 def data_keys(folder: Path, composed: Composed) -> DataConfig:
-    """The data section of the run that wrote `folder`, changed by what the command line sets."""
+    """Return the data section of the run that wrote `folder`, changed by the keys of the command line."""
     run = find_run(folder)
     if run is None:
         return composed.config.data
+
     tree = read_training(run)[0].model_dump()
     given = composed.config.data.model_dump()
     for key in composed.overridden:
         section, _, name = key.partition(".")
-        if name in ("train_files", "val_files"):  # they stand for no files of the run
+        if name in ("train_files", "val_files"):  # set by the command itself, and no files of the run
             continue
         if section == "data" and name.startswith("multiturn."):
             field = name.removeprefix("multiturn.")
@@ -126,15 +147,22 @@ def data_keys(folder: Path, composed: Composed) -> DataConfig:
         elif section == "data":
             top = name.partition(".")[0]
             tree[top] = given[top]
+
     return DataConfig.model_validate(tree)
 
 
 def fitting_keys(data: DataConfig, columns: Sequence[str]) -> DataConfig:
-    """`data` where its columns are there; else with the keys that usual columns ask for: `prompt` of RL data,
-    `extra_info`, `question`, `messages`. As it is where there is none of them: reading then says what is missing."""
-    wanted = data.multiturn.messages_key if data.multiturn.enable else data.prompt_key
+    """Return `data` where its columns exist; else with keys for the usual columns.
+
+    These are `prompt` of RL data, `extra_info`, `question`, `messages`. Without any of them `data` is returned as it
+    is: the error of reading then names what is missing.
+    """
+    wanted = data.prompt_key
+    if data.multiturn.enable:
+        wanted = data.multiturn.messages_key
     if wanted in columns:
         return data
+
     single = data.multiturn.model_copy(update={"enable": False})
     changes: dict[str, dict[str, Any]] = {
         "prompt": {"prompt_key": "prompt", "multiturn": single},
@@ -143,20 +171,26 @@ def fitting_keys(data: DataConfig, columns: Sequence[str]) -> DataConfig:
         data.multiturn.messages_key: {"multiturn": data.multiturn.model_copy(update={"enable": True})},
     }
     name = next((name for name in changes if name in columns), None)
-    return data if name is None else data.model_copy(update=changes[name])
+    if name is None:
+        return data
+    return data.model_copy(update=changes[name])
 
 
 def read_questions(files: Sequence[str], data: DataConfig, max_rows: int = -1) -> list[Question]:
-    """The questions of all rows, at most `max_rows` (-1: all), read by the keys of a training.
+    """Read the questions of all rows, at most `max_rows` (-1: all), by the keys of a training.
 
-    The truth is `reward_model.ground_truth` where the row has one, else the final answer in the response. Of a
-    conversation the last reply of the assistant is asked for.
+    The truth is `reward_model.ground_truth` where the row has one, else the final answer in the response. A
+    conversation asks for the last reply of the assistant.
     Raises: DataError for a file or a row that holds no question or no answer.
     """
     needed = needed_columns(data)
-    required, optional = needed.required, (*needed.optional, REWARD)
+    required = needed.required
+    optional = (*needed.optional, REWARD)
     if not data.multiturn.enable:
-        required, optional = (data.prompt_key,), (*optional, data.response_key)
+        # The response is not required: the reward's column may hold the truth.
+        required = (data.prompt_key,)
+        optional = (*optional, data.response_key)
+
     columns = Columns(required, optional, needed.keys)
     questions = [_question(row, ref, data) for ref, row in read_rows(files, columns, max_rows)]
     if not questions:
@@ -165,43 +199,52 @@ def read_questions(files: Sequence[str], data: DataConfig, max_rows: int = -1) -
 
 
 def take_exam(
-    folder: str, questions: Sequence[Question], settings: Settings, tell: Callable[[int], object] = ignore
+    folder: str, questions: Sequence[Question], settings: Settings, progress: Callable[[int], object] = ignore
 ) -> Exam:
-    """Every question rendered by the folder's own template, and replied to greedily. `tell` hears how many are done.
+    """Render every question by the folder's own template, and generate greedy replies.
 
-    Raises: ConfigError when the engine is not there.
+    `progress` is called with the number of questions that are done. Raises: ConfigError when there is no such engine.
     """
     name = chosen_engine(settings.engine)
-    tokenizer, engine = (_vllm if name == "vllm" else _transformers)(folder, settings)
+    start = _transformers
+    if name == "vllm":
+        start = _vllm
+
+    tokenizer, engine = start(folder, settings)
+
     kwargs = settings.template_kwargs
     prompts = [render_prompt(tokenizer, q.messages, kwargs | q.template_kwargs, q.tools) for q in questions]
+    # The clock starts here: loading the model and rendering are no part of the speed.
     started = time.monotonic()
-    replies = engine(prompts, tell)
+    replies = engine(prompts, progress)
     seconds = time.monotonic() - started
     return Exam(list(map(Answered, questions, prompts, replies)), seconds, name)
 
 
 def chosen_engine(wanted: str) -> str:
-    """`auto` is vLLM where it is installed and there is a GPU. Raises: ConfigError."""
+    """Return the engine: `auto` is vLLM where it is installed and there is a GPU. Raises: ConfigError."""
     installed = importlib.util.find_spec("vllm") is not None
     if wanted == "vllm" and not installed:
         raise ConfigError("--engine vllm: vLLM is not installed", fix="--engine transformers, or install vllm")
     if wanted == "auto":
-        return "vllm" if installed and torch.cuda.is_available() else "transformers"
+        wanted = "transformers"
+        if installed and torch.cuda.is_available():
+            wanted = "vllm"
+
     return wanted
 
 
 def _transformers(folder: str, settings: Settings) -> tuple[Any, Engine]:
     model, tokenizer = load_for_generation(folder, settings.trust_remote_code)
 
-    def engine(prompts: list[str], tell: Callable[[int], object]) -> list[Reply]:
-        return generate_replies(model, tokenizer, prompts, settings.max_new_tokens, settings.batch_size, tell)
+    def engine(prompts: list[str], progress: Callable[[int], object]) -> list[Reply]:
+        return generate_replies(model, tokenizer, prompts, settings.max_new_tokens, settings.batch_size, progress)
 
     return tokenizer, engine
 
 
 def _vllm(folder: str, settings: Settings) -> tuple[Any, Engine]:
-    """Token ids are handed over: vLLM would put a BOS of its own before a text."""
+    """Start vLLM. It gets token ids: before a text it would put a BOS of its own."""
     from transformers import AutoTokenizer, GenerationConfig
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
@@ -210,12 +253,12 @@ def _vllm(folder: str, settings: Settings) -> tuple[Any, Engine]:
     greedy = SamplingParams(temperature=0.0, max_tokens=settings.max_new_tokens, stop_token_ids=sorted(stops))
     model = LLM(model=folder, trust_remote_code=settings.trust_remote_code)
 
-    def engine(prompts: list[str], tell: Callable[[int], object]) -> list[Reply]:
+    def engine(prompts: list[str], progress: Callable[[int], object]) -> list[Reply]:
         ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
         outputs = model.generate([{"prompt_token_ids": row} for row in ids], greedy)
-        tell(len(outputs))
-        said = [output.outputs[0] for output in outputs]
-        return [Reply(one.text, one.finish_reason == "stop", len(one.token_ids)) for one in said]
+        progress(len(outputs))
+        replies = [output.outputs[0] for output in outputs]
+        return [Reply(one.text, one.finish_reason == "stop", len(one.token_ids)) for one in replies]
 
     return tokenizer, engine
 
@@ -225,23 +268,27 @@ def _question(row: Row, ref: RowRef, data: DataConfig) -> Question:
         conversation = parse_row(row, ref, data)
         messages = conversation.messages
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        said = messages[last]["content"]
-        truth = _truth(row, ref, said)
+        truth = _truth(row, ref, messages[last]["content"])
         return Question(ref, messages[:last], conversation.tools, conversation.template_kwargs, truth)
+
     messages = parse_prompt(row, ref, data)
-    answered = row.get(REWARD) is None
-    said = parse_row(row, ref, data).messages[-1]["content"] if answered and data.response_key in row else None
-    return Question(ref, messages, None, {}, _truth(row, ref, said))
+    response = None
+    if row.get(REWARD) is None and data.response_key in row:
+        response = parse_row(row, ref, data).messages[-1]["content"]
+    return Question(ref, messages, None, {}, _truth(row, ref, response))
 
 
-def _truth(row: Row, ref: RowRef, said: str | None) -> str:
+def _truth(row: Row, ref: RowRef, response: str | None) -> str:
+    """Return the true final answer of a row. Raises: DataError when it has none."""
+    truth = response
     reward = row.get(REWARD)
-    truth = reward.get("ground_truth") if isinstance(reward, dict) else None
-    truth = said if truth is None else str(truth)
+    if isinstance(reward, dict) and reward.get("ground_truth") is not None:
+        truth = str(reward["ground_truth"])
     if truth is None or not true_answer(truth):
         raise DataError(
             f"{ref} has no answer to compare with",
             expected="reward_model.ground_truth, or a response that ends in #### or \\boxed{…}",
             fix="data.response_key (and data.response_dict_keys) name the column of the answers",
         )
+
     return true_answer(truth)

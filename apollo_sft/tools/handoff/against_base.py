@@ -1,4 +1,4 @@
-"""What a model folder holds beside what was trained, against its base: files, tensors, layers that config.json counts.
+"""Compare a model folder with its base: files, tensors, and layers that config.json counts, beside what is trained.
 
 Training does not come here.
 """
@@ -7,25 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from apollo_sft.checkpoint.model_folder.conversion import follow_names
 from apollo_sft.checkpoint.model_folder.tensor_files import StoredTensor, read_tensors, same_values
 from apollo_sft.checkpoint.run_folder.folder import read_run
 from apollo_sft.errors import CheckpointError
-from apollo_sft.tools.handoff.model_files import Subject, WrongError, counted_layers, is_predicting, some
+from apollo_sft.tools.handoff.model_files import counted_layers, is_predicting
+from apollo_sft.tools.handoff.subject import Subject, WrongError, some
 
 TEMPLATES = ("chat_template.", "additional_chat_templates/")
 
 
 def names_of(folder: Path | None) -> frozenset[str]:
-    """Name the tensors of the base; none where it is not here, or can no longer be read."""
-    return frozenset() if folder is None else frozenset(_tensors(folder))
+    """Return the names of the base's tensors; none where it is not here, or can no longer be read."""
+    if folder is None:
+        return frozenset()
+    return frozenset(_tensors(folder))
 
 
 def check_base(subject: Subject) -> str:
-    """Every file and tensor of the base is there; what training does not use is as it was, bit for bit."""
+    """Check that every file and tensor of the base is there. Those that training does not use must be unchanged."""
     folder = subject.base
-    before = {} if folder is None else _tensors(folder)
+    before: dict[str, StoredTensor] = {}
+    if folder is not None:
+        before = _tensors(folder)
+
     _check_predicted(subject, before)
     if folder is None:
         return "nothing to compare with: the base model is not here"
@@ -54,18 +61,23 @@ def check_base(subject: Subject) -> str:
     if changed:
         what = f"{some(changed)}: training does not use them, and the base has other values"
         raise WrongError("changed_tensors", what, "export again")
-    more = f", {len(copied)} tensors that training does not use as they were" if copied else ""
-    return f"all {len(files)} files of the base{more}"
+
+    text = f"all {len(files)} files of the base"
+    if copied:
+        text += f", {len(copied)} tensors that training does not use as they were"
+    return text
 
 
 def _carried(subject: Subject) -> list[str]:
-    """Name the files of the base that the run said it would carry over; none where it was one that did not yet."""
-    facts = (None if subject.run is None else read_run(subject.run)) or {}
+    """Return the files of the base that the run recorded to copy; none for a run of a version that recorded none."""
+    facts: Mapping[str, Any] = {}
+    if subject.run is not None:
+        facts = read_run(subject.run) or {}
     return list(facts.get("base", {}).get("carried_files", ()))
 
 
 def _tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Read what the base's files hold; nothing where they can no longer be read: that is no fault of this folder."""
+    """Read the tensors of the base; none where its files can no longer be read: that is no fault of this folder."""
     try:
         return read_tensors(folder, follow_links=True)
     except CheckpointError:
@@ -73,12 +85,13 @@ def _tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _check_predicted(subject: Subject, before: Mapping[str, StoredTensor]) -> None:
-    """Layers of multi-token prediction that config.json counts are in the files, unless the base lacks them too."""
+    """Check that layers of multi-token prediction that config.json counts are there, unless the base lacks them too."""
     counted = counted_layers(subject.config)
     if not counted or any(is_predicting(subject, name) for name in subject.tensors):
         return
     if before and not any(is_predicting(subject, name) for name in before):
         return
+
     key, number = counted
     raise WrongError(
         "missing_prediction_layers",

@@ -1,4 +1,4 @@
-"""Whether RL can go on from a model folder: every check in order, each with a name for what is wrong.
+"""Check whether RL can train a model folder further: every check in order, each with a name for what is wrong.
 
 Training does not come here.
 """
@@ -13,19 +13,22 @@ from typing import Literal
 from apollo_sft.tools.handoff import against_base as base
 from apollo_sft.tools.handoff import model_files as files
 from apollo_sft.tools.handoff import prompts, readers
-from apollo_sft.tools.handoff.model_files import Subject, WrongError
+from apollo_sft.tools.handoff.subject import Subject, WrongError
 
 State = Literal["pass", "note", "wrong", "skipped", "not checked"]
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """`run`: what is done. `needs`: checks that must not have found anything wrong before. `by_library`: what it finds
-    is what the installed transformers makes of the folder; the others read files, and hold for every version."""
+    """One check."""
 
     run: Callable[[Subject], str | None]
+
     needs: tuple[str, ...] = ()
+    """Checks that must have passed before."""
+
     by_library: bool = False
+    """The result depends on the installed transformers. The others read files, and hold for every version."""
 
 
 CHECKS: dict[str, Check] = {
@@ -46,19 +49,24 @@ CHECKS: dict[str, Check] = {
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`name`: of what is wrong or worth a note, as docs/handoff.md lists it. `fix`: what to do. `holds_for`: the reader
-    that the check speaks of, "every version" or the installed one."""
+    """The result of one check."""
 
     check: str
     state: State
     what: str
+
     name: str | None = None
+    """The name of what is wrong or worth a note, as docs/handoff.md lists it."""
+
     fix: str | None = None
+    """What to do."""
+
     holds_for: str = "every version"
+    """The versions of transformers that it holds for: all, or the installed one."""
 
 
 def check_folder(subject: Subject) -> list[Result]:
-    """All checks. One that needs what another found wrong is not made.
+    """Run all checks. One that needs another check that failed is not run.
 
     Raises: DataError for data that cannot be read.
     """
@@ -70,11 +78,15 @@ def check_folder(subject: Subject) -> list[Result]:
             found = Result(name, "not checked", f"needs {', '.join(sorted(bad & set(check.needs)))}")
         else:
             found = _made(name, check.run, subject)
-        results.append(replace(found, holds_for=installed) if check.by_library else found)
+        if check.by_library:
+            found = replace(found, holds_for=installed)
+        results.append(found)
+
     return results
 
 
 def passes(results: list[Result]) -> bool:
+    """Return whether no check found anything wrong."""
     return all(result.state not in ("wrong", "not checked") for result in results)
 
 
@@ -82,5 +94,11 @@ def _made(name: str, check: Callable[[Subject], str | None], subject: Subject) -
     try:
         what = check(subject)
     except WrongError as wrong:
-        return Result(name, "note" if wrong.is_note else "wrong", wrong.what, wrong.name, wrong.fix)
-    return Result(name, "pass", what) if what is not None else Result(name, "skipped", "not wanted")
+        state: State = "wrong"
+        if wrong.is_note:
+            state = "note"
+        return Result(name, state, wrong.what, wrong.name, wrong.fix)
+
+    if what is None:
+        return Result(name, "skipped", "not wanted")
+    return Result(name, "pass", what)

@@ -1,4 +1,4 @@
-"""Whether a version of transformers knows the form in which a folder is written: no weight and no library is needed.
+"""Check whether a version of transformers knows the format of a folder: no weight and no library is needed.
 
 Training does not come here.
 """
@@ -12,13 +12,13 @@ from apollo_sft.checkpoint.model_folder.sidecars import stated_dtype
 from apollo_sft.checkpoint.model_folder.tokenizer_files import CONFIG as TOKENIZER_CONFIG
 from apollo_sft.checkpoint.publish import read_json
 from apollo_sft.errors import CheckpointError, ConfigError
-from apollo_sft.tools.handoff.model_files import Subject, WrongError, some
+from apollo_sft.tools.handoff.subject import Subject, WrongError, some
 
 Version = tuple[int, int]
 TooNew = tuple[str, str, str]
-"""The name of what is wrong, what the reader does of it, and what to do."""
+"""The name of what is wrong, what the reader makes of it, and what to do."""
 OLDEST: Version = (4, 51)
-"""What AlphaApollo and vLLM 0.8.5 use; forms that came after it are looked for."""
+"""The version that AlphaApollo and vLLM 0.8.5 use: later formats are searched for."""
 NEW_CLASSES = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend", "MistralCommonBackend")
 """Classes of tokenizers that came with transformers 5."""
 NEW_DTYPE_KEY: Version = (4, 56)
@@ -34,21 +34,22 @@ def parse_reader(text: str) -> Version:
 
 
 def check_readers(subject: Subject) -> str:
-    """The version that `--for` names knows the form of every file; without it, the oldest one is asked, for a note."""
+    """Check that the version of `--for` knows the format of every file; without it the oldest one, for a note."""
     version = subject.reader or OLDEST
     shown = ".".join(map(str, version))
     for name, what, fix in _too_new(subject, version):
         message = f"transformers {shown}: {what}"
         raise WrongError(name, message, fix, is_note=subject.reader is None or name == "dtype_key")
-    return f"the form of config, tokenizer and weights is one that transformers {shown} and later know"
+    return f"transformers {shown} and later know the format of config, tokenizer and weights"
 
 
 def _too_new(subject: Subject, version: Version) -> Iterator[TooNew]:
-    """Find each form that came after a version."""
+    """Yield each format that came after a version."""
     if version < (5, 0):
         yield from _tokenizer(subject)
         yield from _weights(subject)
         yield from _positions(subject)
+
     keys = subject.config
     if version < NEW_DTYPE_KEY and stated_dtype(keys) is not None and "torch_dtype" not in keys:
         yield (
@@ -61,8 +62,9 @@ def _too_new(subject: Subject, version: Version) -> Iterator[TooNew]:
 def _tokenizer(subject: Subject) -> Iterator[TooNew]:
     try:
         raw = read_json(subject.folder / TOKENIZER_CONFIG)
-    except CheckpointError:  # `tokenizer` says so
+    except CheckpointError:  # the check `tokenizer` reports it
         return
+
     fix = "the base model's own tokenizer files, where they are older"
     if isinstance(raw.get("extra_special_tokens"), list):
         what = "it cannot open the tokenizer: extra_special_tokens in tokenizer_config.json is a list"
@@ -73,7 +75,7 @@ def _tokenizer(subject: Subject) -> Iterator[TooNew]:
 
 
 def _weights(subject: Subject) -> Iterator[TooNew]:
-    """Experts that transformers 5 holds in one tensor, and wrote so."""
+    """Yield experts that transformers 5 has written as it holds them, in one tensor."""
     from transformers.core_model_loading import revert_weight_conversion
 
     state = subject.model_state
@@ -85,9 +87,9 @@ def _weights(subject: Subject) -> Iterator[TooNew]:
 
 
 def _positions(subject: Subject) -> Iterator[TooNew]:
-    """Rotary embeddings under the one key of transformers 5, without those that earlier versions read."""
+    """Yield rotary parameters under the one key of transformers 5, without the keys that earlier versions read."""
     parts = {"config.json": subject.config} | {k: v for k, v in subject.config.items() if isinstance(v, dict)}
     for where, part in parts.items():
         if "rope_parameters" in part and not {"rope_theta", "rope_scaling", "rotary_emb_base"} & part.keys():
-            what = f"it does not read rope_parameters in {where}, and computes other positions without a word"
+            what = f"it does not read rope_parameters in {where}, and silently computes other positions"
             yield "config_form", what, f"rope_theta (and rope_scaling) beside it: {part['rope_parameters']}"

@@ -1,4 +1,4 @@
-"""What a person or a CI job wants to know of stores: counted, compared, written out. Training does not come here."""
+"""Count, compare and write out the samples of stores, for a person or a CI job. Training does not come here."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from apollo_sft.types import RowRef
 
 Kind = Literal["refused", "dropped", "cut", "incomplete", "left out", "set aside"]
 """Incomplete: replies without a part that the row has and the template does not write. Left out: turns
-(data.history). Set aside: nothing in the row was to be trained, by its own word."""
+(data.history). Set aside: the row itself excludes all its turns from training."""
 NAMED = 5
 MOST_BARS = 16
 MOST_STEPS = 512
-"""Steps of an epoch that are planned to see how they are packed; of more, as many are spread over it."""
+"""The most steps of an epoch that are planned to see how they are packed. They are spread over the epoch."""
 
 
 @dataclass(slots=True)
 class FileCounts:
-    """What became of the rows of one file. Lost: what of its renderings is not trained."""
+    """The rows of one file, and what of them is trained."""
 
     file: str
     rows: int = 0
@@ -37,18 +37,25 @@ class FileCounts:
     samples: int = 0
     tokens: int = 0
     targets: int = 0
+
     tokens_lost: int = 0
+    """Rendered tokens that are not trained."""
+
     targets_lost: int = 0
+    """The targets among them."""
 
 
 @dataclass(slots=True)
 class Found:
-    """Something that was met `count` times, first in the rows `examples`."""
+    """Something that was found several times."""
 
     count: int = 0
+
     examples: list[str] = field(default_factory=list)
+    """The first rows with it."""
 
     def add(self, example: str) -> None:
+        """Count it once more, in the row `example`."""
         self.count += 1
         if len(self.examples) < NAMED:
             self.examples.append(example)
@@ -56,16 +63,17 @@ class Found:
 
 @dataclass(slots=True)
 class Loss:
-    """Rows that are not trained (refused, dropped) or not whole (cut, turns left out) for one reason.
-
-    `samples`: of these rows, as many are concerned. A row that was refused counts as one. `found`: what is wrong in the
-    first of them.
-    """
+    """Rows that are not trained (refused, dropped) or not completely (cut, turns left out) for one reason."""
 
     kind: Kind
     reason: str
+
     found: str = ""
+    """What is wrong in the first of them."""
+
     samples: int = 0
+    """Their samples with that loss. A row that was refused counts as one."""
+
     tokens: int = 0
     targets: int = 0
     rows: set[tuple[str, int]] = field(default_factory=set)
@@ -74,37 +82,42 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """One pass over the samples of a store. `digests`: uint64 of shape (samples,), equal where the token ids are.
-
-    `unstopped`: samples none of whose targets is a stop token.
-    """
+    """One pass over the samples of a store."""
 
     digests: np.ndarray
+    """uint64 of shape (samples,), equal where the token ids are."""
+
     unstopped: Found
+    """Samples without a stop token among their targets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How the steps of an epoch fill their forwards; of `steps_seen` steps.
-
-    `padding_ratio`: tokens that only fill up, of all that are computed. `padded_ratio`: the same if each forward were
-    a rectangle as long as its longest sample. `fill_ratio`: of the tokens that a forward may hold, None where only
-    samples are counted. `imbalance`: see `StepPlan.imbalance`.
-    """
+    """How the steps of an epoch fill their forwards."""
 
     steps_seen: int
+    """The steps that were planned for this."""
+
     forwards_per_step: float
     samples_per_forward: float
     tokens_per_forward: float
     most_tokens: int
+
     padding_ratio: float
+    """The share of padding in all tokens that are computed."""
+
     padded_ratio: float
+    """The same if each forward were a rectangle as long as its longest sample."""
+
     fill_ratio: float | None
+    """The share of the tokens that a forward may hold; None where only samples are counted."""
+
     imbalance: float
+    """See `StepPlan.imbalance`."""
 
 
 def count_files(store: SampleStore) -> list[FileCounts]:
-    """One entry a file, in the order in which the files are read. Every row is in a sample or in the ledger."""
+    """Return the counts of each file, in the order of reading. Every row is in a sample or in the ledger."""
     counts = [FileCounts(file) for file in store.summary.files]
     of_file = {file: index for index, file in enumerate(store.summary.files)}
     lost: list[set[int]] = [set() for _ in counts]
@@ -113,6 +126,7 @@ def count_files(store: SampleStore) -> list[FileCounts]:
         lost[index].add(entry.row)
         counts[index].tokens_lost += entry.tokens_lost
         counts[index].targets_lost += entry.targets_lost
+
     for index, count in enumerate(counts):
         mine = np.flatnonzero(store.sources == index)
         trained = np.unique(store.rows[mine])
@@ -121,38 +135,52 @@ def count_files(store: SampleStore) -> list[FileCounts]:
         count.samples = len(mine)
         count.tokens = int(store.lengths[mine].sum(dtype=np.int64))
         count.targets = int(store.num_targets[mine].sum(dtype=np.int64))
+
     return counts
 
 
 def losses(entries: Iterable[Rejected]) -> list[Loss]:
-    """The ledger, by kind and reason, the largest first. Numbers, and what was found in a row, make no reason of their
-    own: they are those of the first one.
+    """Return the ledger by kind and reason, the largest first.
+
+    Reasons that differ only in numbers, or in what was found in a row, are one: the numbers are those of the first row.
     """
     found: dict[tuple[Kind, str], Loss] = {}
     for entry in entries:
-        kind, (reason, found_there) = kind_of(entry), reason_and_found(entry.reason, str(RowRef(entry.file, entry.row)))
-        loss = found.setdefault((kind, NUMBERS.sub("…", reason)), Loss(kind, reason, found_there))
+        kind = kind_of(entry)
         place = (entry.file, entry.row)
+        reason, found_there = reason_and_found(entry.reason, str(RowRef(*place)))
+        loss = found.setdefault((kind, NUMBERS.sub("…", reason)), Loss(kind, reason, found_there))
         if place not in loss.rows and len(loss.examples) < NAMED:
-            turns = ", turn " + ", ".join(map(str, entry.turns)) if entry.unwritten else ""
-            loss.examples.append(f"{RowRef(*place)}{turns}")
+            example = str(RowRef(*place))
+            if entry.unwritten:
+                example += ", turn " + ", ".join(map(str, entry.turns))
+            loss.examples.append(example)
         loss.rows.add(place)
         loss.samples += 1
         loss.tokens += entry.tokens_lost
         loss.targets += entry.targets_lost
+
+    # A single sample keeps its numbers; several share a reason without them.
     for (_, reason), loss in found.items():
-        loss.reason = loss.reason if loss.samples == 1 else reason
+        if loss.samples > 1:
+            loss.reason = reason
+
     return sorted(found.values(), key=lambda loss: -len(loss.rows))
 
 
 def kind_of(entry: Rejected) -> Kind:
+    """Return the kind of an entry of the ledger."""
     if entry.unwritten:
         return "incomplete"
+    if entry.trained and entry.tokens_lost:
+        return "cut"
     if entry.trained:
-        return "cut" if entry.tokens_lost else "left out"
+        return "left out"
     if entry.targets_lost or entry.turns:
         return "dropped"
-    return "set aside" if entry.tokens_lost else "refused"
+    if entry.tokens_lost:
+        return "set aside"
+    return "refused"
 
 
 def scan(store: SampleStore) -> Scan:
@@ -166,15 +194,17 @@ def scan(store: SampleStore) -> Scan:
         digests[index] = int.from_bytes(digest, "little")
         if not any((labels == stop).any() for stop in stops):
             unstopped.add(str(store.ref(index)))
+
     return Scan(digests, unstopped)
 
 
 def duplicates(store: SampleStore, digests: np.ndarray) -> Found:
-    """Samples whose token ids an earlier sample has too; examples as `this row = that row`."""
+    """Return the samples whose token ids an earlier sample has too; examples are written `this row = that row`."""
     order = np.argsort(digests, kind="stable")
     repeats = np.flatnonzero(digests[order][1:] == digests[order][:-1]) + 1
     if not len(repeats):
         return Found()
+
     _, first = np.unique(digests, return_index=True)
     originals = dict(zip(digests[first].tolist(), first.tolist(), strict=True))
     again = np.sort(order[repeats]).tolist()
@@ -183,7 +213,7 @@ def duplicates(store: SampleStore, digests: np.ndarray) -> Found:
 
 
 def overlap(train: SampleStore, train_digests: np.ndarray, val: SampleStore, val_digests: np.ndarray) -> Found:
-    """Validation samples that are trained on, token by token."""
+    """Return the validation samples that are trained on, token by token."""
     unique, first = np.unique(train_digests, return_index=True)
     shared = np.flatnonzero(np.isin(val_digests, unique))
     same = first[np.searchsorted(unique, val_digests[shared])]
@@ -192,7 +222,7 @@ def overlap(train: SampleStore, train_digests: np.ndarray, val: SampleStore, val
 
 
 def _first_different(texts: Iterable[str]) -> list[str]:
-    """The first few, each once: a row of several samples is named once."""
+    """Return the first few, each once: a row of several samples is named once."""
     found: dict[str, None] = {}
     for text in texts:
         found[text] = None
@@ -202,14 +232,17 @@ def _first_different(texts: Iterable[str]) -> list[str]:
 
 
 def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
-    """(shortest, longest, samples) of each bar, from the shortest sample to the longest; bars are equally wide, of 1,
-    2 or 5 times a power of ten tokens.
+    """Return (shortest, longest, samples) of each bar, from the shortest sample to the longest.
+
+    Bars are equally wide: 1, 2 or 5 times a power of ten tokens.
     """
-    shortest, longest = int(lengths.min()), int(lengths.max())
+    shortest = int(lengths.min())
+    longest = int(lengths.max())
     width = 1
     while longest // width - shortest // width >= MOST_BARS:
         power = 10 ** (len(str(width)) - 1)
         width = {1: 2, 2: 5, 5: 10}[width // power] * power
+
     first = shortest // width
     counts = np.bincount(lengths // width - first)
     return [(max(bar * width, 1), (bar + 1) * width - 1, int(count)) for bar, count in enumerate(counts, first)]
@@ -219,7 +252,12 @@ def packing(lengths: np.ndarray, spec: PlanSpec, multiple: int) -> Packing:
     """Plan the steps of the first epoch, see `MOST_STEPS`. `multiple`: as in `loader.pack`."""
     in_epoch = steps_per_epoch(len(lengths), spec)
     steps = range(0, in_epoch, -(-in_epoch // MOST_STEPS))
-    total = padding = rectangles = num_samples = num_forwards = most = 0
+    total = 0
+    padding = 0
+    rectangles = 0
+    num_samples = 0
+    num_forwards = 0
+    most = 0
     imbalance = 0.0
     for step in steps:
         planned = plan(lengths, spec, step)
@@ -229,12 +267,19 @@ def packing(lengths: np.ndarray, spec: PlanSpec, multiple: int) -> Packing:
         filled = np.bincount(forwards, tokens, number).astype(np.int64)
         longest = np.zeros(number, dtype=np.int64)
         np.maximum.at(longest, forwards, tokens)
+
         total += int(filled.sum())
+        # A forward without a sample runs too, on padding alone: its rank takes part in the collectives.
         padding += int(np.where(filled > 0, -filled % multiple, multiple).sum())
         rectangles += int((longest * np.bincount(forwards, minlength=number)).sum())
-        num_samples, num_forwards = num_samples + len(tokens), num_forwards + number
+        num_samples += len(tokens)
+        num_forwards += number
         most = max(most, int(filled.max()))
         imbalance += planned.imbalance()
+
+    fill_ratio = None
+    if spec.max_tokens:
+        fill_ratio = total / (num_forwards * spec.max_tokens)
     return Packing(
         steps_seen=len(steps),
         forwards_per_step=num_forwards / spec.dp_size / len(steps),
@@ -243,21 +288,22 @@ def packing(lengths: np.ndarray, spec: PlanSpec, multiple: int) -> Packing:
         most_tokens=most,
         padding_ratio=padding / (total + padding),
         padded_ratio=1 - total / rectangles,
-        fill_ratio=total / (num_forwards * spec.max_tokens) if spec.max_tokens else None,
+        fill_ratio=fill_ratio,
         imbalance=imbalance / len(steps),
     )
 
 
 def target_texts(store: SampleStore, index: int, tokenizer: Any) -> list[str]:
-    """The text of each stretch of targets of one sample, in order."""
+    """Return the text of each stretch of targets of one sample, in order."""
     sample = store[index]
+    # False on both sides: a stretch at the start or the end has two edges too.
     mask = np.concatenate([[False], target_mask(sample), [False]])
     edges = np.flatnonzero(np.diff(mask)).tolist()
     return [decoded(tokenizer, sample.input_ids, first, end) for first, end in list(pairwise(edges))[::2]]
 
 
 def write_dump(stores: Iterable[tuple[str, SampleStore]], tokenizer: Any, path: Path) -> int:
-    """One JSON line a sample, with its labels as they are trained. Returns the number of lines."""
+    """Write one JSON line a sample, with its labels as they are trained. Return the number of lines."""
     number = 0
     with path.open("w", encoding="utf-8") as file:
         for split, store in stores:
@@ -274,4 +320,5 @@ def write_dump(stores: Iterable[tuple[str, SampleStore]], tokenizer: Any, path: 
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 number += 1
+
     return number

@@ -1,4 +1,4 @@
-"""Samples that a run has trained on, for its report: from the tokenised data that it read, if those are still there."""
+"""Show samples that a run has trained on, in its report: from its tokenised data, if those still exist."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEED = 1
 
 
 def trained_samples(folder: Path, audit: Mapping[str, Any], config: Mapping[str, Any]) -> Passages | None:
-    """A usual sample and some drawn at random; None, and a line on stderr why, where they cannot be shown.
+    """Return a usual sample and some drawn at random; None, and a line on stderr why, where they cannot be shown.
 
     `audit`: of the training data. `config`: dotted key -> value.
     """
@@ -28,11 +28,12 @@ def trained_samples(folder: Path, audit: Mapping[str, Any], config: Mapping[str,
         store = SampleStore(Path(str(audit["store"])))
         tokenizer = _tokenizer(folder, config)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"apollo-sft: no trained samples: the tokenised data are not there ({error})", file=sys.stderr)
+        print(f"apollo-sft: no trained samples: the tokenised data cannot be opened ({error})", file=sys.stderr)
         return None
     except ApolloError as error:
         print(f"apollo-sft: no trained samples: {error}", file=sys.stderr)
         return None
+
     drawn = [replace(pick, why="drawn at random") for pick in at_random(store, DRAWN, SEED)]
     picks = {pick.index: pick for pick in [*drawn, *usual(store)]}
     passages = [sample_passage(store, pick, tokenizer) for pick in picks.values()]
@@ -40,7 +41,7 @@ def trained_samples(folder: Path, audit: Mapping[str, Any], config: Mapping[str,
 
 
 def _tokenizer(folder: Path, config: Mapping[str, Any]) -> Any:
-    """That of the trained model; of a run without one, that of its base model. Code of a folder is not run."""
+    """Open the tokenizer of the trained model, or that of its base model. Code of a folder is not run."""
     *others, last = _tokenizer_folders(folder, config)
     for place in others:
         if (place / "tokenizer_config.json").is_file():
@@ -49,6 +50,7 @@ def _tokenizer(folder: Path, config: Mapping[str, Any]) -> Any:
 
 
 def _tokenizer_folders(folder: Path, config: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield the folders where the tokenizer may be, the best first."""
     yield folder
     yield from (folder / "adapter", folder / "checkpoints" / "latest" / "hf")
     yield Path(str(config.get("model.partial_pretrain", folder)))

@@ -1,6 +1,6 @@
-"""Every tensor that a piece of code allocates, with its birth and death: what lives at any moment, and of what kind.
+"""Record every tensor that a piece of code allocates, with its birth and death: what lives at any moment, by kind.
 
-It sees operations, not an allocator: the bytes are those of the storages, the same for real tensors and fake ones.
+Operations are recorded, not an allocator: the bytes are those of the storages, the same for real and fake tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-LAYERS, HEAD, SHARDING, OPTIMIZER = "layers", "head", "sharding", "optimizer"
+LAYERS = "layers"
+HEAD = "head"
+SHARDING = "sharding"
+OPTIMIZER = "optimizer"
 NOT_REAL = ""
 MAKERS = {
     "torch.distributed.tensor._sharding_prop": NOT_REAL,
@@ -36,24 +39,28 @@ MAKERS = {
     "torch.nn.modules": LAYERS,
     "apollo_sft.model": LAYERS,
 }
-"""Who allocates, by the nearest module on the stack. Autograd's own operations have none and are of the layers. What
-DTensor makes to find out shapes is thrown away at once, and never there when tensors are real."""
+"""The kind of an allocation, by the nearest module on the stack. Autograd's own operations have no such module, and
+count as those of the layers. Tensors that DTensor makes to find out shapes do not exist when tensors are real."""
 DEPTH = 25
-"""Frames that are looked at."""
+"""Frames of the stack that are searched."""
 
 
 @dataclass(slots=True)
 class Allocation:
-    """`birth` and `death` count events of the timeline; `death` is None while it lives."""
+    """A storage, from its birth to its death."""
 
     num_bytes: int
     kind: str
+
     birth: int
+    """The event of the timeline at which it was allocated."""
+
     death: int | None = None
+    """The event at which it was freed; None while it lives."""
 
 
 class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The timeline of what is allocated inside. `now`: births and deaths so far."""
+    """Records allocations while it is entered. `now`: births and deaths so far."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -77,28 +84,35 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def add(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """Tensors that are there already, or whose kind shows only now. Sharded ones count as their shard."""
+        """Record tensors that exist already, or whose kind is known only now. Sharded ones count as their shard."""
         for tensor in tensors:
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            local = tensor
+            if isinstance(tensor, DTensor):
+                local = tensor.to_local()
             self._see(local.untyped_storage(), kind)
 
     def resized(self, storage: torch.UntypedStorage) -> None:
-        """Sharding frees and fills memory under tensors that stay."""
+        """Record that a storage has another size: sharding frees and fills memory under tensors that stay."""
         known = self._living.get(storage._cdata)
         if known is not None and known.num_bytes != storage.nbytes():
             self._end(known)
             self._begin(storage._cdata, storage.nbytes(), known.kind)
 
     def live_bytes(self, without: Collection[str] = ()) -> np.ndarray:
-        """Bytes that live after each event, from 0 to `now`. `without`: kinds that do not count."""
+        """Return the bytes that live after each event, from 0 to `now`. `without`: kinds that do not count."""
         changes = np.zeros(self.now + 2, dtype=np.int64)
         for allocation in self.timeline:
             if allocation.kind not in without:
                 changes[allocation.birth] += allocation.num_bytes
-                changes[self.now + 1 if allocation.death is None else allocation.death] -= allocation.num_bytes
+                death = allocation.death
+                if death is None:
+                    death = self.now + 1
+                changes[death] -= allocation.num_bytes
+
         return np.cumsum(changes)[:-1]
 
     def at(self, moment: int) -> list[Allocation]:
+        """Return the allocations that live at an event."""
         return [a for a in self.timeline if a.birth <= moment and (a.death is None or a.death > moment)]
 
     def _see(self, storage: torch.UntypedStorage, kind: str | None = None) -> None:
@@ -130,7 +144,8 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _maker() -> str:
-    frame: FrameType | None = sys._getframe(3)
+    """Return the kind of an allocation that is made now."""
+    frame: FrameType | None = sys._getframe(3)  # the frames of this class come first
     for _ in range(DEPTH):
         if frame is None:
             break
@@ -138,6 +153,7 @@ def _maker() -> str:
         if kind is not None:
             return kind
         frame = frame.f_back
+
     return LAYERS
 
 
@@ -148,7 +164,7 @@ def _kind_of(module: str) -> str | None:
 
 @contextmanager
 def recorded() -> Iterator[Allocations]:
-    """Record inside. torch does not show the resizing of a storage to anyone, so its method is wrapped meanwhile."""
+    """Record allocations inside. A mode does not see the resizing of a storage: its method is wrapped meanwhile."""
     allocations = Allocations()
     plain = torch.UntypedStorage.resize_
 

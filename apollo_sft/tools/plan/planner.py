@@ -1,4 +1,4 @@
-"""What `plan` works out: the memory of a rank, the largest micro-batch, a layout that fits, steps, FLOPs and time."""
+"""Compute what `plan` shows: the memory of a rank, the largest micro-batch, a layout that fits, steps, FLOPs, time."""
 
 from __future__ import annotations
 
@@ -34,88 +34,113 @@ OFFLOAD = "model.fsdp_config.cpu_offload"
 MICRO = "data.micro_batch_size_per_gpu"
 CAP = "data.max_token_len_per_gpu"
 LAYOUT = tuple(name for name in NEUTRAL if name not in (MICRO, CAP))
-"""What the memory of a step depends on, besides the size of its micro-batches."""
+"""Keys that the memory of a step depends on, besides the size of its micro-batches."""
 GRAIN = 256
-"""Tokens by which a token cap is looked for."""
+"""The largest token cap is searched in steps of so many tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """`memory`: bytes of one GPU, None when it does not matter; `reserve`: of them, kept free for what is not counted.
-
-    `peak`: floating point operations a second of one GPU; `mfu`: the share of them that a training is taken to reach.
-    """
+    """The machine that is planned for."""
 
     gpus: int
     per_node: int
     on_cuda: bool
+
     memory: int | None
+    """Bytes of one GPU; None when it does not matter."""
+
     reserve: int
+    """Bytes of that which are kept free for what is not counted."""
+
     peak: float
+    """Floating point operations a second of one GPU."""
+
     mfu: float
+    """The share of the peak that a training is assumed to reach."""
 
     def holds(self, memory: StepMemory) -> bool:
+        """Return whether a GPU has room for a step."""
         return self.memory is None or memory.total + self.reserve <= self.memory
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """`active`: parameters that one token passes: not the embedding, and of experts the chosen ones."""
+    """The numbers of a model."""
 
     name: str
     parameters: int
     trained: int
+
     active: int
+    """Parameters that one token passes: not the embedding, and of experts the chosen ones."""
+
     layers: int
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """The first of the layouts `tried` that fits; `keys`: its values that are not the config's, with the largest
-    micro-batch. Both None when none does.
-    """
+    """The first layout that fits."""
 
     keys: dict[str, Any] | None
+    """Its values that are not the config's, with the largest micro-batch; None when no layout fits."""
+
     memory: StepMemory | None
+    """Its memory; None when no layout fits."""
+
     tried: int
+    """The number of layouts that were tried."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Of the whole training. `samples` of an epoch and `steps` are None when nothing says how many rows there are.
-
-    `tokens` and `flops`: of all steps, or of one when their number is not known.
-    """
+    """The work of the whole training."""
 
     samples: int | None
+    """Samples of an epoch; None when the number of rows is not known."""
+
     steps: int | None
+    """Steps of the training; None when neither the keys nor the files give their number."""
+
     tokens: int
+    """Tokens of all steps, or of one when their number is not known."""
+
     flops: float
+    """FLOPs of the same steps."""
+
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`largest`: the largest value of `size_key` that fits, 0 when 1 does not; None without a memory to fit into.
-
-    `checkpoint_copy`: bytes on the CPU of each rank while a checkpoint is written in the background, `reading`: of rank
-    0 while the weights are read.
-    """
+    """All that `plan` shows."""
 
     model: Model
     memory: StepMemory
     fits: bool
+
     size_key: str
+    """The key that sizes the micro-batches."""
+
     size: int
+    """Its value."""
+
     largest: int | None
+    """The largest value that fits, 0 when 1 does not; None without a memory to fit into."""
+
     advice: Advice | None
+
     checkpoint_copy: int
+    """Bytes on the CPU of each rank while a checkpoint is written in the background."""
+
     reading: int
+    """Bytes on the CPU of rank 0 while the weights are read."""
+
     work: Work
 
 
 class Planner:
-    """Works out one config on one machine.
+    """Plans one config on one machine.
 
     Raises: ConfigError, ModelError, TopologyError as a training.
     """
@@ -124,60 +149,97 @@ class Planner:
         load_external_lib(config.model.external_lib)
         check_mesh(machine.gpus, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
         folder = find_model(config.model.partial_pretrain, weights=False)
-        self.config, self.machine = config, machine
+        self.config = config
+        self.machine = machine
         self.ranks = Ranks(machine.gpus, machine.on_cuda)
         try:
             self.hf_config = as_files_hold(folder, config.model)
         except ModelError:  # of weights, which need not be here
             self.hf_config = read_config(folder, config.model.trust_remote_code)
+
         check_architecture(self.hf_config, config.model.trust_remote_code)
         growth = growth_of(config.model, config.data, folder, self.hf_config)
         if growth is not None:
             self.hf_config = with_rows(self.hf_config, growth.rows)
+
         self.causal_lm = meta_model(config.model, self.hf_config, self.ranks)
         self._seen: dict[tuple[Any, ...], StepMemory] = {}
 
     def plan(self) -> Plan:
-        data, machine = self.config.data, self.machine
-        size = data.max_token_len_per_gpu if data.use_dynamic_bsz else data.micro_batch_size_per_gpu
+        """Return the plan."""
+        size_key = _size_key(self.config.data)
+        size = value_of(self.config, size_key)
         assert size is not None, "refused in config.checks"
+
         memory = self.memory(self.config, size)
+        largest = None
+        advice = None
+        if self.machine.memory is not None:
+            largest = self._largest(self.config, {size: memory})
+            advice = self._advice()
+
         return Plan(
             model=self._model(),
             memory=memory,
-            fits=machine.holds(memory),
-            size_key=CAP if data.use_dynamic_bsz else MICRO,
+            fits=self.machine.holds(memory),
+            size_key=size_key,
             size=size,
-            largest=None if machine.memory is None else self._largest(self.config, {size: memory}),
-            advice=None if machine.memory is None else self._advice(),
+            largest=largest,
+            advice=advice,
             checkpoint_copy=self._checkpoint_copy(),
             reading=num_bytes_read(self.causal_lm),
             work=self._work(),
         )
 
     def _checkpoint_copy(self) -> int:
-        checkpoint, sharing = self.config.trainer.checkpoint, self.config.model.fsdp_config.fsdp_size
+        """Return the bytes that a rank copies for a checkpoint in the background: its share of the state."""
+        checkpoint = self.config.trainer.checkpoint
+        if not checkpoint.async_save:
+            return 0
+
         moments = state_bytes(build_optimizer(self.causal_lm, self.config.optim))
-        whole = checkpoint_bytes(self.causal_lm, moments, checkpoint.save_contents) if checkpoint.async_save else 0
-        return whole // (self.machine.gpus if sharing == -1 else sharing)
+        total = checkpoint_bytes(self.causal_lm, moments, checkpoint.save_contents)
+
+        shards = self.config.model.fsdp_config.fsdp_size
+        if shards == -1:
+            shards = self.machine.gpus
+        return total // shards
 
     def memory(self, config: SftConfig, size: int) -> StepMemory:
-        """With micro-batches of `size` longest samples, or, where tokens are capped, of `size` tokens a rank."""
-        sp, length = config.ulysses_sequence_parallel_size, config.data.max_length
-        total = max(size * sp, length) if config.data.use_dynamic_bsz else size * length
-        rest = total % length
-        lengths = [length] * (total // length) + ([rest] if rest else []) + ([-total % sp] if total % sp else [])
+        """Return the memory with micro-batches of `size` longest samples.
+
+        Where tokens are capped, `size` is in tokens of a rank.
+        """
+        sp = config.ulysses_sequence_parallel_size
+        length = config.data.max_length
+        total = size * length
+        if config.data.use_dynamic_bsz:
+            total = max(size * sp, length)  # a sample longer than the cap has a forward of its own
+
+        # Full samples, a cut one, and padding to a multiple of the ranks that share the sequence.
+        lengths = [length] * (total // length)
+        if total % length:
+            lengths.append(total % length)
+        if total % sp:
+            lengths.append(-total % sp)
+
         dp = self.machine.gpus // sp
-        forwards = 2 if config.data.train_batch_size > dp * (total // length) else 1
+        forwards = 1
+        if config.data.train_batch_size > dp * (total // length):
+            forwards = 2  # from the second one on there are gradients already; more make no difference
+
         key = (size, *(value_of(config, name) for name in LAYOUT))
         if key not in self._seen:
             pack = Pack(tuple(lengths), sum(lengths) // sp)
             self._seen[key] = step_memory(config, self.hf_config, self.ranks, pack, forwards)
+
         return self._seen[key]
 
     def _largest(self, config: SftConfig, known: dict[int, StepMemory]) -> int:
-        """Bytes grow with the size as a straight line, or bend upwards: where a line through two points meets the
-        limit is tried first, then whether one more fits, then the middle. `known`: what sizes take, is filled.
+        """Return the largest size that fits; 0 when none does. `known`: the memory of sizes, is filled.
+
+        Bytes grow with the size as a straight line, or bend upwards. So three guesses take turns: the size where a line
+        through two known points meets the limit, one step above the largest that fits, and the middle.
         """
         dp_size = self.machine.gpus // config.ulysses_sequence_parallel_size
         least, step, most = _sizes(config.data, dp_size, config.ulysses_sequence_parallel_size)
@@ -189,31 +251,42 @@ class Planner:
 
         if not fits(least):
             return 0
-        low, high = least, most + step
+
+        # `low` fits, `high` does not, or is more than a step can use.
+        low = least
+        high = most + step
         for turn in itertools.count():
             if high - low <= step:
                 return low
             line = _guess(known, self.machine, low, high) // step * step
             tried = (line, low + step, low + (high - low) // (2 * step) * step)[turn % 3]
             tried = min(max(low + step, tried), high - step)
-            low, high = (tried, high) if fits(tried) else (low, tried)
+            if fits(tried):
+                low = tried
+            else:
+                high = tried
+
         raise AssertionError("unreachable")
 
     def _advice(self) -> Advice:
         tried = 0
         for tried, values in enumerate(self._candidates(), start=1):
             least, *_ = _sizes(self.config.data, self.machine.gpus // values[SP], values[SP])
-            key = CAP if self.config.data.use_dynamic_bsz else MICRO
+            key = _size_key(self.config.data)
             config = with_values(self.config, values | {key: least})
             known = {least: self.memory(config, least)}
             if self.machine.holds(known[least]):
                 largest = self._largest(config, known)
                 keys = {k: v for k, v in (values | {key: largest}).items() if v != value_of(self.config, k)}
                 return Advice(keys, known[largest], tried)
+
         return Advice(None, None, tried)
 
     def _candidates(self) -> Iterator[dict[str, Any]]:
-        """First nothing is computed twice; then less memory for the layers, for the tokens, for the weights."""
+        """Yield layouts from the fastest on.
+
+        First nothing is computed twice; then less memory for the layers, for the tokens, for the weights.
+        """
         wide = max(sp for sp in (1, 2, 4, 8) if self.machine.per_node % sp == 0)
         plain = {SP: 1, CHECKPOINTING: False, OFFLOAD: False}
         full = plain | {CHECKPOINTING: True, POLICY: "full"}
@@ -235,8 +308,9 @@ class Planner:
         )
 
     def _work(self) -> Work:
-        """Every row is taken to be as long as data.max_length, and all of it a target."""
-        trainer, data = self.config.trainer, self.config.data
+        """Return the work when every row is as long as data.max_length, and all of it a target."""
+        trainer = self.config.trainer
+        data = self.config.data
         sp = self.config.ulysses_sequence_parallel_size
         samples = self._rows()
         steps = trainer.total_training_steps
@@ -244,28 +318,45 @@ class Planner:
             mesh = Mesh(0, self.machine.gpus // sp, 0, sp, None)
             in_epoch = steps_per_epoch(samples, plan_spec(data, trainer.seed, mesh, self.hf_config))
             steps = steps or trainer.total_epochs * in_epoch
+
+        # The last step of an epoch may be smaller: then samples are counted, not steps.
         number = (steps or 1) * data.train_batch_size
         if samples is not None and trainer.total_training_steps is None and not data.drop_last:
             number = samples * trainer.total_epochs
+
         tokens = number * data.max_length
         flops = number * cost_of(self.causal_lm).of(np.array([data.max_length]), data.max_length)
         seconds = flops / (self.machine.gpus * self.machine.peak * self.machine.mfu)
         return Work(samples, steps, tokens, flops, seconds)
 
     def _rows(self) -> int | None:
-        """From the footers of the files; None when they are not there or not parquet."""
+        """Return the rows of an epoch, from the footers of the files; None when there are none, or not in parquet."""
         data = self.config.data
         if data.custom_cls.path is not None:
             return None
+
         try:
             rows = sum(_rows_of(entry) for entry in data.train_files)
         except DataError:
             return None
-        return rows if data.train_max_samples == -1 else min(rows, data.train_max_samples)
+
+        if data.train_max_samples == -1:
+            return rows
+        return min(rows, data.train_max_samples)
+
+
+def _size_key(data: DataConfig) -> str:
+    """Return the key that sizes micro-batches."""
+    if data.use_dynamic_bsz:
+        return CAP
+    return MICRO
 
 
 def _rows_of(entry: str | FileSet) -> int:
-    """Rows that an epoch takes of one entry of data.train_files; of those with weights it is right for all together."""
+    """Return the rows that an epoch takes of one entry of data.train_files.
+
+    For entries with weights only the sum over all entries is right.
+    """
     if isinstance(entry, Source) and entry.max_samples is not None:
         return entry.max_samples
     return num_rows(expand_paths(own_paths(entry), "data.train_files"))
@@ -282,10 +373,14 @@ def _sizes(data: DataConfig, dp_size: int, sp_size: int) -> tuple[int, int, int]
 
 
 def _guess(known: dict[int, StepMemory], machine: Machine, low: int, high: int) -> int:
+    """Return the size where a line through the two largest known sizes up to `high` meets the limit."""
     assert machine.memory is not None
     below = sorted(size for size in known if size <= high)[-2:]
     if len(below) < 2:
         return 2 * low
+
     first, second = (known[size].total for size in below)
     slope = (second - first) / (below[1] - below[0])
-    return high if slope <= 0 else int(below[1] + (machine.memory - machine.reserve - second) / slope)
+    if slope <= 0:
+        return high
+    return int(below[1] + (machine.memory - machine.reserve - second) / slope)

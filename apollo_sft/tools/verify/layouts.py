@@ -1,4 +1,4 @@
-"""The layouts that `verify` runs: every choice at least once on 1, 2, 4 … processes, and the user's own on each."""
+"""List the layouts that `verify` runs: every choice at least once on 1, 2, 4 … processes, and the user's own."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from apollo_sft.config.schema import NEUTRAL, SftConfig
 from apollo_sft.config.values import value_of
 
 STEPS = 2
-"""The second one starts from weights that AdamW has changed."""
+"""Steps that each layout runs. The second one starts from weights that AdamW has changed."""
 
 BOUNDS = (1e-12, 1e-9)
 """Largest relative differences that rounding explains: in the first step, and from its update on. AdamW divides by the
 size of each gradient, so rounding in the smallest ones grows. A wrong layout is off by far more than either."""
 
 ORACLE_FILE = "oracle.json"
-"""There once the oracle has said what is right."""
+"""Written once the oracle is done."""
 
 SP = "ulysses_sequence_parallel_size"
 MICRO = "data.micro_batch_size_per_gpu"
@@ -41,37 +41,46 @@ WORDS = (
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """`values`: what is changed in the user's config, key to value."""
+    """One way to divide the work."""
 
     name: str
     processes: int
+
     values: Mapping[str, Any]
+    """The values that are changed in the user's config, by key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Of one layout; `index` counts the job's layouts, and is -1 for the oracle itself.
-
-    `loss` and `grad_norm` are those of the first step. `deviation` is the largest relative difference from the oracle.
-    `wrong`: what is beyond its bound, empty when nothing is. `error`: why there are no figures.
-    """
+    """The figures of one layout, or of the oracle."""
 
     index: int
+    """The place among the layouts of the job; -1 for the oracle."""
+
     loss: float = 0.0
+    """The loss of the first step."""
+
     grad_norm: float = 0.0
+    """The gradient norm of the first step."""
+
     deviation: float = 0.0
+    """The largest relative difference from the oracle."""
+
     wrong: str = ""
+    """The difference that is beyond its bound; empty when none is."""
+
     error: str = ""
+    """Why there are no figures."""
 
 
 def worlds(ranks: int) -> list[int]:
-    """Numbers of processes: 1, 2, 4 … up to `ranks`, and `ranks` itself."""
+    """Return the numbers of processes: 1, 2, 4 … up to `ranks`, and `ranks` itself."""
     powers = [2**i for i in range(ranks.bit_length())]
     return sorted({*(size for size in powers if size <= ranks), ranks})
 
 
 def layouts(config: SftConfig, ranks: int, cap_tokens: int) -> list[Layout]:
-    """All of them, in the order of processes; the user's own first. `cap_tokens`: of the token-capped ones."""
+    """Return all layouts in the order of processes; the user's own first. `cap_tokens`: of the token-capped ones."""
     capped = {"data.use_dynamic_bsz": True, "data.max_token_len_per_gpu": cap_tokens}
     micro = {MICRO: config.data.micro_batch_size_per_gpu}
     own = {key: value_of(config, key) for key in NEUTRAL}
@@ -79,13 +88,17 @@ def layouts(config: SftConfig, ranks: int, cap_tokens: int) -> list[Layout]:
     for processes in worlds(ranks):
         if fits(config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size, processes):
             found.append(Layout(f"yours: {_describe(own, processes)}", processes, {}))
-        cells = list(_one(micro, capped)) if processes == 1 else list(_several(processes, micro, capped))
+        cells = list(_one(micro, capped))
+        if processes > 1:
+            cells = list(_several(processes, micro, capped))
         if config.optim.name != "adamw":
             cells = [cell for cell in cells if cell.get("model.strategy") != "fsdp"]  # refused
+
         for values in (NEUTRAL | cell for cell in cells):
             layout = Layout(_describe(values, processes), processes, values)
             if layout not in found and (processes, values) != (processes, own):
                 found.append(layout)
+
     return found
 
 
@@ -100,7 +113,7 @@ def _one(micro: dict[str, Any], capped: dict[str, Any]) -> Iterator[dict[str, An
     yield capped
     yield micro | CHECKPOINTING
     yield micro | CHECKPOINTING | SELECTIVE
-    yield OFFLOAD | NO_SYNC  # last: it wants a process group, even alone
+    yield OFFLOAD | NO_SYNC  # last: it needs a process group, even alone
 
 
 def _several(processes: int, micro: dict[str, Any], capped: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -109,6 +122,7 @@ def _several(processes: int, micro: dict[str, Any], capped: dict[str, Any]) -> I
     for size in range(2, processes + 1):
         if processes % size == 0:
             yield {SP: size} | micro
+
     yield {SP: processes} | capped | CHECKPOINTING
     yield capped | BALANCED
     yield NO_SYNC
@@ -125,15 +139,28 @@ def _several(processes: int, micro: dict[str, Any], capped: dict[str, Any]) -> I
 
 
 def _describe(values: Mapping[str, Any], processes: int) -> str:
-    """In a few words: `dp 2 x sp 2, HSDP 2, micro 4, offload`."""
+    """Return a layout in a few words: `dp 2 x sp 2, HSDP 2, micro 4, offload`."""
+    words = []
     sp = values[SP]
-    axes = [] if processes == 1 else [f"dp {processes // sp}"] if sp == 1 else [f"sp {sp}"]
     if 1 < sp < processes:
-        axes = [f"dp {processes // sp} x sp {sp}"]
-    if processes > 1 and all(values[key] == value for key, value in FSDP1.items()):
-        axes.append("FSDP1")
+        words.append(f"dp {processes // sp} x sp {sp}")
+    elif sp > 1:
+        words.append(f"sp {sp}")
+    elif processes > 1:
+        words.append(f"dp {processes}")
+
+    if processes > 1 and _has(values, FSDP1):
+        words.append("FSDP1")
     if values[HYBRID] not in (-1, processes):
-        axes.append(f"HSDP {values[HYBRID]}")
-    batching = f"{values['data.max_token_len_per_gpu']} tokens" if values["data.use_dynamic_bsz"] else None
-    extras = [word for word, choice in WORDS if all(values[key] == value for key, value in choice.items())]
-    return ", ".join([*axes, batching or f"micro {values[MICRO]}", *extras])
+        words.append(f"HSDP {values[HYBRID]}")
+    if values["data.use_dynamic_bsz"]:
+        words.append(f"{values['data.max_token_len_per_gpu']} tokens")
+    else:
+        words.append(f"micro {values[MICRO]}")
+
+    words += [word for word, choice in WORDS if _has(values, choice)]
+    return ", ".join(words)
+
+
+def _has(values: Mapping[str, Any], choice: Mapping[str, Any]) -> bool:
+    return all(values[key] == value for key, value in choice.items())

@@ -1,4 +1,4 @@
-"""What every layout is measured against: the gradient written down as plainly as it can be, and how far off one is."""
+"""The reference of every layout: the gradient in the plainest code, and the difference of another one from it."""
 
 from __future__ import annotations
 
@@ -16,48 +16,60 @@ Gradients = dict[str, Tensor]
 
 
 def oracle(model: Any, samples: Iterable[Sample]) -> tuple[float, Gradients]:
-    """Ten lines: one document at a time, cross-entropy of full logits, the sum over the number of targets.
+    """Return the loss and its gradients by parameter name.
 
-    `model`: a causal language model of transformers, unsharded, with its own attention or with ours. Its gradients are
-    those of this call, and are returned by parameter name together with the loss.
+    One document at a time, cross-entropy of full logits, the sum over the number of targets. `model`: a causal language
+    model of transformers, unsharded, with its own attention or with ours.
     """
     model.zero_grad(set_to_none=True)
-    total, targets = torch.zeros((), dtype=torch.float64), 0
+    total = torch.zeros((), dtype=torch.float64)
+    targets = 0
     for sample in samples:
-        ids, labels = (torch.from_numpy(part.astype("int64")) for part in (sample.input_ids, sample.labels))
+        ids = torch.from_numpy(sample.input_ids.astype("int64"))
+        labels = torch.from_numpy(sample.labels.astype("int64"))
         logits = model(input_ids=ids[None], use_cache=False, **_documents(model, len(ids))).logits[0]
         total = total + torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
         targets += int((labels != IGNORE_INDEX).sum())
+
     loss = total / targets
     loss.backward()  # type: ignore[no-untyped-call]
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return float(loss.detach()), {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained.items()}
+
+    gradients: Gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            gradients[name] = parameter.grad
+            if parameter.grad is None:  # experts that no token was sent to
+                gradients[name] = torch.zeros_like(parameter)
+
+    return float(loss.detach()), gradients
 
 
 def _documents(model: Any, tokens: int) -> dict[str, Any]:
-    """What our attention function wants besides, for a single document."""
+    """Return the arguments that our attention function needs besides, for a single document."""
     if model.config._attn_implementation != attention.NAME:
         return {}
     return {"document_starts": torch.tensor([0, tokens], dtype=torch.int32), "longest_document": tokens}
 
 
 def differences(found: Iterator[tuple[str, Tensor]], expected: Mapping[str, Tensor]) -> Iterator[tuple[str, float]]:
-    """The relative L2 difference of each tensor.
+    """Yield the relative L2 difference of each tensor.
 
-    One that is zero in theory (the gradient of a key bias without rotary embedding) is measured by the norm of all.
+    A tensor that is zero in theory (the gradient of a key bias without rotary embedding) is divided by the norm of all.
     """
     norms = {name: float(tensor.norm()) for name, tensor in expected.items()}
     total = max(sum(norm**2 for norm in norms.values()) ** 0.5, 1e-300)
     for name, tensor in found:
-        scale = norms[name] if norms[name] > 1e-10 * total else total
+        scale = total
+        if norms[name] > 1e-10 * total:
+            scale = norms[name]
         yield name, float((tensor - expected[name]).norm()) / scale
 
 
 class StaysDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside, nothing that is float64 is cast to float32.
+    """Turns casts from float64 to float32 off, while it is entered.
 
-    transformers computes norms, softmax and routers in float32 whatever the weights. The order in which it then sums
-    over tokens shows at 1e-7; in float64 throughout, what is the same function agrees to 1e-12.
+    transformers computes norms, softmax and routers in float32 whatever the weights. The order of sums over tokens then
+    makes differences of 1e-7; in float64 throughout, the same function agrees to 1e-12.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""A copy of an architecture small enough for any machine: the same structure, two layers, narrow, seeded weights."""
+"""Make a small copy of an architecture, for any machine: the same structure, two layers, narrow, seeded weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WIDTHS = {
     "n_group": 2,
     "topk_group": 1,
 }
-"""Largest values in the copy; what is smaller, zero or not there stays as it is."""
+"""The largest values in the copy; smaller values, zeros and absent keys stay as they are."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 NUM_EXPERTS = 8
 NOISE = ("dropout", "pdrop", "jitter_noise")
@@ -45,10 +45,10 @@ SMALL_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads
 
 
 def shrink(config: Any, vocab_size: int, pad_token_id: int | None = None) -> Any:
-    """The config of the copy. Head counts, and so the ratio of query to key heads, stay as they are.
+    """Return the config of the copy. Head counts stay as they are, and with them the ratio of query to key heads.
 
-    So do the kinds of layers (one of each of the first two kinds), biases, norms, scales, caps and tied weights.
-    `pad_token_id`: as in the smaller vocabulary, None when it has no such token.
+    The same holds for the kinds of layers (one of each of the first two kinds), biases, norms, scales, caps and tied
+    weights. `pad_token_id`: as in the smaller vocabulary, None when it has no such token.
     """
     raw = config.to_dict()
     text = config.get_text_config()
@@ -58,13 +58,14 @@ def shrink(config: Any, vocab_size: int, pad_token_id: int | None = None) -> Any
             raw[key] = _shrink_text(raw[key], text, vocab_size, pad_token_id)
         else:
             raw[key] |= {name: value for name, value in SMALL_VISION.items() if name in raw[key]}
+
     if text is config:
         raw = _shrink_text(raw, text, vocab_size, pad_token_id)
     return silent(type(config).from_dict(raw))
 
 
 def silent(config: Any) -> Any:
-    """Without dropout and noise, in place: what is drawn at random cannot be compared."""
+    """Turn dropout and noise off, in place, and return the config: random results cannot be compared."""
     for part in (config, config.get_text_config()):
         for name, value in list(vars(part).items()):
             if name.endswith(NOISE) and isinstance(value, float):
@@ -73,20 +74,27 @@ def silent(config: Any) -> Any:
 
 
 def _shrink_text(raw: dict[str, Any], text: Any, vocab_size: int, pad_token_id: int | None) -> dict[str, Any]:
-    names = getattr(text, "attribute_map", {})  # GPT-2 says n_embd for hidden_size
-    heads, head_dim = text.num_attention_heads, _head_dim(text)
+    names = getattr(text, "attribute_map", {})  # GPT-2 has n_embd for hidden_size
+    heads = text.num_attention_heads
+    head_dim = _head_dim(text)
     small_head = min(HEAD_DIM, head_dim)
-    derived = heads * head_dim == text.hidden_size
+
+    # Where the heads together are not as wide as the model, they must not be so in the copy.
+    hidden_size = heads * (small_head - 2)
+    if heads * head_dim == text.hidden_size:
+        hidden_size = heads * small_head
+
     small = raw | {name: min(raw[name], limit) for name, limit in WIDTHS.items() if _is_size(raw.get(name))}
     small |= {name: min(raw[name], NUM_EXPERTS) for name in EXPERTS if _is_size(raw.get(name))}
     small |= _two_layers(raw, text.num_hidden_layers)
     small["rope_parameters"] = _rope(raw.get("rope_parameters"), small_head)
-    for name in ("query_pre_attn_scalar", "attention_multiplier"):  # they stand for the width of a head
+    # Both scale attention by the width of a head: the first one grows with it, the other one shrinks.
+    for name, power in (("query_pre_attn_scalar", 1), ("attention_multiplier", -1)):
         if raw.get(name) is not None:
-            power = 1 if name == "query_pre_attn_scalar" else -1
             small[name] = type(raw[name])(raw[name] * (small_head / head_dim) ** power)
+
     sizes = {
-        "hidden_size": min(text.hidden_size, heads * small_head if derived else heads * (small_head - 2)),
+        "hidden_size": min(text.hidden_size, hidden_size),
         "num_hidden_layers": min(2, text.num_hidden_layers),
         "vocab_size": vocab_size,
     }
@@ -105,28 +113,30 @@ def _is_size(value: Any) -> bool:
 
 
 def _two_layers(raw: dict[str, Any], num_layers: int) -> dict[str, Any]:
-    """Every list with an entry for each layer, cut down to the first layer and the first that differs from it."""
+    """Return every list with an entry for each layer, cut to the first layer and the first that differs from it."""
     lists = {name: value for name, value in raw.items() if isinstance(value, list) and len(value) == num_layers}
-    kinds = [tuple(str(value[i]) for value in lists.values()) for i in range(num_layers)]
+    kinds = list(zip(*(map(str, value) for value in lists.values()), strict=True))
     second = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), min(1, num_layers - 1))
     chosen = (0, second)[: min(2, num_layers)]
-    small: dict[str, Any] = {name: [value[i] for i in chosen] for name, value in lists.items()}
+    small: dict[str, Any] = {name: list(map(value.__getitem__, chosen)) for name, value in lists.items()}
     if raw.get("mlp_only_layers"):
         small["mlp_only_layers"] = [0]
     return small
 
 
 def _rope(parameters: Any, head_dim: int) -> Any:
-    """Factors that stand for one pair of channels each are thinned out to the pairs that the narrow heads have."""
+    """Return the rotary parameters for narrow heads: of factors for each pair of channels only as many are left."""
     if not isinstance(parameters, dict):
         return parameters
     if all(isinstance(value, dict) for value in parameters.values()):
         return {kind: _rope(value, head_dim) for kind, value in parameters.items()}
+
     pairs = int(head_dim * parameters.get("partial_rotary_factor", 1.0)) // 2
     small = dict(parameters)
     for name in ("short_factor", "long_factor"):
         if name in small:
             small[name] = small[name][:: max(1, len(small[name]) // pairs)][:pairs]
+
     if "mrope_section" in small:
         small["mrope_section"] = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
     return small
@@ -146,6 +156,7 @@ def write_model(config: Any, folder: Path, seed: int) -> int:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(_drawn(parameter))
+
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
 

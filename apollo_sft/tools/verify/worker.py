@@ -1,4 +1,4 @@
-"""One process of `apollo-sft verify`: its layouts against the oracle, two steps each, all in float64.
+"""Run one process of `apollo-sft verify`: its layouts against the oracle, two steps each, all in float64.
 
 Started as `python -m apollo_sft.tools.verify.worker FOLDER`, alone or by torchrun. The process that is alone writes the
 oracle first; rank 0 of each start appends a line of JSON to FOLDER/results.jsonl for every layout that is done.
@@ -52,46 +52,65 @@ from apollo_sft.types import Growth
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is run. `base`: the model folder; `config`: the user's, ready for float64 on the CPU.
-
-    `growth`: tokens that are added to the model in `base`.
-    """
+    """The work of all processes."""
 
     config: SftConfig
+    """The user's, changed for float64 on the CPU."""
+
     base: Path
+    """The model folder."""
+
     layouts: list[Layout]
+
     growth: Growth | None = None
+    """Tokens that are added to the model in `base`."""
 
     def write(self, folder: Path) -> None:
-        layouts = [asdict(layout) for layout in self.layouts]
-        growth = None if self.growth is None else asdict(self.growth)
-        config = self.config.model_dump(mode="json")
-        raw = {"config": config, "base": str(self.base), "layouts": layouts, "growth": growth}
+        """Write the job into a folder."""
+        raw = {
+            "config": self.config.model_dump(mode="json"),
+            "base": str(self.base),
+            "layouts": [asdict(layout) for layout in self.layouts],
+            "growth": None,
+        }
+        if self.growth is not None:
+            raw["growth"] = asdict(self.growth)
+
         (folder / "job.json").write_text(json.dumps(raw), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Job:
+        """Read the job of a folder."""
         raw = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-        growth = None if raw["growth"] is None else Growth(**raw["growth"])
+        growth = None
+        if raw["growth"] is not None:
+            growth = Growth(**raw["growth"])
         return cls(validate(raw["config"]), Path(raw["base"]), [Layout(**layout) for layout in raw["layouts"]], growth)
 
     def hf_config(self) -> Any:
+        """Read the config of the model, with its added tokens and without dropout."""
         found = silent(as_files_hold(self.base, self.config.model))
-        return found if self.growth is None else load.with_rows(found, self.growth.rows)
+        if self.growth is None:
+            return found
+        return load.with_rows(found, self.growth.rows)
 
 
 def write_oracle(job: Job, store: SampleStore, folder: Path) -> Figures:
-    """Two steps in plain transformers, eager attention. Leaves losses, norms, gradients and weights in `folder`."""
-    hf_config, trust = job.hf_config(), job.config.model.trust_remote_code
+    """Run two steps in plain transformers, eager attention; write losses, norms, gradients and weights."""
+    hf_config = job.hf_config()
+    trust = job.config.model.trust_remote_code
     attention.register(attention.sdpa_kernel)
     model = load.load_with_weights(job.base, hf_config, torch.float64, trust, job.growth)
     adapter = lora.lora_config(job.config.model, str(job.base))
     if adapter is not None:
         lora.inject(model, adapter, torch.float64, job.config.model.lora_adapter_path)
+
     model.set_attn_implementation("eager")
+
     optimizer = build_optimizer(model, job.config.optim)
     spec = plan_spec(job.config.data, job.config.trainer.seed, Mesh(0, 1, 0, 1, None), hf_config)
-    losses, norms = [], []
+    losses = []
+    norms = []
     for step in range(STEPS):
         samples = [store[int(i)] for i in plan(store.lengths, spec, step).samples]
         with StaysDouble():  # type: ignore[no-untyped-call]
@@ -102,6 +121,7 @@ def write_oracle(job: Job, store: SampleStore, folder: Path) -> Figures:
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, limit)))
         save_file({name: grad.contiguous() for name, grad in gradients.items()}, folder / f"gradients-{step}.st")
         optimizer.step()
+
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     save_file(weights, folder / "weights.st")
     (folder / ORACLE_FILE).write_text(json.dumps({"losses": losses, "norms": norms}), encoding="utf-8")
@@ -109,7 +129,7 @@ def write_oracle(job: Job, store: SampleStore, folder: Path) -> Figures:
 
 
 def measure(job: Job, index: int, store: SampleStore, folder: Path, world: World) -> Figures:
-    """Two steps under one layout, compared on rank 0. Every rank calls it."""
+    """Run two steps under one layout, and compare them on rank 0. Every rank calls it."""
     config = with_values(job.config, job.layouts[index].values)
     expected = json.loads((folder / ORACLE_FILE).read_text(encoding="utf-8"))
     mesh = build_mesh(world, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
@@ -117,40 +137,52 @@ def measure(job: Job, index: int, store: SampleStore, folder: Path, world: World
     seed_everything(config.trainer.seed, world.rank)
     model, optimizer = assemble(config, job.base, hf_config, world, mesh, job.growth)
     loader = Loader(store, plan_spec(config.data, config.trainer.seed, mesh, hf_config), mesh.dp_rank, mesh.sp_size)
+
     results: list[StepResult] = []
-    off: list[tuple[float, float, str]] = []  # difference, its bound, what differs
+    found: list[tuple[float, float, str]] = []  # difference, its bound, what differs
     for step, bound in enumerate(BOUNDS):
         with StaysDouble():  # type: ignore[no-untyped-call]
             result = train_step(model, optimizer, loader.batch(step), world, config.optim.clip_grad)
         results.append(result)
-        for name, found, wanted in (
+        for name, value, wanted in (
             ("loss", result.loss, expected["losses"][step]),
             ("gradient norm", result.grad_norm, expected["norms"][step]),
         ):
-            off.append((abs(found - wanted) / abs(wanted), bound, f"{name} of step {step + 1}"))
-        gradients = _compared(_whole(model, gradients=True), folder / f"gradients-{step}.st", world.is_main)
-        off += [(difference, bound, f"step {step + 1}, gradient of {name}") for difference, name in gradients]
-    weights = _compared(_whole(model, gradients=False), folder / "weights.st", world.is_main)
-    off += [(difference, BOUNDS[-1], f"{name} after step {STEPS}") for difference, name in weights]
-    beyond = [part for part in off if not part[0] <= part[1]]  # what is not a number is beyond
-    worst = max(beyond, default=None)
-    wrong = "" if worst is None else f"{worst[0]:.1e} in {worst[2]}"
-    largest = max((part[0] for part in beyond or off), key=lambda difference: (difference != difference, difference))
+            found.append((abs(value - wanted) / abs(wanted), bound, f"{name} of step {step + 1}"))
+        gradients = _compared(_gathered(model, gradients=True), folder / f"gradients-{step}.st", world.is_main)
+        found += [(difference, bound, f"step {step + 1}, gradient of {name}") for difference, name in gradients]
+
+    weights = _compared(_gathered(model, gradients=False), folder / "weights.st", world.is_main)
+    found += [(difference, BOUNDS[-1], f"{name} after step {STEPS}") for difference, name in weights]
+
+    # `not <=` instead of `>`: NaN is beyond every bound. In the maximum it comes before all numbers.
+    beyond = [part for part in found if not part[0] <= part[1]]
+    wrong = ""
+    if beyond:
+        difference, _, what = max(beyond)
+        wrong = f"{difference:.1e} in {what}"
+
+    largest = max((part[0] for part in beyond or found), key=lambda difference: (difference != difference, difference))
     return Figures(index, results[0].loss, results[0].grad_norm, largest, wrong)
 
 
-def _whole(model: SftModel, gradients: bool) -> Iterator[tuple[str, Tensor]]:
-    """Every trained parameter, or its gradient, gathered from its shards. A collective: to be read to its end."""
+def _gathered(model: SftModel, gradients: bool) -> Iterator[tuple[str, Tensor]]:
+    """Yield every trained parameter, or its gradient, gathered from its shards. A collective: to be read to its end."""
     for name, parameter in strategy_of(model).by_rows(model, gradients).causal_lm.named_parameters():
-        if parameter.requires_grad:
-            tensor = parameter.detach()
-            if gradients:
-                tensor = torch.zeros_like(tensor) if parameter.grad is None else parameter.grad
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if not parameter.requires_grad:
+            continue
+        tensor = parameter.detach()
+        if gradients and parameter.grad is None:
+            tensor = torch.zeros_like(tensor)
+        elif gradients:
+            tensor = parameter.grad
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        yield name, tensor
 
 
 def _compared(found: Iterator[tuple[str, Tensor]], file: Path, is_main: bool) -> list[tuple[float, str]]:
-    """Differences and names, on rank 0; the other ranks take part in the gathering and keep nothing."""
+    """Return differences and names, on rank 0; the other ranks take part in the gathering and keep nothing."""
     if not is_main:
         return [(0.0, name) for name, _ in found]
     with safe_open(file, "pt") as opened:
@@ -161,14 +193,17 @@ def _compared(found: Iterator[tuple[str, Tensor]], file: Path, is_main: bool) ->
 def main(folder: Path) -> None:
     """Run all layouts of this number of processes."""
     setup_logging(is_main=False)
-    job, store = Job.read(folder), SampleStore(folder / "store")
+    job = Job.read(folder)
+    store = SampleStore(folder / "store")
     load_external_lib(job.config.model.external_lib)
     world = launch.start("cpu", needs_group=False)
     if world.size == 1:
         _report(write_oracle(job, store, folder), folder)
+
     for index, layout in enumerate(job.layouts):
         if layout.processes != world.size:
             continue
+        # A single process has a group only under the layouts that need one.
         if world.size == 1:
             launch.stop()
             world = launch.start("cpu", needs_group(with_values(job.config, layout.values).model, on_cuda=False))
@@ -176,21 +211,24 @@ def main(folder: Path) -> None:
         if world.is_main:
             _report(figures, folder)
         gc.collect()
+
     launch.stop()
 
 
 def _measure_or_fail(job: Job, index: int, store: SampleStore, folder: Path, world: World) -> Figures:
-    """A rank that fails leaves the others waiting, so it ends all of them; a process that is alone goes on."""
+    """Measure a layout. A rank that fails ends all of them, which would wait for it; a single process continues."""
     try:
         return measure(job, index, store, folder, world)
     except Exception as error:
-        text = str(error) if isinstance(error, ApolloError) else traceback.format_exc(limit=-2)
+        text = traceback.format_exc(limit=-2)
+        if isinstance(error, ApolloError):
+            text = str(error)
         failed = Figures(index, error=text)
         if world.size == 1:
             return failed
-        with suppress(FileExistsError), (folder / f"failed-{world.size}").open("x"):  # the first one speaks
+        with suppress(FileExistsError), (folder / f"failed-{world.size}").open("x"):  # the first one reports
             _report(failed, folder)
-        time.sleep(1)  # until it has spoken: torchrun ends all ranks with the first that leaves
+        time.sleep(1)  # until it has reported: torchrun ends all ranks with the first that leaves
         os._exit(1)
 
 

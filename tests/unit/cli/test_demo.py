@@ -18,7 +18,7 @@ def _demo(folder: Path) -> demo.Demo:
 
 def test_a_folder_with_files_of_others_is_refused_and_left_alone(tmp_path: Path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="not the demo's"):
+    with pytest.raises(ConfigError, match="was not made by the demo"):
         demo.main(["--folder", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -35,7 +35,7 @@ def test_the_command_is_printed_unwrapped_and_pastes_back(tmp_path: Path):
     command = demo.training_command(
         _demo(tmp_path / "a rather long name with spaces in it" / ("x" * 90)), "single_turn"
     )
-    demo._say_command(Console(file=output, width=40), command)
+    demo._print_command(Console(file=output, width=40), command)
     pasted = output.getvalue().replace("\\\n", " ")
     assert shlex.split(pasted) == command
 
@@ -54,7 +54,7 @@ def test_the_result_line_and_the_verdict(right: int, learned: bool):
     output = io.StringIO()
     truths = ["1 + 1 = 2\n#### 2"] * 200
     after = ["#### 2"] * right + ["#### 3"] * (200 - right)
-    said = demo._say_result(Console(file=output), demo.HeldOut(["q"] * 200, truths), [""] * 200, after, 61.0)
+    said = demo._print_result(Console(file=output), demo.HeldOut(["q"] * 200, truths), [""] * 200, after, 61.0)
     assert said is learned
     lines = output.getvalue().splitlines()
     assert "exact match before: 0 %" in lines

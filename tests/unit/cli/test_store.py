@@ -137,7 +137,7 @@ def test_a_damaged_store_is_shown_and_removed_as_unfinished(root: Path, capsys: 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["prune"], "nothing says what to remove"),
+        (["prune"], "needs to know what to remove"),
         (["prune", "--older-than", "30"], "such as 30d"),
         (["prune", "abcdefff"], "abcdefff names no store"),
         (["prune", "ab"], "ab names no store"),

@@ -74,7 +74,7 @@ CODE, OUTPUT = "```python\nprint(1)\n```\n", "```output\n1\n```\n"
         (f"{CODE}{CODE}{OUTPUT}done", "code without its output"),
         (f"{CODE}", "code without its output"),
         ("Only words.", "no tool is called"),
-        (f"{CODE}{OUTPUT}", "nothing is said after the last output"),
+        (f"{CODE}{OUTPUT}", "there is no text after the last output"),
         ("```python\n\n```\n" + OUTPUT + "done", "a code fence is empty"),
     ],
 )
