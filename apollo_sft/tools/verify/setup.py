@@ -16,7 +16,7 @@ from apollo_sft.config.sources import paths_of
 from apollo_sft.config.values import with_values
 from apollo_sft.data.store.store_files import SampleStore, StoreSummary, StoreWriter
 from apollo_sft.errors import DataError, ModelError
-from apollo_sft.model import attention, load, lora
+from apollo_sft.model import adapter_files, attention, load, lora
 from apollo_sft.report.log import setup_logging
 from apollo_sft.tools.verify.layouts import STEPS, layouts
 from apollo_sft.tools.verify.small_copy import shrink, silent, write_model
@@ -136,10 +136,10 @@ def _adapter(config: SftConfig, base: Path, real_weights: bool, folder: Path) ->
     model = load.load_with_weights(base, as_files_hold(base, config), torch.float32, config.model.trust_remote_code)
     lora.inject(model, adapter, torch.float32, continued)
     generator = torch.Generator().manual_seed(config.trainer.seed)
-    tensors = lora.adapter_tensors(model)
+    tensors = adapter_files.adapter_tensors(model)
     if continued is None:
         tensors = {n: 0.2 * torch.randn(t.shape, generator=generator) for n, t in tensors.items()}
-    lora.saved_config(model).save_pretrained(folder / "adapter")
+    adapter_files.saved_config(model).save_pretrained(folder / "adapter")
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "adapter" / "adapter_model.safetensors")
     return {"model.lora_adapter_path": str(folder / "adapter")}
 
