@@ -167,7 +167,9 @@ class Pulse:
 
 def _name(rank: int, host: str) -> str:
     """Return the name of a rank; `host` is empty before its first heartbeat."""
-    return f"rank {rank} on {host}" if host else f"rank {rank}"
+    if not host:
+        return f"rank {rank}"
+    return f"rank {rank} on {host}"
 
 
 def _place_of_main_thread() -> str:
