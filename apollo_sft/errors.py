@@ -1,4 +1,4 @@
-"""Every error that a user can cause or meet. One message says what, found, expected and what to do."""
+"""Every error that a user can cause or meet. One message has the problem, found, expected, and what to do."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ class CheckpointError(ApolloError):
 
 
 class BaseFilesError(CheckpointError):
-    """Files of the base model that are no longer where they were: what was trained is not at fault."""
+    """Files of the base model that are no longer where they were: the trained weights are not the problem."""
 
 
 class UploadError(ApolloError):
-    """The run is finished and its model whole, but it was not brought where `trainer.default_hdfs_dir` says."""
+    """The run is finished and its model complete, but it was not copied to `trainer.default_hdfs_dir`."""
 
     exit_code = 3
 
@@ -68,14 +68,14 @@ class AlreadyDone(ApolloError):  # noqa: N818 - it is no error: nothing is left 
     exit_code = 0
 
 
-class Preempted(ApolloError):  # noqa: N818 - the run can go on
-    """A signal asked for the end; the state is saved and the same command goes on from it."""
+class Preempted(ApolloError):  # noqa: N818 - the run can be resumed
+    """A signal ended the run; its state is saved, and the same command resumes it."""
 
     exit_code = 75
 
 
 class Stopped(BaseException):
-    """A signal, raised where the main thread is. Not an Exception: no library may take it for a failure of its own."""
+    """A signal, raised in the main thread. Not an Exception, so that no library handles it as a failure of its own."""
 
     exit_code = Preempted.exit_code
 
@@ -85,5 +85,5 @@ class TrainingError(ApolloError):
 
 
 def message_of(error: BaseException) -> str:
-    """Return the message of an error, and below it the stage of the run in which it came, if one has noted it."""
+    """Return the message of an error, and below it its notes: the stage of the run, if it was noted."""
     return "\n".join([str(error), *(f"  {note}" for note in getattr(error, "__notes__", ()))])

@@ -1,6 +1,7 @@
-"""Take secrets out of what is shown and written.
+"""Replace secrets in what is shown and written by `***`.
 
-They are known by their form, by the name before them, or as values of the environment.
+A secret is recognised by its form (`hf_…`, the password of a URL), by the name before it (`api_key=…`), or as the value
+of an environment variable with such a name.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ SECRETS = re.compile(
     r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"
     r"|(?<=\bBearer )[\w.~+/-]{8,}=*"
 )
-"""Values that are a secret wherever they stand."""
+"""Values that are a secret wherever they occur."""
 
 
 NAMES = (
@@ -30,25 +31,22 @@ SECRET_NAME = re.compile(rf"(?:.*[^a-z])?(?:{NAMES})", re.IGNORECASE)
 
 
 NAMED = re.compile(rf"((?<![a-z])(?:{NAMES})['\"]?\s*[=:]\s*['\"]?)[^\s'\"&,}}\]]+", re.IGNORECASE)
-"""`password=…`, `"api_key": "…"`. The name has to end there: `num_memory_tokens` is none."""
+"""`password=…`, `"api_key": "…"`. The name has to end there: `num_memory_tokens` does not match."""
 
 
 QUERY = re.compile(r"([?&][\w.-]*(?:sig|signature|token|key|credential|password|secret)=)[^&\s'\"]+", re.IGNORECASE)
-"""What signs a URL."""
+"""The signature or key in the query of a URL."""
 
 
 ENVIRONMENT = re.compile(r"(?:.*_)?(?:TOKEN|SECRET|PASSWORD|API_?KEY|ACCESS_KEY(?:_ID)?|SECRET_KEY|PRIVATE_KEY)")
 
 
 SHORTEST_SECRET = 8
+"""The least length of a value of the environment. A shorter one, such as `true`, may occur in ordinary text."""
 
 
 def redact(value: T) -> T:
-    """The text without secrets; a list or a dict with all its texts so. Everything else as it is.
-
-    Secrets are known by their form, by the name before them, or because a variable of the environment whose name says
-    so has that value.
-    """
+    """Return a text without secrets; a list or a dict with all its texts redacted; everything else unchanged."""
     if isinstance(value, str):
         return _redact_text(value)  # type: ignore[return-value]
     if isinstance(value, dict):
@@ -59,11 +57,13 @@ def redact(value: T) -> T:
 
 
 def _redact_item(name: object, item: T) -> T | str:
-    hidden = isinstance(name, str) and isinstance(item, str | int | float) and SECRET_NAME.fullmatch(name)
-    return "***" if hidden else redact(item)
+    if isinstance(name, str) and isinstance(item, str | int | float) and SECRET_NAME.fullmatch(name):
+        return "***"
+    return redact(item)
 
 
 def _redact_text(text: str) -> str:
+    # Values of the environment come first: the patterns below could cut one in two, and leave a part of it.
     for name, secret in os.environ.items():
         if len(secret) >= SHORTEST_SECRET and secret in text and ENVIRONMENT.fullmatch(name):
             text = text.replace(secret, "***")

@@ -1,4 +1,4 @@
-"""The values that travel between the layers. No behaviour beyond what their shape implies."""
+"""The values that the layers pass to each other. They have no behaviour beyond what their fields imply."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ IGNORE_INDEX = -100
 
 
 def ignore(*_: object) -> None:
-    """Do nothing: for callbacks that nobody listens to."""
+    """Do nothing: the default of a callback."""
 
 
 Message = dict[str, Any]
-"""One chat message: `role`, `content`, and what the template reads besides (`tool_calls`, `reasoning_content`, …)."""
+"""One chat message: `role`, `content`, and other keys of the template (`tool_calls`, `reasoning_content`, …)."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowRef:
-    """Where a row comes from: the file as the user named it, and the row's index in that file, from 0."""
+    """The place that a row comes from."""
 
     file: str
+    """The file as the user named it."""
     row: int
+    """The row's index in that file, from 0."""
 
     def __str__(self) -> str:
         return f"{self.file} row {self.row}"
@@ -35,51 +37,51 @@ class RowRef:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One validated row. `template_kwargs` are this row's own template arguments (for example `enable_thinking`).
-
-    `untrained`: indices of messages that the row itself takes out of training.
-    """
+    """One validated row."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None
     template_kwargs: dict[str, Any]
+    """This row's own template arguments, for example `enable_thinking`."""
     ref: RowRef
     untrained: frozenset[int] = frozenset()
+    """Indices of messages that the row itself excludes from training."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One rendered conversation.
-
-    `input_ids` and `labels` are int32 of shape (tokens,). `labels[t]` is the token that position t must predict,
-    or IGNORE_INDEX: already shifted, never to be shifted again. `turns` are the indices of the trained messages.
-    """
+    """One rendered conversation."""
 
     input_ids: np.ndarray
+    """int32 of shape (tokens,)."""
     labels: np.ndarray
+    """int32 of shape (tokens,). `labels[t]` is the token that position t must predict, or IGNORE_INDEX: already
+    shifted, never to be shifted again."""
     ref: RowRef
     turns: tuple[int, ...]
+    """Indices of the trained messages."""
 
     @property
     def num_targets(self) -> int:
+        """Return the number of positions with a label."""
         return int((self.labels != IGNORE_INDEX).sum())
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One forward on one rank: documents packed into one row, without padding.
-
-    `input_ids`, `labels`, `position_ids`: int64 of shape (1, tokens); positions restart at 0 in every document.
-    `document_starts`: int32 of shape (documents + 1,), the first position of each document and the total.
-    `sources`: the source of the data that each sample is of, int64 of shape (samples,); None where there is only one.
-    """
+    """One forward on one rank: documents packed into one row, without padding."""
 
     input_ids: torch.Tensor
+    """int64 of shape (1, tokens)."""
     labels: torch.Tensor
+    """int64 of shape (1, tokens)."""
     position_ids: torch.Tensor
+    """int64 of shape (1, tokens). Positions restart at 0 in every document."""
     document_starts: torch.Tensor
+    """int32 of shape (documents + 1,): the first position of each document, and the total."""
     num_targets: int
     sources: torch.Tensor | None = None
+    """The source of the data of each sample, int64 of shape (samples,); None where there is only one source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,38 +94,42 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """Tokens that are added to a base model, and their ids.
+    """Tokens that are added to a base model.
 
-    `held`: rows of its embeddings, of which the first `known` stand for tokens that it had; `rows`: with the new ones.
-    An id below `held` is that of a row that stood for nothing.
+    Embeddings often have more rows than there are tokens. A base with 100 tokens and 104 rows to which 6 tokens are
+    added, for example: known=100, held=104, ids 100 to 105, rows=106.
     """
 
     tokens: tuple[str, ...]
     ids: tuple[int, ...]
+    """Their ids. One below `held` has a row that no token used before."""
     known: int
+    """Number of the first rows that belong to tokens of the base."""
     held: int
+    """Number of rows in the base's files."""
     rows: int
+    """Number of rows with the new tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """The model a run starts from, as it lies on disk.
-
-    `source` is what the user wrote (a path or a hub id); `folder` the local copy; `tensors` what its safetensors
-    files hold, by name (empty when the base has no safetensors files). With `growth`, `config` is that of the grown
-    model, and `tensors` are still what the files hold.
-    `added_tokens`: what the tokenizer must know as added tokens besides its own, new ones and words of its vocabulary.
-    `untied`: names of tensors that the base's own config.json ties, while its files hold a value of its own for each;
-    `config` does not tie them. `carried`: files of the folder that are copied beside the trained weights; `left_out`:
-    why others are not, by name.
-    """
+    """The model that a run starts from, on disk."""
 
     source: str
+    """A path or a hub id, as the user wrote it."""
     folder: Path
+    """The local copy."""
     config: dict[str, Any]
+    """config.json; with `growth`, that of the model with the added tokens."""
     tensors: dict[str, TensorSpec]
+    """The tensors in its safetensors files, by name, without added tokens; empty when it has no such files."""
     growth: Growth | None = None
     added_tokens: tuple[str, ...] = ()
+    """Tokens that the tokenizer must get as added tokens: new ones, and words of its vocabulary."""
     untied: tuple[str, ...] = ()
+    """Names of tensors that the base's own config.json ties, while its files hold a value of its own for each. `config`
+    does not tie them."""
     carried: tuple[str, ...] = ()
+    """Files of the folder that are copied beside the trained weights."""
     left_out: Mapping[str, str] = field(default_factory=dict)
+    """The reasons why other files are not copied, by name."""

@@ -1,4 +1,4 @@
-"""The spellings of verl and AlphaApollo, in one table. Applied to the parsed overrides, before they meet the yaml."""
+"""The spellings of verl and AlphaApollo, in one table. Applied to parsed overrides, before the yaml is composed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WITHOUT_EFFECT = {
     "data.num_workers": "batches are read ahead by one thread",
     "trainer.balance_batch": "see data.balance_dp_token",
 }
-"""Accepted, with a line that says why it changes nothing."""
+"""Keys that are accepted, with a note that they have no effect, and the reason."""
 
 REFUSED = {
     "trainer.resume_path": "use trainer.resume_mode and trainer.resume_from_path",
@@ -44,17 +44,17 @@ REFUSED = {
     "engine.reshard_after_forward": "use model.fsdp_config.reshard_after_forward",
     "engine.param_offload": "use model.fsdp_config.cpu_offload",
     "engine.ulysses_sequence_parallel_size": "use ulysses_sequence_parallel_size",
-    "model.tokenizer_path": "the tokenizer lies in the folder of model.partial_pretrain",
+    "model.tokenizer_path": "the tokenizer is in the folder of model.partial_pretrain",
     "model.enable_activation_offload": "use model.enable_gradient_checkpointing",
 }
-"""Not accepted; what to do instead."""
+"""Keys that are not accepted, and what to do instead."""
 
 REFUSED_SECTIONS = {
-    "engine": "the keys of sharding and dtype stand below model.fsdp_config; apollo-sft train --help lists every key",
+    "engine": "the keys of sharding and dtype are below model.fsdp_config; apollo-sft train --help lists every key",
     "actor_rollout_ref": "that is a key of the RL trainer; here the model is model.partial_pretrain",
     "algorithm": "that is a key of the RL trainer",
     "critic": "that is a key of the RL trainer",
     "reward_model": "that is a key of the RL trainer",
     "hydra": "Hydra reads the command line here, but does not run the program: it has no folder and no log to set",
 }
-"""Whole sections that are not accepted, for the keys that no other table names."""
+"""Sections that are not accepted as a whole, for the keys that no other table names."""

@@ -1,7 +1,10 @@
-"""What a key of the configuration says of itself, and the base class of the sections, which demands that it does.
+"""The facts that every key of the configuration declares, and the base class of the sections, which requires them.
 
-A key stands in one place, as a field of a section: its type and range, its default, a `Key`, and below it a docstring.
-What the rest of the program has to know about keys is read from there.
+A key is defined in one place, as a field of a section: its type and range, its default, a `Key`, and below it a
+docstring. The rest of the program reads everything about keys from there. For example:
+
+    lr: Annotated[float, Field(gt=0), Key(changes=MODEL, example="2e-5")] = 1e-5
+    \"\"\"Peak learning rate, above 0.\"\"\"
 """
 
 from __future__ import annotations
@@ -17,10 +20,10 @@ from pydantic.fields import FieldInfo
 
 
 class Changes(enum.Flag):
-    """What is another one after the value of a key has changed. A key may change several of them."""
+    """The parts of a training that a change of a key's value changes. A key may change several of them."""
 
     NOTHING = 0
-    """Nothing of the training: where files lie, what is shown, how the model is validated, saved and handed over."""
+    """Nothing of the training: the places of files, what is shown, how the model is validated, saved and exported."""
     TOKENS = enum.auto()
     """The samples: their tokens, and which of these are trained."""
     ORDER = enum.auto()
@@ -30,9 +33,9 @@ class Changes(enum.Flag):
     NUMERICS = enum.auto()
     """The precision or the formulas of a step: numbers differ by more than the order of a sum."""
     LAYOUT = enum.auto()
-    """How the same step is divided and computed: over processes, in which pieces, by which kernels, on which device."""
+    """The way in which the same step is divided and computed: processes, micro-batches, kernels, devices."""
     LENGTH = enum.auto()
-    """After how many steps the run ends."""
+    """The number of steps of the run."""
 
 
 NOTHING = Changes.NOTHING
@@ -50,24 +53,24 @@ AS_SET: Any = object()
 
 @dataclass(frozen=True, slots=True)
 class Unused:
-    """A condition under which a key has no effect. `when` ends the sentence "KEY has no effect …".
-
-    `holds` tells whether a configuration fulfils it. `remedy`: an override that ends it, where the defaults fulfil it.
-    """
+    """A condition under which a key has no effect."""
 
     when: str
+    """The end of the sentence "KEY has no effect …"."""
     holds: Callable[[Any], bool]
+    """Returns whether a configuration fulfils it."""
     remedy: str | None = None
+    """An override that ends it, where the defaults fulfil it."""
 
 
 def unused_without(override: str) -> Unused:
-    """Make the condition of a key that needs `override`, written KEY=VALUE. The defaults must have another value."""
+    """Build the condition of a key that needs `override`, written KEY=VALUE. The defaults must have another value."""
     key, _, value = override.partition("=")
     return Unused(f"without {override}", lambda config: written(attrgetter(key)(config)) != value, override)
 
 
 def unused_with(override: str, remedy: str | None = None) -> Unused:
-    """Make the condition of a key that is of no use with `override`, written KEY=VALUE."""
+    """Build the condition of a key that has no effect with `override`, written KEY=VALUE."""
     key, _, value = override.partition("=")
     return Unused(f"with {override}", lambda config: written(attrgetter(key)(config)) == value, remedy)
 
@@ -79,23 +82,24 @@ class Key:
     changes: Changes
 
     example: str | None = None
-    """A value that a user might give. A key with true and false, or with choices, needs none: another one is taken."""
+    """A value that a user might give. A key of true and false, or of choices, needs none: another choice is taken."""
     needs: str | None = None
     """An override that the example needs: without it the value would be refused or would change nothing."""
     unused: Unused | None = None
-    """When the key has no effect. That is said, not refused."""
+    """The condition under which the key has no effect. The user gets a note then; it is not refused."""
 
     per_host: bool = False
-    """It says where something lies on a host. Hosts may differ in it; what lies there is compared."""
+    """It is a place on a host. Hosts may differ in it; the contents are compared."""
     by_content: bool = False
-    """A run that goes on compares what the value leads to, not the value."""
+    """For a resumed run the contents that the value leads to are compared, not the value."""
     stored_as: str | None = None
-    """Of a key that changes tokens: the part of a store's key that speaks for it. None: its value stands there."""
+    """For a key that changes tokens: the part of a store's key that represents it. None: its value is there."""
 
     neutral: Any = UNSET
-    """Of a key that changes the layout: its value in the plainest one, or AS_SET. `apollo-sft verify` starts there."""
+    """For a key that changes the layout: its value in the plainest layout, with which `apollo-sft verify` starts, or
+    AS_SET."""
     written: str | None = None
-    """The default as the yaml has it, where a user would write it in another way than the schema."""
+    """The default in the yaml, where a user would write it in another way than the schema."""
 
 
 class Frozen(BaseModel):
@@ -107,7 +111,7 @@ class Frozen(BaseModel):
 class Section(Frozen):
     """A part of the configuration. Its fields are keys or sections.
 
-    Raises: TypeError, when the class is made, for a key that does not say what it changes or has no default.
+    Raises: TypeError, when the class is created, for a key that does not declare what it changes, or has no default.
     """
 
     @classmethod
@@ -119,9 +123,11 @@ class Section(Frozen):
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
-    """The section that a field holds; None when the field is a key."""
+    """Return the section that a field holds; None when the field is a key."""
     kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+    if isinstance(kind, type) and issubclass(kind, Section):
+        return kind
+    return None
 
 
 def keys_in(section: type[Section]) -> dict[str, Key]:
@@ -131,7 +137,7 @@ def keys_in(section: type[Section]) -> dict[str, Key]:
 
 
 def fields_below(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """(dotted name, field) of everything in a section, sections included, in order."""
+    """Yield (dotted name, field) for everything in a section, sections included, in order."""
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}", field
         inner = section_of(field)
@@ -156,21 +162,23 @@ def _key_of(field: FieldInfo) -> Key:
 
 
 def _check_complete(name: str, field: FieldInfo) -> None:
+    """Raise a TypeError for an incomplete key, with what to write, for the person who adds it."""
     own = name.rpartition(".")[2]
     if not any(isinstance(item, Key) for item in field.metadata):
         choices = ", ".join(str(choice.name) for choice in (NOTHING, *Changes))
         raise TypeError(
-            f"the key {name} does not say what a change of its value changes\n"
+            f"the key {name} does not declare what a change of its value changes\n"
             f'  to do:    write {own}: Annotated[…, Key(changes=…, example="…")] = …, and below it a docstring\n'
-            f"  changes:  one of {choices}, or several as A | B; class Changes in config/keys.py says what they mean"
+            f"  changes:  one of {choices}, or several as A | B; class Changes in config/keys.py explains them"
         )
+
     if field.is_required():
         raise TypeError(f"the key {name} has no default\n  to do:    write {own}: Annotated[…, Key(…)] = its default")
 
     key = _key_of(field)
     if LAYOUT in key.changes and key.neutral is UNSET:
         raise TypeError(
-            f"the key {name} changes the layout, but does not say with which value apollo-sft verify starts\n"
+            f"the key {name} changes the layout, but does not declare with which value apollo-sft verify starts\n"
             "  to do:    Key(…, neutral=its value in the plainest layout), or neutral=AS_SET for the user's own value"
         )
     if LAYOUT not in key.changes and key.neutral is not UNSET:

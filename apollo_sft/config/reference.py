@@ -1,7 +1,7 @@
-"""The part of docs/configuration.md that is made from the schema and the table of spellings.
+"""The part of docs/configuration.md that is generated from the schema and the table of spellings.
 
-`python -m apollo_sft.config.reference docs/configuration.md apollo_sft/config/sft_trainer.yaml` writes both anew: the
-whole yaml, and of the page what stands between two marks.
+`python -m apollo_sft.config.reference docs/configuration.md apollo_sft/config/sft_trainer.yaml` rewrites both: the
+whole yaml, and the part of the page between two marks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BEGIN = "<!-- Made by `make docs-reference` from the schema and the aliases. Do 
 END = "<!-- End of what is made. -->"
 TYPES = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text", "object": "dict"}
 CHOICES = {"trainer.logger": LOGGERS}
-"""What the schema leaves to the cross-checks."""
+"""The choices of keys that the schema leaves to the cross-checks."""
 LINK = re.compile(r"\bdocs/(\w+\.md)\b")
 LITERAL = re.compile(
     r"(?P<kept>`[^`]*`|\[[^\]]*\]\([^)]*\))"  # what is Markdown already
@@ -40,36 +40,43 @@ LITERAL = re.compile(
 
 
 def example(key: str) -> str:
-    """Overrides that set the key, as they are given on a command line.
+    """Return the overrides that set the key, as they are given on a command line.
 
-    Raises: ConfigError where nobody has written one.
+    Raises: ConfigError where the key has no example.
     """
-    own = f"{key}={_example_value(key)}"
-    quoted = f'"{own}"' if " " in own else own
+    text = f"{key}={_example_value(key)}"
+    if " " in text:
+        text = f'"{text}"'
+
     needed = needed_by(key)
-    return quoted if needed is None else f"{quoted} {needed}"
+    if needed is not None:
+        text += f" {needed}"
+    return text
 
 
 def needed_by(key: str) -> str | None:
-    """The override that the example of a key needs, without which it would be refused or change nothing."""
+    """Return the override that the example of a key needs, without which it would be refused or change nothing."""
     facts = KEYS[key]
-    remedy = facts.unused.remedy if facts.unused is not None else None
-    return facts.needs or remedy
+    if facts.needs or facts.unused is None:
+        return facts.needs
+    return facts.unused.remedy
 
 
 def kind(key: str) -> str:
-    """Type and range or choices, for a person."""
+    """Describe type and range or choices, for a person."""
     choices = CHOICES.get(key)
-    return f"any of {_coded(choices)}" if choices else _spoken(_shape(key))
+    if choices:
+        return f"any of {_coded(choices)}"
+    return _described(_shape(key))
 
 
 def generated() -> str:
-    """The reference in Markdown: every key, then the other spellings."""
+    """Return the reference in Markdown: every key, then the other spellings."""
     return "\n\n".join(["## Every key", *_reference(), *_spellings()])
 
 
 def renewed(page: str) -> str:
-    """The page with the made part as it should be. Raises: ConfigError when the page lacks the marks."""
+    """Return the page with its generated part renewed. Raises: ConfigError when the page lacks the marks."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -78,28 +85,40 @@ def renewed(page: str) -> str:
 
 
 def _example_value(key: str) -> str:
-    given, shape = KEYS[key].example, _shape(key)
+    """Return the example that the key declares, else another choice than the default."""
+    given = KEYS[key].example
     if given is not None:
         return given
+
+    shape = _shape(key)
     default = shape.get("default")
     if shape.get("type") == "boolean":
         return written(not default)
+
     for choice in shape.get("enum", ()):
         if choice != default:
             return str(choice)
+
     raise ConfigError(f"{key} has no example for the reference", fix='add one to its Key: example="…"')
 
 
 def _reference() -> Iterator[str]:
+    """Yield the paragraphs of every section and key."""
     top = None
     for entry in entries():
         if entry.top != top:
             top = entry.top
-            yield f"### `{top}`\n\n{_marked(entry.meaning)}" if top else "### Without a section"
+            if top:
+                yield f"### `{top}`\n\n{_marked(entry.meaning)}"
+            else:
+                yield "### Without a section"
+
+        # A section: an outermost one has its heading already.
         if entry.default is None:
             if "." in entry.key:
                 yield f"#### `{entry.key}`\n\n*A section.* {_marked(entry.meaning)}"
             continue
+
         facts = f"{kind(entry.key)} · default `{entry.default}`"
         use = f"```\n{example(entry.key)}\n```"
         meaning = _marked(entry.meaning, CHOICES.get(entry.key) or _shape(entry.key).get("enum", ()))
@@ -108,14 +127,14 @@ def _reference() -> Iterator[str]:
 
 def _spellings() -> Iterator[str]:
     yield "## Other spellings"
-    yield "Other names of a key, as verl and AlphaApollo spell it, are read as ours. The start of the run says so:"
+    yield "Other names of a key, as verl and AlphaApollo spell it, are read as ours, with a note when the run starts:"
     yield _table("given", "read as", {given: f"`{ours}`" for given, ours in RENAMED.items()})
     yield "Two spellings of one key that differ are refused. These are accepted and change nothing:"
     yield _table("given", "why", {name: _marked(reason) for name, reason in WITHOUT_EFFECT.items()})
-    yield "These are refused, because what they ask for is said by another key or does not exist here:"
+    yield "These are refused, because another key has their function, or because it does not exist here:"
     sections = {f"{name}.*": reason for name, reason in REFUSED_SECTIONS.items()}
     yield _table("given", "what to do", {name: _marked(reason) for name, reason in (REFUSED | sections).items()})
-    yield "[Coming from verl and AlphaApollo](from_verl.md) says key by key what is the same."
+    yield "[Coming from verl and AlphaApollo](from_verl.md) compares them key by key."
 
 
 def _table(first: str, second: str, rows: Mapping[str, str]) -> str:
@@ -123,11 +142,14 @@ def _table(first: str, second: str, rows: Mapping[str, str]) -> str:
 
 
 def _marked(comment: str, choices: Sequence[str] = ()) -> str:
-    """A meaning as Markdown: links to other pages, everything that is code as code."""
+    """Return a meaning as Markdown: links to other pages, and code in backticks."""
     for choice in choices:
         word = rf"(?<!`)\b{re.escape(choice)}\b"
+        # A choice may be an ordinary word, too ("left", "all"): where it is explained in brackets, only that place is.
         explained = rf"{word}(?= \()"
-        comment = re.sub(explained if re.search(explained, comment) else word, f"`{choice}`", comment)
+        pattern = explained if re.search(explained, comment) else word
+        comment = re.sub(pattern, f"`{choice}`", comment)
+
     linked = LINK.sub(r"[\1](\1)", comment)
     return LITERAL.sub(lambda found: found[0] if found["kept"] else f"`{found[0]}`", linked)
 
@@ -137,7 +159,7 @@ def _coded(values: Iterable[object]) -> str:
 
 
 def _shape(key: str) -> dict[str, Any]:
-    """What the schema says of a key, as JSON schema."""
+    """Return the JSON schema of a key."""
     schema = _whole_shape()
     shape = schema
     for part in key.split("."):
@@ -152,32 +174,45 @@ def _whole_shape() -> dict[str, Any]:
     return SftConfig.model_json_schema()
 
 
-def _spoken(shape: dict[str, Any]) -> str:
+def _described(shape: dict[str, Any]) -> str:
+    """Describe a JSON schema in words. A description that the schema has comes first."""
     if "description" in shape:
         return str(shape["description"]).replace("null", "`null`")
     if "anyOf" in shape:
-        return ", or ".join(_spoken(each) for each in shape["anyOf"])
+        return ", or ".join(_described(each) for each in shape["anyOf"])
     if "enum" in shape or "const" in shape:
         return _coded(shape.get("enum", [shape.get("const")])).replace(", ", " or ")
+
     if shape["type"] == "array":
-        count = f" of {shape['minItems']}" if shape.get("minItems", 0) == shape.get("maxItems") else ""
-        return f"list{count}: {_spoken(shape['items'])}"
-    return {"null": "`null`"}.get(shape["type"]) or f"{TYPES[shape['type']]}{_range(shape)}"
+        count = ""
+        if shape.get("minItems", 0) == shape.get("maxItems"):
+            count = f" of {shape['minItems']}"
+        return f"list{count}: {_described(shape['items'])}"
+
+    if shape["type"] == "null":
+        return "`null`"
+    return f"{TYPES[shape['type']]}{_range(shape)}"
 
 
 def _range(shape: dict[str, Any]) -> str:
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {_number(shape[name])}" for name, sign in signs.items() if name in shape]
-    return f" {' and '.join(bounds)}" if bounds else ""
+    if not bounds:
+        return ""
+    return f" {' and '.join(bounds)}"
 
 
 def _number(value: float) -> str:
-    power = value.bit_length() - 1 if isinstance(value, int) and value > 0 else 0
-    return f"2^{power}" if power > 20 and value == 2**power else f"{value:g}"
+    """Write a bound; a large power of two as such: 2^63."""
+    if isinstance(value, int) and value > 0:
+        power = value.bit_length() - 1
+        if power > 20 and value == 2**power:
+            return f"2^{power}"
+    return f"{value:g}"
 
 
 def main(arguments: list[str]) -> None:
-    """Write the made part of the page anew, and the yaml. Arguments: the paths of both."""
+    """Rewrite the generated part of the page, and the yaml. Arguments: the paths of both."""
     page, in_yaml = map(Path, arguments)
     page.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")
     in_yaml.write_text(yaml_text(), encoding="utf-8")

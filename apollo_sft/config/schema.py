@@ -1,7 +1,7 @@
-"""The configuration as frozen, strictly typed values, and what the program knows of each key.
+"""The configuration as frozen, strictly typed values, and the facts about each key.
 
-A key stands in `sections/`, once: type, range, default, what a change of it changes, an example, and a docstring.
-sft_trainer.yaml, `--help` and docs/configuration.md are made from it.
+A key is defined once, in `sections/`: type, range, default, what a change of it changes, an example, and a docstring.
+sft_trainer.yaml, `--help` and docs/configuration.md are generated from it.
 """
 
 from __future__ import annotations
@@ -54,4 +54,4 @@ KEYS = keys_below(SftConfig)
 NEUTRAL: dict[str, Any] = {
     name: key.neutral for name, key in KEYS.items() if LAYOUT in key.changes and key.neutral is not AS_SET
 }
-"""The plainest layout. Other keys of the layout say which machines there are, or name a kernel or a class of layers."""
+"""The plainest layout. The other keys of the layout describe the machines, or name a kernel or a class of layers."""

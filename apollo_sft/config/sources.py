@@ -1,4 +1,9 @@
-"""The entries of data.train_files and data.val_files: the paths in them, what each is called, and what cannot be."""
+"""The entries of data.train_files and data.val_files: their paths, their names, and what is refused in them.
+
+[{path: math/train.parquet}, {path: code/train.parquet}], for example: both would be called `train`, so their folders
+are added, and they are `math_train` and `code_train`. [math/train.parquet, code/train.parquet] has no names: paths
+alone are one set of data.
+"""
 
 from __future__ import annotations
 
@@ -15,55 +20,73 @@ ENDINGS = (".gz", ".zst", ".parquet", ".jsonl", ".ndjson", ".json", ".arrow", ".
 
 
 def paths_of(entries: Entries) -> tuple[str, ...]:
-    """Every path, in order."""
-    return tuple(path for entry in entries for path in own_paths(entry))
+    """List every path, in order."""
+    paths: list[str] = []
+    for entry in entries:
+        paths += own_paths(entry)
+    return tuple(paths)
 
 
 def own_paths(entry: str | FileSet) -> tuple[str, ...]:
+    """Return the paths of one entry."""
     return (entry,) if isinstance(entry, str) else entry.path
 
 
 def named(entries: Entries) -> dict[str, str | FileSet]:
-    """The entries by name, or none where all of them are paths: these are one set of data.
+    """Return the entries by name; none where all of them are paths, which are one set of data.
 
-    An entry without a name is called after its file or folder; where two would be called the same, the folders above
-    them are added.
+    An entry without a name gets the name of its file or folder; where two names would be equal, the folders above them
+    are added.
     """
-    return dict(zip(_names(entries), entries, strict=True)) if _are_sources(entries) else {}
+    if not _are_sources(entries):
+        return {}
+    return dict(zip(_names(entries), entries, strict=True))
 
 
 def refused(data: DataConfig) -> Iterator[ConfigError]:
-    """What the entries themselves show to be impossible."""
-    for key, entries in (("data.train_files", data.train_files), ("data.val_files", data.val_files)):
-        if not _are_sources(entries):
-            continue
-        yield from _same_names(key, entries)
-        limit = "train_max_samples" if key == "data.train_files" else "val_max_samples"
-        if getattr(data, limit) != -1:
-            fix = "max_samples of each source" if limit == "train_max_samples" else "smaller files"
-            yield ConfigError(
-                f"data.{limit} counts over all files, but {key} has sources",
-                found=getattr(data, limit),
-                fix=f"data.{limit}=-1, and {fix}",
-            )
-        if data.custom_cls.path is not None:
-            yield ConfigError(
-                f"{key} has sources, but data.custom_cls reads all files itself",
-                fix="paths alone; the class may repeat rows or leave them out",
-            )
-    yield from _numbers(data.train_files)
+    """Yield an error for each impossible entry, and for each key that sources exclude."""
+    yield from _refused_keys(data, "train_files", "train_max_samples", "max_samples of each source")
+    yield from _refused_keys(data, "val_files", "val_max_samples", "smaller files")
+    yield from _refused_numbers(data.train_files)
 
 
-def _numbers(entries: Entries) -> Iterator[ConfigError]:
+def _refused_keys(data: DataConfig, name: str, limit: str, instead: str) -> Iterator[ConfigError]:
+    key = f"data.{name}"
+    entries = getattr(data, name)
+    if not _are_sources(entries):
+        return
+
+    yield from _same_names(key, entries)
+    if getattr(data, limit) != -1:
+        yield ConfigError(
+            f"data.{limit} counts over all files, but {key} has sources",
+            found=getattr(data, limit),
+            fix=f"data.{limit}=-1, and {instead}",
+        )
+
+    if data.custom_cls.path is not None:
+        yield ConfigError(
+            f"{key} has sources, but data.custom_cls reads all files itself",
+            fix="paths alone; the class may repeat rows or leave them out",
+        )
+
+
+def _refused_numbers(entries: Entries) -> Iterator[ConfigError]:
+    """Yield an error for each entry whose share of an epoch is not determined, or is given twice."""
     has_weights = any(isinstance(entry, Source) and entry.weight is not None for entry in entries)
     for number, entry in enumerate(entries):
-        weight = entry.weight if isinstance(entry, Source) else None
-        most = entry.max_samples if isinstance(entry, Source) else None
         where = f"data.train_files[{number}]"
+        weight: float | None = None
+        most: int | None = None
+        if isinstance(entry, Source):
+            weight = entry.weight
+            most = entry.max_samples
+
         if weight is not None and most is not None:
             yield ConfigError(
                 f"{where} has both weight and max_samples", found=f"{weight:g} and {most:,}", fix="give one of them"
             )
+
         if has_weights and weight is None and most is None:
             yield ConfigError(
                 f"{where} has neither weight nor max_samples, but another source has a weight",
@@ -83,8 +106,11 @@ def _are_sources(entries: Entries) -> bool:
 
 
 def _names(entries: Entries) -> list[str]:
+    """Return a name for each entry: the last parts of its first path, as many as make it differ from the others."""
     parts = [_parts(entry) for entry in entries]
     depths = [1] * len(parts)
+
+    # In each round, the names that occur twice get one folder more, until none does or no folder is left.
     while True:
         names = ["_".join(reversed(of_entry[:depth])) for of_entry, depth in zip(parts, depths, strict=True)]
         counts = Counter(names)
@@ -96,11 +122,18 @@ def _names(entries: Entries) -> list[str]:
 
 
 def _parts(entry: str | FileSet) -> list[str]:
-    """What an entry may be called by, the last part of its first path first; the name alone if it has one."""
+    """Return the parts from which an entry's name is made: those of its first path, the last one first.
+
+    An entry with a name of its own has that alone.
+    """
     if isinstance(entry, FileSet) and entry.name is not None:
         return [entry.name]
+
+    # Without a secret in a URL: the name becomes part of the names of metrics.
     *folders, last = redact(own_paths(entry)[0]).rpartition("://")[2].strip("/").split("/")
     for ending in ENDINGS:
         last = last.removesuffix(ending)
+
+    # A part with a wildcard names nothing.
     whole = [re.sub(r"[^A-Za-z0-9_.-]+", "-", part) for part in (*folders, last) if not set(part) & set("*?[")]
     return [part for part in reversed(whole) if part.strip("-.")] or ["data"]

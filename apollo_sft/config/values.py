@@ -1,8 +1,9 @@
-"""Single values of a configuration, by their keys: read, and changed in a copy."""
+"""Read single values of a configuration by their keys, and change them in a copy."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 from apollo_sft.config.compose import validate
@@ -10,7 +11,7 @@ from apollo_sft.config.schema import ModelConfig, SftConfig
 
 
 def with_values(config: SftConfig, values: Mapping[str, Any]) -> SftConfig:
-    """The config with other values, checked again. Keys are dotted. Raises: ConfigError."""
+    """Return the config with other values, by dotted keys, validated again. Raises: ConfigError."""
     raw = config.model_dump()
     for key, value in values.items():
         *sections, name = key.split(".")
@@ -22,13 +23,10 @@ def with_values(config: SftConfig, values: Mapping[str, Any]) -> SftConfig:
 
 
 def value_of(config: SftConfig, key: str) -> Any:
-    """Of a dotted key."""
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
+    """Return the value of a dotted key."""
+    return attrgetter(key)(config)
 
 
 def trains_adapter(model: ModelConfig) -> bool:
-    """Return whether LoRA is trained, new or continued, in place of all weights."""
+    """Return whether LoRA is trained, new or continued, instead of all weights."""
     return model.lora_rank > 0 or model.lora_adapter_path is not None

@@ -1,4 +1,4 @@
-"""sft_trainer.yaml as the schema gives it: every key with its default, below what its docstring says."""
+"""The text of sft_trainer.yaml, generated from the schema: every key with its default, below its docstring."""
 
 from __future__ import annotations
 
@@ -25,31 +25,30 @@ HEADER = """\
 #   lists: data.train_files=[a.parquet,b.parquet]   dicts: data.apply_chat_template_kwargs={enable_thinking: false}
 #   null switches an optional key off. `~` and $HOME are expanded in paths.
 #   A number that is meant as text, for the shell: "data.prompt_key='1'"
-# This text is made from config/schema.py by `make docs-reference`. Changes belong there.
+# This text is generated from config/schema.py by `make docs-reference`. Changes belong there.
 """
 WIDTH = 120
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A key or a section. `default` is as the yaml has it; None for a section."""
+    """A key or a section."""
 
     key: str
     meaning: str
     default: str | None
+    """The default in the form of the yaml; None for a section."""
 
     @property
     def top(self) -> str:
-        """The outermost section that it belongs to; "" for a key without a section."""
-        is_alone = "." not in self.key and self.default is not None
-        return "" if is_alone else self.key.partition(".")[0]
+        """Return the outermost section that it belongs to; "" for a key without a section."""
+        if "." not in self.key and self.default is not None:
+            return ""
+        return self.key.partition(".")[0]
 
 
 def entries() -> Iterator[Entry]:
-    """List keys and sections in their order.
-
-    Raises: ConfigError for one without a docstring.
-    """
+    """Yield keys and sections in their order. Raises: ConfigError for one without a docstring."""
     for name, field in fields_below(SftConfig):
         section = section_of(field)
         if section is None:
@@ -65,17 +64,19 @@ def docstring_of(key: str) -> str:
     for part in path:
         assert section is not None, f"{key} is a key of the schema"
         section = section_of(section.model_fields[part])
+
     assert section is not None, f"{key} is a key of the schema"
     return _one_line(_docstrings(section).get(name), key)
 
 
 def yaml_text() -> str:
-    """The whole file."""
+    """Return the whole file."""
     lines = [HEADER.rstrip("\n")]
     top = None
     for entry in entries():
         if entry.top != top:
             lines.append("")
+
         top = entry.top
 
         *path, name = entry.key.split(".")
@@ -89,12 +90,14 @@ def yaml_text() -> str:
             break_on_hyphens=False,
         )
         lines.append(f"{indent}{name}: {entry.default or ''}".rstrip())
+
     return "\n".join(lines) + "\n"
 
 
 @cache
 def _docstrings(section: type[Section]) -> dict[str, str]:
-    """Of each field, the text that stands below it. Python itself does not keep it."""
+    """Return the text below each field, by the name of the field."""
+    # From the source: Python does not keep a text that is no docstring of a class or a function.
     tree = ast.parse(textwrap.dedent(inspect.getsource(section)))
     found = {}
     for statement, below in pairwise(getattr(tree.body[0], "body", [])):
@@ -123,7 +126,11 @@ def _in_yaml(value: Any) -> str:
         return f"[{', '.join(map(_in_yaml, value))}]"
     if isinstance(value, float):
         return re.sub(r"e([+-])0+", r"e\1", repr(value))  # 1e-5, as people write it
+
     if isinstance(value, str):
         is_plain = yaml.safe_load(value) == value
         return value if is_plain else json.dumps(value)
-    return json.dumps(value) if isinstance(value, dict) else written(value)
+
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return written(value)

@@ -1,4 +1,4 @@
-"""How final answers are marked in text, for those who write data and for those who score replies. No torch here."""
+"""The marks of final answers in text, for the code that writes data and the code that scores replies. No torch here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 def braced(text: str) -> str | None:
-    """`text` up to the brace that closes the one before it, or None; `\\{` and `\\}` are characters of the answer."""
+    """Return `text` up to the brace that closes the one before it, or None. `\\{` and `\\}` are part of the answer."""
     depth = 1
     escaped = False
     for position, char in enumerate(text):

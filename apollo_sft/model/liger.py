@@ -1,6 +1,6 @@
-"""Liger's kernels in the place of transformers' norms, gated products and rotary embedding, on CUDA.
+"""Liger's kernels instead of transformers' norms, gated products and rotary embedding, on CUDA.
 
-Source: Liger Kernel, arXiv:2410.10989. The head stays ours: it runs at targets only, which Liger's does not.
+Source: Liger Kernel, arXiv:2410.10989. Our own head is kept: it runs at targets only, which Liger's does not.
 """
 
 from __future__ import annotations
@@ -37,17 +37,18 @@ FAMILIES = {
     "qwen3_moe": ("rms_norm", "rope"),
     "smollm3": DENSE,
 }
-"""`model_type` of the architectures whose gradients with these kernels a test compares with those without.
+"""The kernels by `model_type`, for architectures whose gradients a test compares with those without the kernels.
 
-Experts are left alone: transformers computes them grouped."""
+Experts are not replaced: transformers computes them grouped."""
 
 ROPE = "apply_rotary_pos_emb"
 
 
 def check(model: ModelConfig, device: torch.device) -> None:
-    """Raises: ConfigError where `model.use_liger` is set and the kernels cannot run."""
+    """Raise a ConfigError where `model.use_liger` is set and the kernels cannot run."""
     if not model.use_liger:
         return
+
     without = "model.use_liger=false"
     if device.type != "cuda":
         raise ConfigError("model.use_liger=true: Liger's kernels run on CUDA only", found=device.type, fix=without)
@@ -59,7 +60,7 @@ def check(model: ModelConfig, device: torch.device) -> None:
         )
     if model.compile:
         raise ConfigError(
-            "model.use_liger=true and model.compile=true write the same kernels",
+            "model.use_liger=true and model.compile=true cannot be used together: both replace the same operations",
             expected="one of them",
             fix=f"{without}, or model.compile=false",
         )
@@ -71,7 +72,7 @@ def check(model: ModelConfig, device: torch.device) -> None:
 
 
 def check_family(model: ModelConfig, model_type: str) -> None:
-    """Raises: ConfigError where `model.use_liger` is set and nothing shows that the kernels are right."""
+    """Raise a ConfigError where `model.use_liger` is set and no test has shown that the kernels are right."""
     if model.use_liger and model_type not in FAMILIES:
         raise ConfigError(
             "model.use_liger=true: Liger's kernels are not proven for this architecture",
@@ -82,27 +83,30 @@ def check_family(model: ModelConfig, model_type: str) -> None:
 
 
 def apply(causal_lm: Any) -> None:
-    """Put the kernels into this model, of one of `FAMILIES`. Other models of the process stay as they are.
-
-    Liger also writes its classes into the module of the architecture, for models that are built later: that is undone.
-    The rotary embedding is a function of that module: there Liger's runs for tensors on CUDA.
-    """
+    """Replace the operations of this model, of one of `FAMILIES`. Other models of the process are not changed."""
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
     chosen = FAMILIES[causal_lm.config.model_type]
     kernels = {name: name in chosen for name in DENSE}
+
+    # Liger also writes its classes into the Python module of the architecture, for models that are built later: that
+    # is undone.
     module = vars(sys.modules[type(causal_lm).__module__])
     before = dict(module)
     _apply_liger_kernel_to_instance(causal_lm, cross_entropy=False, fused_linear_cross_entropy=False, **kernels)
     fast = module[ROPE]
     module.update(before)
+
+    # The rotary embedding is a function of that module, which all models share: Liger's serves tensors on CUDA only.
     if fast is not before[ROPE] and not hasattr(before[ROPE], "elsewhere"):
         module[ROPE] = _by_device(fast, before[ROPE])
 
 
 def _by_device(on_cuda: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
     def rotate(q: Tensor, *others: Any, **options: Any) -> Any:
-        return (on_cuda if q.is_cuda else elsewhere)(q, *others, **options)
+        function = on_cuda if q.is_cuda else elsewhere
+        return function(q, *others, **options)
 
-    rotate.on_cuda, rotate.elsewhere = on_cuda, elsewhere  # type: ignore[attr-defined]
+    rotate.on_cuda = on_cuda  # type: ignore[attr-defined]
+    rotate.elsewhere = elsewhere  # type: ignore[attr-defined]
     return rotate

@@ -16,11 +16,11 @@ from apollo_sft.model import attention
 from apollo_sft.types import Growth
 
 EXACT_LAYERS = {"full_attention", "sliding_attention", "attention"}
-"""Layer types whose only mixing of positions is the attention function that we hand in."""
+"""Layer types whose only mixing of positions is the attention function that we register."""
 
 MAX_JSON_BYTES = 100_000_000
 IMPLEMENTATION = re.compile(r"_?\w+_implementation(?:_internal)?")
-"""Keys that name a function for attention or experts. One with a slash in it would be fetched from the hub."""
+"""Keys that name a function for attention or experts. A value with a slash in it would be fetched from the hub."""
 
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*"]
 HUB_WEIGHTS = "*.safetensors"
@@ -28,11 +28,10 @@ HUB_WEIGHT_INDEX = "*.safetensors.index.json"
 
 
 def find_model(source: str, weights: bool = True) -> Path:
-    """The folder of a local model, or the local snapshot of a hub id (downloaded when it is not in the cache).
+    """Return the folder of a local model, or the local snapshot of a hub id (downloaded when it is not in the cache).
 
-    `weights` false: what is downloaded is configuration and tokenizer only.
-
-    Raises: ModelError when neither is to be had.
+    `weights` false: download configuration and tokenizer only.
+    Raises: ModelError when there is no such folder, and the hub has no such model or cannot be reached.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -43,30 +42,38 @@ def find_model(source: str, weights: bool = True) -> Path:
             found=f"{source} (no such folder)",
             expected="a folder with config.json, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct",
         )
+
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    # Without weights the index, which `*.json` matches, must not come either: it would name missing files.
+    wanted = HUB_FILES
+    unwanted: list[str] | None = [HUB_WEIGHT_INDEX]
+    if weights:
+        wanted = [*HUB_FILES, HUB_WEIGHTS]
+        unwanted = None
+
     try:
-        wanted = [*HUB_FILES, HUB_WEIGHTS] if weights else HUB_FILES
-        unwanted = None if weights else [HUB_WEIGHT_INDEX]
         return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=unwanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"model.partial_pretrain={source} is no local folder and could not be had from the hub",
+            f"model.partial_pretrain={source} is no local folder and could not be downloaded from the hub",
             found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
             fix="check the name and the network, or give the path of a downloaded model folder",
         ) from error
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> Any:
-    """The transformers config of a model folder.
+    """Read the transformers config of a model folder.
 
-    Raises: ModelError when there is none that transformers can read, or when the folder wants foreign code to be run.
+    Raises: ModelError when there is none that transformers can read, or when it would make transformers run code.
     """
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
         raise ModelError("model.partial_pretrain has no config.json", found=folder, expected="a Hugging Face folder")
+
+    # Before transformers reads it, which would import the code.
     raw = _read_json(folder / "config.json")
     _refuse_code(folder, raw, trust_remote_code)
     if raw.get("quantization_config"):
@@ -75,22 +82,29 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
             found=f"quantization_config in config.json: {str(raw['quantization_config'])[:200]}",
             fix="start from the unquantised model",
         )
+
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a foreign file in a library: it may raise anything
+    except Exception as error:  # a file of others in a library: it may raise anything
         raise ModelError(f"{folder / 'config.json'} cannot be used", found=in_short(error)) from error
 
 
 def in_short(error: BaseException) -> str:
-    """What a library says, in one line with the kind of its error."""
+    """Return the type and the message of a library's error in one line."""
+    name = type(error).__name__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}" if lines else type(error).__name__
+    if not lines:
+        return name
+    return f"{name}: {' '.join(lines[:2])[:300]}"
 
 
 def _refuse_code(folder: Path, raw: dict[str, Any], trust_remote_code: bool) -> None:
-    """What would make transformers import code that is not its own. Raises: ModelError."""
+    """Raise a ModelError for what would make transformers import code that is not its own."""
+    files = {"config.json": raw}
     tokenizer = folder / "tokenizer_config.json"
-    files = {"config.json": raw, tokenizer.name: _read_json(tokenizer) if tokenizer.is_file() else {}}
+    if tokenizer.is_file():
+        files[tokenizer.name] = _read_json(tokenizer)
+
     for name, content in files.items():
         for key, value in _items(content):
             if key == "auto_map" and value and not trust_remote_code:
@@ -109,22 +123,26 @@ def _refuse_code(folder: Path, raw: dict[str, Any], trust_remote_code: bool) -> 
 
 
 def _items(tree: Any) -> Iterator[tuple[str, Any]]:
-    """(key, value) of every object inside."""
+    """Yield the (key, value) of every object inside: parts of a model have configs of their own."""
     waiting = [tree]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
             yield from value.items()
-        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ModelError(f"{path} is too large", found=f"{path.stat().st_size:,} bytes")
+
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON", found=error) from error
+
     if not isinstance(value, dict):
         raise ModelError(f"{path} is not a JSON object", found=type(value).__name__)
     return value
@@ -144,13 +162,15 @@ def check_architecture(config: Any, trust_remote_code: bool) -> None:
             found=f"model_type {config.model_type}",
             expected="a model of AutoModelForCausalLM",
         )
+
     _check_layers(name, config.get_text_config())
     if not getattr(model_class, "_supports_attention_backend", False):
         raise ModelError(
             f"{name} cannot be trained exactly here: its attention bypasses transformers' AttentionInterface",
-            found="recurrent layers, or attention that is written out in the model",
+            found="recurrent layers, or attention that the model computes itself",
             expected="a model class with _supports_attention_backend",
         )
+
     _check_router_loss(name, config.get_text_config())
 
 
@@ -158,7 +178,7 @@ def _check_layers(name: str, config: Any) -> None:
     foreign = sorted(set(getattr(config, "layer_types", None) or []) - EXACT_LAYERS)
     if foreign:
         raise ModelError(
-            f"{name} cannot be trained exactly here: some layers mix packed documents in a way of their own",
+            f"{name} cannot be trained exactly here: some layers mix packed documents in a way that is not supported",
             found=f"layer types {foreign}",
             expected=f"only {sorted(EXACT_LAYERS)}",
         )
@@ -169,23 +189,27 @@ def _check_layers(name: str, config: Any) -> None:
 
 
 def _check_router_loss(name: str, config: Any) -> None:
-    """transformers adds the load-balancing loss of experts only when a config asks for it; here it is never added."""
+    """Raise a ModelError when a config adds the load-balancing loss of experts, which is not part of our loss."""
     if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", None) != 0:
         raise ModelError(
-            f"{name} asks for the auxiliary loss of its router, which is not part of the loss here",
+            f"{name} adds the auxiliary loss of its router, which is not part of the loss here",
             found="output_router_logits=true in config.json",
             fix="set output_router_logits to false in config.json to train on the targets alone",
         )
 
 
 def longest_exact_document(config: Any) -> int | None:
-    """Tokens beyond which a document changes the rotary embedding of all that are packed with it; None is no limit.
+    """Return the length beyond which a document changes the rotary embedding of its whole pack; None is no limit.
 
-    Source: arXiv:2402.13753 (LongRoPE); transformers picks one set of factors for a whole forward,
-    by its longest document.
+    Source: arXiv:2402.13753 (LongRoPE); transformers picks one set of factors for a whole forward, by its longest
+    document.
     """
+    # One set of parameters for all layers, or one for each type of layers.
     parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    each = parameters.values() if all(isinstance(value, dict) for value in parameters.values()) else [parameters]
+    each = [parameters]
+    if all(isinstance(value, dict) for value in parameters.values()):
+        each = list(parameters.values())
+
     limits = [p["original_max_position_embeddings"] for p in each if p.get("rope_type") == "longrope"]
     return min(limits, default=None)
 
@@ -216,7 +240,7 @@ def _model_class(config: Any, trust_remote_code: bool) -> Any:
 
 
 def with_rows(config: Any, rows: int) -> Any:
-    """A copy of a transformers config with so many embeddings."""
+    """Return a copy of a transformers config with so many embeddings."""
     own = copy.deepcopy(config)
     own.get_text_config().vocab_size = rows
     return own
@@ -230,14 +254,18 @@ def load_with_weights(
     growth: Growth | None = None,
     check: Callable[[Any], None] | None = None,
 ) -> Any:
-    """The whole model on the CPU with its weights in `dtype`. `config`: with `growth`, that of the grown model.
+    """Load the whole model on the CPU with its weights in `dtype`.
 
-    `check` sees the model as the files hold it, before it grows.
+    `config`: with `growth`, that of the model with the added tokens. `check` is called with the model as the files
+    hold it, before the tokens are added.
     Raises: ModelError when the folder holds no safetensors, or when weights are missing or of another shape.
     """
     from transformers import AutoModelForCausalLM
 
-    held = config if growth is None else with_rows(config, growth.held)
+    held = config
+    if growth is not None:
+        held = with_rows(config, growth.held)
+
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -254,6 +282,8 @@ def load_with_weights(
             found=in_short(error),
             expected="model.safetensors, or shards with model.safetensors.index.json (pickled weights are not read)",
         ) from error
+
+    # transformers would fill these with random numbers.
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise ModelError(
@@ -261,32 +291,38 @@ def load_with_weights(
             found=f"{len(missing)} missing or of another shape: {', '.join(missing[:5])}",
             fix="train from the complete model",
         )
+
     if check is not None:
         check(model)
+
     if growth is not None:
-        _grow(model, growth)
+        _add_rows(model, growth)
+
     return _checked(model)
 
 
 @torch.no_grad()
-def _grow(model: Any, growth: Growth) -> None:
-    """The rows of added tokens, in embeddings and head, begin as the mean of the rows of the tokens that were there.
+def _add_rows(model: Any, growth: Growth) -> None:
+    """Add rows to embeddings and head, and set those of the added tokens to the mean of the rows of earlier tokens.
 
-    Source: transformers' `resize_token_embeddings`, which draws them closely around that mean. What is drawn would
+    Source: transformers' `resize_token_embeddings`, which draws them closely around that mean. Drawn numbers would
     depend on the state of a generator.
     """
+    # Forked: resizing draws random numbers all the same.
     if growth.rows > growth.held:
         with torch.random.fork_rng(devices=[]):
             model.resize_token_embeddings(growth.rows, mean_resizing=False)
+
+    # Weights, which may be tied, and the bias of a head: each tensor once.
     tables = [*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()]
-    for table in {id(table): table for table in tables}.values():  # weights, perhaps tied, and the bias of a head
+    for table in {id(table): table for table in tables}.values():
         table[list(growth.ids)] = table[: growth.known].mean(0, dtype=torch.float64).to(table.dtype)
 
 
 def build_on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The same model without memory: every parameter and buffer on the meta device.
+    """Build the same model without memory: every parameter and buffer on the meta device.
 
-    Raises: ModelError when transformers can build none from this config.
+    Raises: ModelError when transformers cannot build a model from this config.
     """
     from transformers import AutoModelForCausalLM
 
@@ -298,20 +334,23 @@ def build_on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> A
                 attn_implementation=attention.NAME,
                 trust_remote_code=trust_remote_code,
             )
-    except Exception as error:  # a foreign config in a library: it may raise anything
+    except Exception as error:  # a config of others in a library: it may raise anything
         raise ModelError(f"{type(config).__name__}: no model can be built from it", found=in_short(error)) from error
+
     return _checked(model)
 
 
 def _own_config(config: Any, dtype: torch.dtype) -> Any:
-    """A copy for one model, which writes into it. Grouped products of experts know no float64: one expert at a time."""
+    """Return a copy of a config for one model, which writes into it."""
     own = copy.deepcopy(config)
+    # Grouped products of experts do not support float64: one expert at a time.
     if dtype == torch.float64:
         own._experts_implementation = "eager"
     return own
 
 
 def _checked(model: Any) -> Any:
+    """Return the model in training mode. Raises: ModelError when it is not built as we need it."""
     used = model.config._attn_implementation
     if used != attention.NAME:
         raise ModelError(f"{type(model).__name__} did not take the packed attention function", found=used)

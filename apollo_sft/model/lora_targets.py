@@ -1,4 +1,15 @@
-"""What gets adapters: modules and experts that are held in one tensor, by the keys and by the parts of the model."""
+"""Select what gets adapters, modules and fused expert tensors, by the keys and by the parts of the model.
+
+PEFT selects modules by their names, but not in every case as the keys promise. This file writes names into PEFT's
+config that lead PEFT to the same selection. With `target_modules=all-linear` on a model with a vision tower and fused
+experts, for example:
+
+    asked for         every linear module and every fused expert tensor
+    minus `others`    what is in the vision tower: `all-linear` is the language model's alone
+    plus experts      of architectures that PEFT does not know, as `target_parameters`
+    minus routers     whose weight PEFT takes in as a tensor
+    minus excluded    what `exclude_modules` names; PEFT excludes modules only, so tensors are excluded here
+"""
 
 from __future__ import annotations
 
@@ -14,40 +25,47 @@ from apollo_sft.errors import ConfigError
 from apollo_sft.model.experts import DOWN, UP, are_experts
 
 ROUTER = "gate.weight"
-"""What PEFT calls the weight of a router where `all-linear` takes it in."""
+"""PEFT's name for the weight of a router, which `all-linear` takes in."""
 HALVES = ("gate_proj", "up_proj")
-"""What lies in the tensor `UP`, as files of models and `target_modules` call it."""
+"""The names, in files of models and in `target_modules`, of the two parts of the tensor `UP`."""
 CONTINUED = "is_continued"
-"""Set on PEFT's config of an adapter that is continued, whose names are a fact and no wish. It is not saved."""
+"""Set on PEFT's config of an adapter that is continued: its names are not checked against the keys. Not saved."""
 
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """What was adapted: names of modules and tensors, those trained whole beside them, and parameters that are trained,
-    of all. `in_four_bits`: what is held so, in words. `left`: what was asked for and PEFT cannot adapt. `beside`: parts
-    of the model beside its language model.
-    """
+    """The result of an injection, with a sentence for the log."""
 
     modules: tuple[str, ...]
+    """Names of adapted modules and tensors."""
     whole: tuple[str, ...]
+    """Names of modules that are trained whole beside them."""
     num_trainable: int
     num_parameters: int
     in_four_bits: str = ""
+    """A description of what is in 4 bits."""
     left: tuple[str, ...] = ()
+    """Names that were asked for and that PEFT cannot adapt."""
     beside: tuple[str, ...] = ()
+    """Parts of the model beside its language model."""
 
     def __str__(self) -> str:
+        parts = [self._counted()]
+        if self.whole:
+            parts.append(f"{', '.join(self.whole)} trained whole")
+
         share = self.num_trainable / self.num_parameters
-        whole = f"{', '.join(self.whole)} trained whole, " if self.whole else ""
-        return (
-            f"LoRA: {self._counted()}, {whole}"
-            f"{self.num_trainable:,} of {self.num_parameters:,} parameters trained ({share:.2%}){self.in_four_bits}"
-            + (f"; {len(self.left)} asked for and not adapted ({_kinds(self.left)})" if self.left else "")
-        )
+        parts.append(f"{self.num_trainable:,} of {self.num_parameters:,} parameters trained ({share:.2%})")
+
+        text = f"LoRA: {', '.join(parts)}{self.in_four_bits}"
+        if self.left:
+            text += f"; {len(self.left)} asked for and not adapted ({_kinds(self.left)})"
+        return text
 
     def _counted(self) -> str:
         if not self.beside:
             return f"{len(self.modules)} modules adapted ({_kinds(self.modules)})"
+
         of_language = [name for name in self.modules if not is_in(name, self.beside)]
         words = [f"language model {len(of_language)} modules adapted{_in_brackets(of_language)}"]
         for part in self.beside:
@@ -69,22 +87,29 @@ def _in_brackets(names: Sequence[str]) -> str:
 
 
 def is_in(name: str, modules: Iterable[str]) -> bool:
-    """Whether it is one of `modules`, or inside of one."""
+    """Return whether a module is one of `modules`, or inside of one."""
     return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
 def beside_language(causal_lm: Any) -> tuple[str, ...]:
-    """Names of the modules that are no part of the language model: towers for images and sound, what leads from there
-    to the text. () for a model of text alone. `causal_lm`: without adapters.
+    """Return the names of the modules that are no part of the language model.
+
+    They are towers for images and sound, and what leads from there to the text. () for a model of text alone.
+    `causal_lm`: without adapters.
     """
-    config, head, decoder = causal_lm.config, causal_lm.get_output_embeddings(), causal_lm.get_decoder()
+    config = causal_lm.config
+    head = causal_lm.get_output_embeddings()
+    decoder = causal_lm.get_decoder()
     name = next((name for name, module in causal_lm.named_modules() if module is decoder), "")
     if not name:
         return ()
+
+    # Most of these are models of text alone; in some, towers are among the layers.
     inside = [f"{name}.{child}" for child, module in decoder.named_children() if _holds_tower(module)]
     if config.get_text_config() is config:
-        return tuple(inside)  # most are models of text alone; in some the towers lie among the layers
+        return tuple(inside)
 
+    # On each level above the language model, everything beside it, but for the head and modules without weights.
     beside = []
     above = ["", *(name[: dot.start()] for dot in re.finditer(r"\.", name))]
     for parent in above:
@@ -93,26 +118,25 @@ def beside_language(causal_lm: Any) -> tuple[str, ...]:
             is_text = module is head or full == name or full in above
             if not is_text and next(module.parameters(), None) is not None:
                 beside.append(full)
+
     return (*beside, *inside)
 
 
 def _holds_tower(module: nn.Module) -> bool:
-    """Whether a model that reads no text is in it: transformers says so of each model."""
+    """Return whether a model that reads no text is in it, by the modalities that transformers declares."""
     return any("text" not in getattr(part, "input_modalities", "text") for part in module.modules())
 
 
 def takes_all(targets: Any) -> bool:
-    """Whether PEFT reads `target_modules` as `all-linear`, which it takes in any case of letters."""
+    """Return whether PEFT reads `target_modules` as `all-linear`, in upper or lower case."""
     return isinstance(targets, str) and targets.lower() == "all-linear"
 
 
 def name_targets(config: Any, causal_lm: Any, beside: Sequence[str]) -> set[str]:
-    """Write what gets adapters into PEFT's config, in place, in names that lead PEFT alone to the same.
+    """Write names into PEFT's config, in place, by which PEFT alone selects what the keys ask for.
 
-    `all-linear` is the language model's alone, and of experts in one tensor adds those of architectures that PEFT does
-    not know, and takes tensors of routers out. `beside`: modules that are no part of the language model.
-
-    Returns: linear modules outside of the head, and experts of `all-linear`, that were asked for.
+    `beside`: modules that are no part of the language model.
+    Return the linear modules outside of the head, and experts of `all-linear`, that were asked for.
     Raises: ConfigError for what PEFT's adapters of tensors cannot do, and for exclusions that exclude nothing, or all;
     re.error.
     """
@@ -129,44 +153,62 @@ def name_targets(config: Any, causal_lm: Any, beside: Sequence[str]) -> set[str]
     if config.exclude_modules and not is_continued:
         experts = {name for name in tensors if _is_named(names, name)}
         candidates = _candidates(config, causal_lm, everything, experts)
-        _check_exclusions(config, candidates, candidates & (asked | experts) if everything else candidates, tensors)
+        wanted = candidates
+        if everything:
+            wanted = candidates & (asked | experts)
+        _check_exclusions(config, candidates, wanted, tensors)
 
+    # A saved adapter has all tensors that it names, since PEFT itself excludes none.
     kept = {name for name in tensors if not is_in(name, others)}
-    if everything or not is_continued:  # a saved adapter has the tensors that it names: PEFT excludes none
+    if everything or not is_continued:
         kept = {name for name in kept if not _is_excluded(config, name, tensors)}
+
     config.target_parameters = _names_of_kept(names, tensors, kept) or None
     _check_tensors(config)
     return {name for name in asked if not _is_excluded(config, name, tensors)}
 
 
 def _names_of_tensors(config: Any, causal_lm: Any) -> set[str]:
-    """PEFT's names of experts in one tensor. What else PEFT reads from `target_modules` is written there, in place."""
+    """Return PEFT's names of fused expert tensors.
+
+    PEFT also rewrites `target_modules` in its config, in place, as it does for a model that it converts.
+    """
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
+    # Without exclusions: PEFT would convert them too, but excludes no tensors. `name_targets` does that.
     everything = takes_all(config.target_modules)
-    excluded, config.exclude_modules = config.exclude_modules, None  # PEFT excludes modules, and no tensors: see below
+    excluded = config.exclude_modules
+    config.exclude_modules = None
     convert_peft_config_for_transformers(config, causal_lm, None)
     config.exclude_modules = excluded
+
     names = set(config.target_parameters or ())
-    return names - {ROUTER} | _names_of_the_rest(config, causal_lm, names) if everything else names
+    if not everything:
+        return names
+    return (names - {ROUTER}) | _names_of_unknown_experts(config, causal_lm, names)
 
 
-def _names_of_the_rest(config: Any, causal_lm: Any, known: set[str]) -> set[str]:
-    """Experts of architectures that PEFT does not know, as it names those that it knows: gate and up, which lie in one
-    tensor, with the rank and the alpha of two, in place."""
+def _names_of_unknown_experts(config: Any, causal_lm: Any, known: set[str]) -> set[str]:
+    """Return the names of experts of architectures that PEFT does not know, in the form of those that it knows."""
     found: set[str] = set()
     for name, module in causal_lm.named_modules():
         if are_experts(module) and not any(f"{name}.{UP}".endswith(f".{target}") for target in known):
             found |= {f"{_last(name)}.{tensor}" for tensor in (UP, DOWN)}
-            config.rank_pattern[rf".*\.{UP}"], config.alpha_pattern[rf".*\.{UP}"] = 2 * config.r, 2 * config.lora_alpha
+            # Gate and up are one tensor, which gets the rank and the alpha of two adapters.
+            config.rank_pattern[rf".*\.{UP}"] = 2 * config.r
+            config.alpha_pattern[rf".*\.{UP}"] = 2 * config.lora_alpha
     return found
 
 
 def _linear_of_language(targets: Any, asked: set[str], causal_lm: Any) -> set[str]:
-    """Full names: the last names of a language model's modules are often those of a tower's, too. `targets`: last names
-    where PEFT knows the experts of the architecture, and `all-linear` elsewhere."""
+    """Return the full names of the linear modules of the language model: last names often occur in a tower, too.
+
+    `targets`: last names where PEFT knows the experts of the architecture, and `all-linear` elsewhere.
+    """
     linear = {name for name, module in causal_lm.named_modules() if isinstance(module, nn.Linear)} & asked
-    return linear if takes_all(targets) else {name for name in linear if _last(name) in targets}
+    if takes_all(targets):
+        return linear
+    return {name for name in linear if _last(name) in targets}
 
 
 def _tensors(causal_lm: Any) -> set[str]:
@@ -174,47 +216,66 @@ def _tensors(causal_lm: Any) -> set[str]:
 
 
 def _names_of_kept(names: set[str], tensors: set[str], kept: set[str]) -> set[str]:
-    """Names as they are where all that they name is kept, and where there is nothing, which PEFT refuses; else the full
-    names of what is kept: PEFT excludes no tensors."""
+    """Replace a name by the full names of the tensors that are kept, unless all of its tensors are.
+
+    A name without a tensor stays: PEFT refuses it.
+    """
     found: set[str] = set()
     for name in names:
         named = {tensor for tensor in tensors if _is_named([name], tensor)}
-        found |= {name} if named <= kept else named & kept
+        if named <= kept:
+            found.add(name)
+        else:
+            found |= named & kept
     return found
 
 
 def _check_tensors(config: Any) -> None:
-    """Raises: ConfigError."""
-    for wrong, key in ((config.lora_dropout, "lora_dropout"), (config.use_dora, "use_dora")):
-        if wrong and config.target_parameters:
+    """Raise a ConfigError for settings that adapters of tensors do not support."""
+    unsupported = {"lora_dropout": ("dropout", config.lora_dropout), "use_dora": ("DoRA", config.use_dora)}
+    for key, (name, wanted) in unsupported.items():
+        if wanted and config.target_parameters:
             raise ConfigError(
-                f"model.{key}: adapters of experts that are held in one tensor know none",
+                f"model.{key}: {name} is not supported for adapters on fused expert tensors",
                 found=f"{', '.join(sorted(config.target_parameters))} among what is adapted",
                 fix=f"leave model.{key} out, or name other modules: model.target_modules=[q_proj,k_proj,v_proj,o_proj]",
             )
 
 
 def asked_for(targets: Any, causal_lm: Any) -> set[str]:
-    """Linear modules outside of the head that `targets` names, of a model without adapters; of `all-linear` experts in
-    one tensor, too. Raises: re.error."""
+    """Return the linear modules outside of the head that `targets` names, and for `all-linear` fused expert tensors.
+
+    `causal_lm`: without adapters. Raises: re.error.
+    """
     head = causal_lm.get_output_embeddings()
     linear = {name for name, m in causal_lm.named_modules() if isinstance(m, nn.Linear) and m is not head}
     if not takes_all(targets):
         return {name for name in linear if _is_named(targets, name)}
-    plain = (m for m in causal_lm.named_modules() if not isinstance(m[1], nn.modules.conv._ConvNd))
-    of_each = ((f"{name}.{n}", p) for name, m in plain for n, p in m.named_parameters(recurse=False))
-    return linear | {name for name, parameter in of_each if parameter.ndim == 3 and not name.endswith("_bias")}
+
+    # Fused experts have three dims. So have weights of convolutions, and fused biases are none of them.
+    experts = set()
+    for module_name, module in causal_lm.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and not name.endswith("_bias"):
+                experts.add(f"{module_name}.{name}")
+
+    return linear | experts
 
 
 def _is_named(names: Any, name: str) -> bool:
-    """Whether PEFT reads `names`, an expression of full names or ends of names, as meaning `name`."""
+    """Return whether PEFT reads `names`, an expression of full names or a list of ends of names, as meaning `name`."""
     if isinstance(names, str):
         return re.fullmatch(names, name) is not None
     return any(f".{name}".endswith(f".{end}") for end in names)
 
 
 def _spellings(name: str, tensors: set[str]) -> Iterator[tuple[str, ...]]:
-    """By what an exclusion may name it: itself; of a tensor, too, the module that holds it, or both of its halves."""
+    """Yield the names by which an exclusion may mean something; of several in one tuple it must name all.
+
+    It is the name itself; for a tensor also that of its module, or those of both of its halves.
+    """
     yield (name,)
     if name in tensors:
         owner, _, last = name.rpartition(".")
@@ -227,12 +288,18 @@ def _is_excluded(config: Any, name: str, tensors: set[str]) -> bool:
     excluded = config.exclude_modules
     if not excluded:
         return False
-    return any(all(_is_named(excluded, each) for each in spelling) for spelling in _spellings(name, tensors))
+
+    spellings = [set(spelling) for spelling in _spellings(name, tensors)]
+    named = {each for each in set().union(*spellings) if _is_named(excluded, each)}
+    return any(spelling <= named for spelling in spellings)
 
 
 def _candidates(config: Any, causal_lm: Any, everything: bool, experts: set[str]) -> set[str]:
-    """What an exclusion may exclude. Of `all-linear` every linear module counts: that those of towers and the head are
-    left out in any case makes no exclusion of them wrong. `experts`: tensors that are named."""
+    """Return what an exclusion may exclude. `experts`: tensors that are named.
+
+    For `all-linear` every linear module counts: those of towers and the head are left out anyway, but it is no mistake
+    to exclude them.
+    """
     modules = dict(causal_lm.named_modules())
     if everything:
         return experts | {name for name, module in modules.items() if isinstance(module, nn.Linear)}
@@ -240,25 +307,40 @@ def _candidates(config: Any, causal_lm: Any, everything: bool, experts: set[str]
 
 
 def _check_exclusions(config: Any, candidates: set[str], wanted: set[str], tensors: set[str]) -> None:
-    """`wanted`: those of the candidates that would be adapted without exclusions.
+    """Raise a ConfigError when an exclusion excludes nothing, as a misspelt one does, or when nothing is left.
 
-    Raises: ConfigError when an exclusion excludes nothing, which is what a misspelt one does; when nothing is left.
+    `wanted`: those of the candidates that would be adapted without exclusions.
     """
     excluded = {name for name in candidates if _is_excluded(config, name, tensors)}
-    called = {each for name in excluded for spelling in _spellings(name, tensors) for each in spelling}
+    spelled: set[str] = set()
+    for name in excluded:
+        for spelling in _spellings(name, tensors):
+            spelled.update(spelling)
+
+    # An expression is one entry; a list has an entry for each end of names.
     every = config.exclude_modules
-    entries = {every: every} if isinstance(every, str) else {entry: [entry] for entry in sorted(every)}
-    odd = [entry for entry, names in entries.items() if not any(_is_named(names, each) for each in called)]
+    entries: dict[str, Any] = {}
+    if isinstance(every, str):
+        entries[every] = every
+    else:
+        entries = {entry: [entry] for entry in sorted(every)}
+
+    odd = [entry for entry, names in entries.items() if not any(_is_named(names, each) for each in spelled)]
+
     if odd and candidates:
         known = sorted({_last(name) for name in candidates})
-        close = [match for entry in odd for match in difflib.get_close_matches(entry, known, n=1)]
-        ends, full = ", ".join(known), min(wanted or candidates)
+        close: list[str] = []
+        for entry in odd:
+            close += difflib.get_close_matches(entry, known, n=1)
+
         raise ConfigError(
             "model.exclude_modules excludes nothing of what model.target_modules takes in",
             found=", ".join(odd),
-            expected=f"ends of names ({ends}), or an expression of full names such as {full}",
+            expected=f"ends of names ({', '.join(known)}), or an expression of full names such as "
+            f"{min(wanted or candidates)}",
             fix=f"did you mean {', '.join(close)}?" if close else None,
         )
+
     if wanted and wanted <= excluded:
         raise ConfigError(
             "model.exclude_modules excludes everything: LoRA would train nothing",
@@ -269,18 +351,21 @@ def _check_exclusions(config: Any, candidates: set[str], wanted: set[str], tenso
 
 
 def check_names(targets: Any, missed: set[str], unasked: set[str]) -> None:
-    """What became of `targets` beside adapted experts. PEFT takes names for last names where it knows the architecture.
+    """Raise a ConfigError when full names in `targets` did not lead to exactly the modules that they name.
 
-    Raises: ConfigError when others than those that are named in full are adapted.
+    Beside fused experts, PEFT reads names as last names where it knows the architecture.
     """
     in_full = not takes_all(targets) and (isinstance(targets, str) or any("." in target for target in targets))
     if in_full and (missed or unasked):
+        found = []
+        if missed:
+            found.append(f"{len(missed)} named and not adapted, such as {min(missed)}")
+
+        if unasked:
+            found.append(f"{len(unasked)} adapted and not named, such as {min(unasked)}")
+
         raise ConfigError(
-            "model.target_modules: beside experts in one tensor, PEFT takes modules of this architecture by last names",
-            found="; ".join(
-                f"{len(names)} {what}, such as {min(names)}"
-                for what, names in (("named and not adapted", missed), ("adapted and not named", unasked))
-                if names
-            ),
+            "model.target_modules: beside fused experts, PEFT reads names in this architecture as last names",
+            found="; ".join(found),
             fix="last names, model.target_modules=[q_proj,v_proj], and experts by model.target_parameters",
         )

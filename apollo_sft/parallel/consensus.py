@@ -1,22 +1,23 @@
-"""All ranks decide alike: every way in which they learn of each other what to do.
+"""Functions by which all ranks decide alike: to continue, to stop, or to fail together.
 
-==================  =====================================  ===============  ==========================================
-function            what every rank learns                 by               when a rank fails or objects
-==================  =====================================  ===============  ==========================================
-`on_main`           rank 0 has done its work               store            the others exit silently with its code
-`once_per_host`     every host has done its work           store            the others exit silently with its code
-`must_agree`        all ranks have the same facts          store            ConfigError on rank 0, naming the ranks
-`object_to` (1)     no rank objects to what rank 0 says    store            rank 0 raises, the others exit silently
-`raise_on_all`      no rank has failed                     all_reduce       every rank raises
-`any_rank`          a flag is set on some rank             all_reduce, CPU
-`from_main`         a value of rank 0                      broadcast
-`Vote`              flags of all ranks, with each step     all_gather of the step's metrics (`train/step.py`)
-==================  =====================================  ===============  ==========================================
+Before training, through the rendezvous store. Work may take hours there, longer than any collective may wait. A `name`
+that is passed to one of these functions is used once in a run.
 
-(1) with `collect_objections` on rank 0.
+    on_main               rank 0 works, the others wait
+    once_per_host         one process of each host works, then the others of that host; all wait for all hosts
+    must_agree            every rank compares its facts with those of rank 0
+    collect_objections    on rank 0, with `object_to` on the others: every rank judges a text of rank 0
 
-The rendezvous store serves before training: work there may take hours, and no collective may wait that long. A name
-that is given to a function of the store is used once in a run. Collectives serve during training.
+    When one fails or objects: the rank that failed, or rank 0 for objections, raises; the others exit silently with
+    its exit code.
+
+During training, by collectives, which fail after trainer.collective_timeout_seconds.
+
+    raise_on_all          all_reduce: when a rank has failed, every rank raises
+    any_rank              all_reduce on the CPU: is a flag set on some rank?
+    from_main             broadcast of a value of rank 0
+    sum_over_ranks        all_reduce of a tensor
+    Vote                  flags that travel with the metrics of each step (`train/step.py`): no collective of their own
 """
 
 from __future__ import annotations
@@ -40,19 +41,19 @@ FAILED = "1"
 """The verdict about work that ended in an error without an exit code of its own."""
 
 MOST_NAMED = 4
-"""Ranks, or differences, that a message names; the others are counted."""
+"""Number of ranks, or of differences, that a message names; the others are counted."""
 
 LONGEST_VALUE = 80
 DIGEST_LENGTH = 16
 
 
 class Vote(IntFlag):
-    """Flags of one rank, sent to all others with each step: what one rank sets holds for all."""
+    """Flags of one rank, sent to all others with each step: a flag that one rank sets holds for all."""
 
     NOTHING = 0
 
     STOP = 1
-    """A signal asked for the end."""
+    """A signal was received: the run is to end."""
 
     SAVE_FAILED = 2
     """A save in the background failed."""
@@ -75,7 +76,7 @@ def on_main(world: World, name: str, work: Callable[[], T]) -> T | None:
 def once_per_host(world: World, name: str, work: Callable[[], T]) -> T:
     """Run `work` on one process of each host, then on the others, which find what the first one left on disk.
 
-    No rank goes on before every host is done, so that no collective has to wait for a slow or failed host.
+    No rank returns before every host is done, so that no collective has to wait for a slow or failed host.
     """
     key = f"host/{world.host}/{name}"
 
@@ -97,10 +98,12 @@ def must_agree(world: World, name: str, mine: Mapping[str, Any]) -> None:
     """
     if world.size == 1:
         return
+
     if not world.is_main:
         object_to(world, name, lambda theirs: _differences(json.loads(theirs), mine, world))
         return
 
+    # One text for all: each rank finds its own differences, so that the comparison takes no time on rank 0.
     objections = collect_objections(name, json.dumps(mine, default=str))
     if objections:
         raise ConfigError(
@@ -112,7 +115,7 @@ def must_agree(world: World, name: str, mine: Mapping[str, Any]) -> None:
 
 
 def collect_objections(name: str, text: str) -> list[str]:
-    """On rank 0: send `text` to all other ranks, which call `object_to`; return what they object.
+    """Send `text` from rank 0 to all other ranks, which call `object_to`. Return their objections.
 
     For two ranks or more.
     """
@@ -122,22 +125,26 @@ def collect_objections(name: str, text: str) -> list[str]:
     wait_for(f"answered/{name}")
 
     objections = store.get(f"objections/{name}").decode().splitlines()
-    store.set(f"verdict/{name}", str(TopologyError.exit_code) if objections else READY)
+    verdict = str(TopologyError.exit_code) if objections else READY
+    store.set(f"verdict/{name}", verdict)
     return [str(line) for line in objections]
 
 
 def object_to(world: World, name: str, judge: Callable[[str], str | None]) -> None:
-    """Off rank 0: judge the text of rank 0. `judge` returns None, or one line that says what is wrong.
+    """Judge the text of rank 0, on every other rank. `judge` returns None, or one line with what is wrong.
 
-    Ends this process silently when any rank objects.
+    End this process silently when any rank objects.
     """
     store = rendezvous_store()
     objection = judge(wait_for(f"asked/{name}"))
 
+    # The objection comes before the count: rank 0 reads all objections as soon as the last rank is counted.
     if objection is not None:
         store.append(f"objections/{name}", objection + "\n")
+
     if store.add(f"answers/{name}", 1) == world.size - 1:
         store.set(f"answered/{name}", READY)
+
     _follow(f"verdict/{name}")
 
 
@@ -150,7 +157,7 @@ def named(objections: list[str]) -> str:
 
 
 def attempt(action: Callable[[], object]) -> Exception | None:
-    """Run `action` and return its error, for `raise_on_all` to raise once every rank is there to learn of it."""
+    """Run `action` and return its error, for `raise_on_all` to raise once every rank has come to it."""
     try:
         action()
     except Exception as error:
@@ -159,10 +166,10 @@ def attempt(action: Callable[[], object]) -> Exception | None:
 
 
 def raise_on_all(failure: Exception | None, model: Any = None, group: Any = None) -> None:
-    """Raise on every rank when one has failed: there what it met, elsewhere that another rank failed.
+    """Raise on every rank when one has failed: its own error there, elsewhere that another rank failed.
 
     Collective over `group` (gloo) where one is given, else over all ranks, on the device of `model`.
-    Raises: CheckpointError, or the ApolloError that this rank met.
+    Raises: CheckpointError, or the ApolloError of this rank.
     """
     failed = failure is not None
 
@@ -177,7 +184,7 @@ def raise_on_all(failure: Exception | None, model: Any = None, group: Any = None
     if failure is not None:
         raise CheckpointError("the model could not be written", found=repr(failure)) from failure
     if failed:
-        raise CheckpointError("the model was not saved: the rank that writes it failed and says why")
+        raise CheckpointError("the model was not saved: the rank that writes it failed and reports why")
 
 
 def any_rank(flag: bool, world: World) -> bool:
@@ -190,7 +197,7 @@ def any_rank(flag: bool, world: World) -> bool:
 
 
 def from_main(value: T, world: World) -> T:
-    """Return the value that rank 0 has, on every rank. Collective."""
+    """Return the value of rank 0, on every rank. Collective."""
     if world.size == 1:
         return value
     shared = [value]
@@ -199,14 +206,14 @@ def from_main(value: T, world: World) -> T:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum element by element over all ranks, in place; return `values`. Does nothing without a process group."""
+    """Sum element by element over all ranks, in place; return `values`. Do nothing without a process group."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
 def _lead(world: World, key: str, work: Callable[[], T], all_hosts: str | None = None) -> T:
-    """Work, then leave a verdict at `key` for the ranks that wait; at `all_hosts` once all hosts are done."""
+    """Work, then write a verdict at `key` for the ranks that wait; at `all_hosts` once all hosts are done."""
     if world.size == 1:
         return work()
 
@@ -220,9 +227,10 @@ def _lead(world: World, key: str, work: Callable[[], T], all_hosts: str | None =
         raise
     finally:
         store.set(key, verdict)
-        # A failure is told at once; success only by the host that is the last to finish.
+        # A failure is reported at once; success only by the host that is the last to finish.
         if all_hosts and (verdict != READY or store.add(f"{all_hosts}/done", 1) == world.num_hosts):
             store.set(all_hosts, verdict)
+
     return result
 
 
@@ -234,7 +242,8 @@ def _follow(key: str) -> None:
 
 
 def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any], world: World) -> str | None:
-    """Return one line that names what this rank has otherwise than rank 0; None when all is equal."""
+    """Return one line with the facts that differ from those of rank 0; None when all are equal."""
+    # Through JSON, as the other side came: tuples have become lists there.
     now = json.loads(json.dumps(mine, default=str))
     keys = [key for key in now if now[key] != theirs.get(key)]
     keys += [key for key in theirs if key not in now]
@@ -242,11 +251,14 @@ def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any], world: Worl
         return None
 
     shown = ", ".join(f"{key} {_short(now.get(key))}, not {_short(theirs.get(key))}" for key in keys[:MOST_NAMED])
-    more = f" and {len(keys) - MOST_NAMED} more" if len(keys) > MOST_NAMED else ""
-    return f"rank {world.rank} on {socket.gethostname()} has {shown}{more}"
+    if len(keys) > MOST_NAMED:
+        shown += f" and {len(keys) - MOST_NAMED} more"
+    return f"rank {world.rank} on {socket.gethostname()} has {shown}"
 
 
 def _short(value: Any) -> str:
     """Return the value in one line; of a long one, such as a digest, only the start."""
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= LONGEST_VALUE else f"{text[:DIGEST_LENGTH]}…"
+    if len(text) > LONGEST_VALUE:
+        text = f"{text[:DIGEST_LENGTH]}…"
+    return text

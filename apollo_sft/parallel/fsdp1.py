@@ -1,8 +1,15 @@
-"""Sharding by FSDP1, torch's older `FullyShardedDataParallel`: the functions of `fsdp2`, and what sets the two apart.
+"""Sharding by FSDP1, torch's older `FullyShardedDataParallel`: the functions of `fsdp2`, in the terms of FSDP1.
 
-FSDP1 lays the parameters of a group end to end and cuts that row of numbers into equal parts. So a rank holds of each
-parameter one range of its flattened values, or nothing. `by_rows` gives the form that everything outside of a step
-knows: DTensors cut along their first dim, as under FSDP2.
+FSDP1 concatenates the flattened parameters of a group and cuts the result into equal parts. So a rank holds one range
+of the flattened values of each parameter, or nothing. A group of `a` with shape (2, 3) and `b` with shape (4,), on two
+ranks, for example:
+
+    values    a a a a a | a b b b b
+    rank 0    the first five values of a, nothing of b
+    rank 1    the last value of a, and all of b
+
+`by_rows` gives the form that everything outside of a step uses: DTensors sharded along dim 0, as under FSDP2.
+There, rank 0 holds row 0 of `a` and two values of `b`.
 """
 
 from __future__ import annotations
@@ -31,41 +38,44 @@ from apollo_sft.parallel.fsdp2 import ShardSpec, blocks, fill_buffers
 M = TypeVar("M", bound=nn.Module)
 
 MIXES_DTYPES = False
-"""Parameters of different dtypes cannot lie end to end."""
+"""Parameters of different dtypes cannot be concatenated."""
 WRAPPER = "_fsdp_wrapped_module."
-"""What FSDP1 puts into the names of parameters."""
+"""The part that FSDP1 adds to the names of parameters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How one parameter is cut: its whole shape, how many values each rank of the shard group holds, and this rank's
-    place among them."""
+    """The ranges into which one parameter is cut."""
 
     shape: torch.Size
+    """The shape of the full parameter."""
     sizes: tuple[int, ...]
+    """The number of values that each rank of the shard group holds."""
     rank: int
+    """This rank's place in the shard group."""
 
     @property
     def start(self) -> int:
-        """The place of this rank's first value among all."""
+        """Return the position of this rank's first value among all."""
         return sum(self.sizes[: self.rank])
 
     def mine(self, whole: Tensor) -> Tensor:
+        """Return this rank's range of the full parameter, flat."""
         return whole.reshape(-1)[self.start : self.start + self.sizes[self.rank]]
 
 
 class _Root(FullyShardedDataParallel):
-    """The outermost group. `waiting`: gradients of earlier micro-batches, see `reduce_gradients`."""
+    """The outermost group."""
 
     mesh: DeviceMesh
     cuts: dict[nn.Parameter, Cut]
     waiting: dict[nn.Parameter, Tensor]
+    """Gradients of earlier micro-batches, see `reduce_gradients`."""
 
 
 def check(shard_size: int, compute_dtype: torch.dtype, reduces_once: bool) -> None:
-    """What FSDP1 cannot do right, refused before a weight is read. `shard_size`: ranks that share one copy, or -1.
+    """Refuse what FSDP1 computes wrongly, before a weight is read. `shard_size`: ranks that share one copy, or -1.
 
-    Offload without the last of these is made right in `reduce_gradients`.
     Raises: ConfigError.
     """
     if shard_size == 1:
@@ -84,18 +94,22 @@ def check(shard_size: int, compute_dtype: torch.dtype, reduces_once: bool) -> No
 
 
 def shard(model: M, mesh: DeviceMesh, spec: ShardSpec, head: nn.Module | None) -> M:
-    """Wrap a model that lies on meta: the blocks that the spec chooses, and the rest, head included, as the root.
+    """Wrap a model on meta: the blocks that the spec chooses, and the rest, head included, as the root.
 
-    Returns the wrapper. It has every attribute of the model; its weights are not filled yet.
+    Return the wrapper. It has every attribute of the model; its weights are not filled yet.
     Raises: ConfigError when the spec chooses no block.
     """
     chosen = set(blocks(model, spec, head))
     hybrid = mesh.ndim == 2
     on_cuda = mesh.device_type == "cuda"
-    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device(mesh.device_type)
+    device = torch.device(mesh.device_type)
+    if on_cuda:
+        device = torch.device("cuda", torch.cuda.current_device())
+
     shapes: dict[nn.Parameter, torch.Size] = {}
+
     with warnings.catch_warnings():
-        # That the gradient of a group takes memory for what is frozen in it, too: the docs say it.
+        # It warns that the gradient of a group takes memory for frozen parameters too: our docs state that.
         warnings.filterwarnings("ignore", ".*has both parameters with requires_grad", UserWarning)
         root = _Root(
             model,
@@ -103,29 +117,36 @@ def shard(model: M, mesh: DeviceMesh, spec: ShardSpec, head: nn.Module | None) -
             sharding_strategy=_strategy(hybrid, spec.reshard_after_forward),
             auto_wrap_policy=CustomPolicy(lambda module: module in chosen),
             mixed_precision=MixedPrecision(spec.compute_dtype, spec.reduce_dtype, cast_forward_inputs=True),
-            cpu_offload=CPUOffload(spec.offload and on_cuda),  # on a CPU there is nothing to move away
+            cpu_offload=CPUOffload(spec.offload and on_cuda),  # on a CPU nothing has to be offloaded
             device_id=device,
             param_init_fn=_materialise(device, shapes),
             use_orig_params=True,
         )
-    root.mesh, root.waiting = mesh, {}
+
+    root.mesh = mesh
+    root.waiting = {}
     root.cuts = _cuts(root, shapes, mesh)
-    # The model's own methods call the model: through this wrapper, which gathers the root.
+    # Bound to the wrapper: these methods call `self`, and only the call of the wrapper gathers the root.
     for name in ("loss_sum", "next_tokens"):
         vars(root)[name] = MethodType(getattr(type(model), name), root)
+
     return cast(M, root)
 
 
 def _strategy(hybrid: bool, reshard_after_forward: bool) -> ShardingStrategy:
-    if hybrid:
-        return ShardingStrategy.HYBRID_SHARD if reshard_after_forward else ShardingStrategy._HYBRID_SHARD_ZERO2
-    return ShardingStrategy.FULL_SHARD if reshard_after_forward else ShardingStrategy.SHARD_GRAD_OP
+    strategies = {
+        (True, True): ShardingStrategy.HYBRID_SHARD,
+        (True, False): ShardingStrategy._HYBRID_SHARD_ZERO2,
+        (False, True): ShardingStrategy.FULL_SHARD,
+        (False, False): ShardingStrategy.SHARD_GRAD_OP,
+    }
+    return strategies[hybrid, reshard_after_forward]
 
 
 def _materialise(device: torch.device, shapes: dict[nn.Parameter, torch.Size]) -> Callable[[nn.Module], None]:
-    """For FSDP1, which calls it group by group and frees what it has cut: memory in the place of meta tensors.
+    """Return the function by which FSDP1 replaces meta tensors, group by group: it frees a group once it is cut.
 
-    A weight that two modules share stays one. `shapes` is filled with what the parameters were.
+    A weight that two modules share stays one. `shapes` is filled with the shapes of the full parameters.
     """
     made: dict[nn.Parameter, nn.Parameter] = {}
 
@@ -140,12 +161,14 @@ def _materialise(device: torch.device, shapes: dict[nn.Parameter, torch.Size]) -
 
 
 def _cuts(model: nn.Module, shapes: dict[nn.Parameter, torch.Size], mesh: DeviceMesh) -> dict[nn.Parameter, Cut]:
-    """Told by the ranks to each other: what FSDP1 itself knows of it is private."""
+    """Find out the ranges of all parameters. Collective: FSDP1's own record of them is private."""
     group = mesh.get_group(mesh.ndim - 1)
     parameters = list(model.parameters())
     mine = torch.tensor([parameter.numel() for parameter in parameters], device=mesh.device_type)
     everyone = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(everyone, mine, group=group)
+
+    # One row for each parameter, one column for each rank.
     sizes = torch.stack(everyone, dim=1).tolist()
     return {p: Cut(shapes[p], tuple(s), group.rank()) for p, s in zip(parameters, sizes, strict=True)}
 
@@ -154,11 +177,14 @@ def _cuts(model: nn.Module, shapes: dict[nn.Parameter, torch.Size], mesh: Device
 def fill(model: nn.Module, source: nn.Module | None, device: torch.device, offload: bool = False) -> None:
     """Give the shards their values, and the model its buffers, from rank 0, whose `source` holds them on the CPU.
 
-    Tensors travel one by one, so that no other rank ever holds the whole model. `offload` changes nothing here: the
-    shards lie where `shard` has put them.
+    Tensors travel one by one, so that no other rank ever holds the whole model. `offload` has no effect here: the
+    shards are where `shard` has put them.
     """
     del offload
-    weights = {} if source is None else dict(source.named_parameters())
+    weights: dict[str, nn.Parameter] = {}
+    if source is not None:
+        weights = dict(source.named_parameters())
+
     for name, parameter in model.named_parameters():
         cut = cast(_Root, model).cuts[parameter]
         whole = torch.empty(cut.shape, dtype=parameter.dtype, device=device)
@@ -166,6 +192,7 @@ def fill(model: nn.Module, source: nn.Module | None, device: torch.device, offlo
             whole.copy_(weights[_plain(name)])
         dist.broadcast(whole, src=0)
         parameter.copy_(cut.mine(whole))
+
     fill_buffers(model, source, device, _plain)
 
 
@@ -174,16 +201,18 @@ def _plain(name: str) -> str:
 
 
 def reduce_gradients(model: nn.Module, wanted: bool) -> None:
-    """Whether the next backward reduces gradients over ranks. Without, they stay whole and add up on every rank.
-
-    With offload, FSDP1 overwrites what an earlier backward has reduced: it is put aside here, and added in `grad_norm`.
-    """
+    """Set whether the next backward reduces gradients over ranks. Without it, full ones add up on every rank."""
     root = cast(_Root, model)
+
+    # With offload, FSDP1 overwrites the gradients that an earlier backward has reduced. They are kept, and `grad_norm`
+    # adds them.
     for parameter in root.parameters():
         if root.cpu_offload.offload_params and root._sync_gradients and parameter.grad is not None:
             _put_aside(root.waiting, parameter)
+
     for module in FullyShardedDataParallel.fsdp_modules(root):
-        buffer = getattr(module._flat_param, "_cpu_grad", None)  # of offloaded gradients; stale, also after zero_grad
+        # The buffer of offloaded gradients keeps its old values, also after zero_grad.
+        buffer = getattr(module._flat_param, "_cpu_grad", None)
         if buffer is not None:
             buffer.zero_()
         vars(module)["_sync_gradients"] = wanted  # as the context manager `no_sync` does
@@ -199,35 +228,44 @@ def _put_aside(waiting: dict[nn.Parameter, Tensor], parameter: nn.Parameter) -> 
 
 
 def grad_norm(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """L2 norm over all ranks of the gradients, which are complete after it."""
+    """Complete the gradients, and return their L2 norm over all ranks."""
     root = cast(_Root, model)
     for parameter, earlier in root.waiting.items():
-        parameter.grad = earlier if parameter.grad is None else parameter.grad.add_(earlier)
+        if parameter.grad is None:
+            parameter.grad = earlier
+        else:
+            parameter.grad.add_(earlier)
+
     root.waiting.clear()
+
+    # A rank without a gradient takes part in the sum all the same. In float64, since squares may overflow float32.
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     squares = torch.zeros((), dtype=torch.float64, device=root.mesh.device_type)
     if grads:
         squares += get_total_norm(grads, foreach=True).to(squares.device, torch.float64) ** 2
+
     dist.all_reduce(squares, group=root.mesh.get_group(root.mesh.ndim - 1))
-    return squares.sqrt().to(grads[0].dtype if grads else torch.float32)
+
+    dtype = grads[0].dtype if grads else torch.float32
+    return squares.sqrt().to(dtype)
 
 
 def num_dims(model: nn.Module, parameter: nn.Parameter) -> int:
-    """Of the whole parameter: its shard is flat."""
+    """Return the number of dims of the full parameter; its shard is flat."""
     return len(cast(_Root, model).cuts[parameter].shape)
 
 
 def reshard(model: nn.Module) -> None:
-    """Give up gathered weights: a forward without a backward leaves some."""
+    """Free gathered weights: a forward without a backward leaves some."""
     for module in FullyShardedDataParallel.fsdp_modules(model):
         if module._handle is not None:
             _reshard(module, module._handle, True)
 
 
 def by_rows(model: M, gradients: bool = False) -> M:
-    """A copy of the model as FSDP2 would hold it, to be saved, exported or looked at: without wrappers. Collective.
+    """Return a copy of the model as FSDP2 would hold it, to be saved or exported: without wrappers. Collective.
 
-    `gradients`: with those that the parameters have.
+    `gradients`: with the gradients that the parameters have.
     """
     root = cast(_Root, model)
     rows = {}
@@ -239,51 +277,72 @@ def by_rows(model: M, gradients: bool = False) -> M:
 
 
 def outline(model: M) -> M:
-    """A copy of the model for its names, shapes and buffers: without wrappers, its parameters on meta."""
-    cuts = cast(_Root, model).cuts
-    empty = {p: torch.empty(cut.shape, dtype=p.dtype, device="meta") for p, cut in cuts.items()}
-    return cast(M, _bare(model, {p: nn.Parameter(empty[p], p.requires_grad) for p in cuts}))
+    """Return a copy of the model for its names, shapes and buffers: without wrappers, its parameters on meta."""
+    empty = {}
+    for parameter, cut in cast(_Root, model).cuts.items():
+        on_meta = torch.empty(cut.shape, dtype=parameter.dtype, device="meta")
+        empty[parameter] = nn.Parameter(on_meta, parameter.requires_grad)
+    return cast(M, _bare(model, empty))
 
 
 def held(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
-    """What this rank holds of each parameter, by name: the flat position of its first value, and its values."""
+    """Return this rank's part of each parameter, by name: the flat position of its first value, and its values."""
     cuts = cast(_Root, model).cuts
     return {_plain(name): (cuts[p].start, p.detach()) for name, p in model.named_parameters()}
 
 
 def _bare(module: nn.Module, parameters: dict[nn.Parameter, nn.Parameter]) -> nn.Module:
-    twin = copy.copy(module.module if isinstance(module, FullyShardedDataParallel) else module)
-    twin._parameters = {n: p if p is None else parameters[p] for n, p in twin._parameters.items()}
-    twin._modules = {n: m if m is None else _bare(m, parameters) for n, m in twin._modules.items()}
+    """Copy a tree of modules without FSDP1's wrappers, with other parameters in the place of its own."""
+    inner = module.module if isinstance(module, FullyShardedDataParallel) else module
+
+    # A shallow copy shares the dictionaries of parameters and modules: both are replaced, never changed.
+    twin = copy.copy(inner)
+    twin._parameters = {name: p if p is None else parameters[p] for name, p in inner._parameters.items()}
+    twin._modules = {name: m if m is None else _bare(m, parameters) for name, m in inner._modules.items()}
     return twin
 
 
 def optimizer_by_rows(model: nn.Module, rows: nn.Module, optimizer: Optimizer) -> Optimizer:
-    """A copy of the optimizer, with its state, for the model that `by_rows` gave. Collective."""
+    """Return a copy of the optimizer, with its state, for the parameters of `by_rows`. Collective."""
     root = cast(_Root, model)
     pairs = [pair for pair in zip(root.parameters(), rows.parameters(), strict=True) if pair[0].requires_grad]
     twin = cast(Any, type(optimizer))([row for _, row in pairs])
-    names: list[Any] = [None] * dist.get_world_size()
-    # AdamW knows nothing of a parameter of which this rank holds no value.
-    dist.all_gather_object(names, {n for state in optimizer.state.values() for n, v in state.items() if v.dim()})
+
+    # AdamW makes no state for a parameter of which this rank holds no value. All ranks must gather the same moments,
+    # so they agree on the names. A state without dims is the step, which is not sharded.
+    mine: set[str] = set()
+    for state in optimizer.state.values():
+        mine.update(name for name, value in state.items() if value.dim())
+
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    moments = sorted(set().union(*everyone))
+
     for parameter, row in pairs:
         state = optimizer.state.get(parameter, {})
-        twin.state[row] = {name: _rows(root, parameter, state.get(name)) for name in sorted(set().union(*names))}
+        twin.state[row] = {name: _rows(root, parameter, state.get(name)) for name in moments}
+
     return cast(Optimizer, twin)
 
 
 @torch.no_grad()
 def take_rows(model: nn.Module, optimizer: Optimizer, rows: nn.Module, rows_optimizer: Optimizer) -> None:
-    """The way back: weights and optimizer state from copies that `by_rows` gave and that were filled. Collective."""
+    """Load weights and optimizer state from copies of `by_rows` that were filled. Collective."""
     cuts = cast(_Root, model).cuts
     for parameter, row in zip(model.parameters(), rows.parameters(), strict=True):
         if not parameter.requires_grad:
             continue
-        parameter.copy_(cuts[parameter].mine(_full(row)))
-        optimizer.state[parameter] = {
-            name: cuts[parameter].mine(_full(value)).clone() if isinstance(value, DTensor) else value.clone()
-            for name, value in rows_optimizer.state[row].items()
-        }
+
+        cut = cuts[parameter]
+        parameter.copy_(cut.mine(_full(row)))
+
+        # Cloned: a range of the gathered tensor would keep all of it in memory.
+        state = {}
+        for name, value in rows_optimizer.state[row].items():
+            held_here = cut.mine(_full(value)) if isinstance(value, DTensor) else value
+            state[name] = held_here.clone()
+
+        optimizer.state[parameter] = state
 
 
 def _full(rows: Tensor) -> Tensor:
@@ -292,15 +351,20 @@ def _full(rows: Tensor) -> Tensor:
 
 
 def _rows(root: _Root, parameter: nn.Parameter, values: Tensor | None) -> DTensor:
-    """From this rank's range of a parameter's values (None: zeros) to its rows of them."""
-    cut, mesh = root.cuts[parameter], root.mesh
+    """Return this rank's rows of a tensor of which each rank has its range of values (None: zeros). Collective."""
+    cut = root.cuts[parameter]
+    mesh = root.mesh
+
+    # A gathering takes equal parts: ranges are padded to the longest one, and cut again.
     padded = torch.zeros(max(cut.sizes), dtype=parameter.dtype, device=mesh.device_type)
     if values is not None:
         padded[: values.numel()] = values.reshape(-1)
+
     gathered = padded.new_empty(len(cut.sizes) * padded.numel())
     dist.all_gather_single(gathered, padded, group=mesh.get_group(mesh.ndim - 1))
     parts = gathered.view(len(cut.sizes), padded.numel())
     whole = torch.cat([part[:size] for part, size in zip(parts, cut.sizes, strict=True)]).view(cut.shape)
+
     placements: list[Placement] = [*(Replicate() for _ in range(mesh.ndim - 1)), Shard(0)]
     rows = distribute_tensor(whole, mesh, placements, src_data_rank=None)
     return cast(DTensor, rows.to(parameter.device))

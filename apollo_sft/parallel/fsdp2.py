@@ -32,25 +32,26 @@ from apollo_sft.errors import ConfigError
 M = TypeVar("M", bound=nn.Module)
 
 MIXES_DTYPES = True
-"""Whether parameters of different dtypes may lie in one group."""
+"""Parameters of different dtypes may be in one group."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardSpec:
-    """`layer_names`: class names of the blocks that are gathered one at a time. `min_num_params` above 0 takes every
-    module of at least that many parameters instead. `offload`: parameters, gradients and optimizer state on the CPU.
-    """
+    """How a model is sharded."""
 
     layer_names: frozenset[str]
+    """Class names of the blocks that are gathered one at a time."""
     compute_dtype: torch.dtype
     reduce_dtype: torch.dtype
     reshard_after_forward: bool
     min_num_params: int = 0
+    """Above 0, every module of at least that many parameters is a block, and `layer_names` has no effect."""
     offload: bool = False
+    """Keep parameters, gradients and optimizer state on the CPU."""
 
 
 def check(shard_size: int, compute_dtype: torch.dtype, reduces_once: bool) -> None:
-    """What cannot be done right: here nothing. `shard_size`: ranks that share one copy, or -1."""
+    """Refuse nothing: FSDP2 computes every combination exactly. `shard_size`: ranks that share one copy, or -1."""
     del shard_size, compute_dtype, reduces_once
 
 
@@ -60,28 +61,36 @@ def shard(model: M, mesh: DeviceMesh, spec: ShardSpec, head: nn.Module | None) -
     `head` is None when it shares its weight with the embedding: it then belongs to the root.
     Raises: ConfigError when the spec chooses no block.
     """
-    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if spec.offload else OffloadPolicy()
+    offload = OffloadPolicy()
+    if spec.offload:
+        offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+
     group = partial(
         fully_shard,
         mesh=mesh,
         mp_policy=MixedPrecisionPolicy(param_dtype=spec.compute_dtype, reduce_dtype=spec.reduce_dtype),
         offload_policy=offload,
     )
+
     if head is not None:
         # Kept after the forward: its gradient is formed there, so a second gathering would serve nothing.
         group(head, reshard_after_forward=False)
         register_fsdp_forward_method(head, "loss")
         register_fsdp_forward_method(head, "best")
+
+    # From the inside out: the root takes every parameter that no group before it has taken.
     for block in blocks(model, spec, head):
         group(block, reshard_after_forward=spec.reshard_after_forward)
+
     group(model, reshard_after_forward=False)
     return model
 
 
 def blocks(model: nn.Module, spec: ShardSpec, head: nn.Module | None) -> list[nn.Module]:
-    """The modules that are gathered one at a time. Raises: ConfigError when there is none."""
+    """Return the modules that are gathered one at a time. Raises: ConfigError when there is none."""
     if spec.min_num_params:
         return _large_modules(model, spec.min_num_params, head)
+
     blocks = [module for module in model.modules() if type(module).__name__ in spec.layer_names]
     if not blocks:
         raise ConfigError(
@@ -93,22 +102,30 @@ def blocks(model: nn.Module, spec: ShardSpec, head: nn.Module | None) -> list[nn
 
 
 def _large_modules(model: nn.Module, min_num_params: int, head: nn.Module | None) -> list[nn.Module]:
-    """From the leaves up, every module with that many parameters outside of modules chosen before it.
+    """Choose, from the leaves up, every module with that many parameters outside of modules chosen before it.
 
-    Source: what FSDP1's size-based policy chooses. Containers are not called, so they cannot gather; a weight that two
-    modules share, and the head, are left to the root.
+    As FSDP1's size-based policy does. A block of 5 million parameters, for example, with two linear layers of 2 million
+    and norms of 1 million in all: with a limit of 2 million both layers are chosen, and the norms are left to the root;
+    with a limit of 3 million the block is chosen as a whole.
     """
-    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    owners: Counter[int] = Counter()
+    for module in model.modules():
+        owners.update(id(parameter) for parameter in module.parameters(recurse=False))
+
     chosen: list[nn.Module] = []
 
     def visit(module: nn.Module) -> int:
         if module is head:
             return 0
+
         own = [p for p in module.parameters(recurse=False) if owners[id(p)] == 1]
         left = sum(p.numel() for p in own) + sum(visit(child) for child in module.children())
+
+        # A container is not called, so it cannot gather; a weight that two modules share is left to the root.
         takes = left >= min_num_params and module is not model
         if not takes or isinstance(module, nn.ModuleList | nn.ModuleDict) or _holds_shared(module, owners):
             return left
+
         chosen.append(module)
         return 0
 
@@ -124,7 +141,7 @@ def fill(model: nn.Module, source: nn.Module | None, device: torch.device, offlo
     """Give a sharded meta model its weights and buffers from rank 0, whose `source` holds them on the CPU.
 
     Tensors travel one by one, so that no other rank ever holds the whole model. With `offload` the shards stay on the
-    CPU; buffers always lie on `device`.
+    CPU; buffers are always on `device`.
     """
     model.to_empty(device=torch.device("cpu") if offload else device)
     weights = {} if source is None else source.state_dict()
@@ -140,26 +157,28 @@ def _unchanged(name: str) -> str:
 def fill_buffers(
     model: nn.Module, source: nn.Module | None, device: torch.device, plain: Callable[[str], str] = _unchanged
 ) -> None:
-    """`plain` makes of a name in `model` the one in `source`."""
+    """Give the model its buffers from rank 0. `plain` makes of a name in `model` the one in `source`."""
     full = dict(source.named_buffers()) if source is not None else {}
     for module_name, module in model.named_modules():
         for name, empty in module.named_buffers(recurse=False):
             buffer = torch.empty_like(empty, device=device)
             if source is not None:
                 buffer.copy_(full[plain(f"{module_name}.{name}")])
+
+            # The order of modules is the same on all ranks, so the broadcasts match.
             dist.broadcast(buffer, src=0)
             setattr(module, name, buffer)
 
 
 def reduce_gradients(model: nn.Module, wanted: bool) -> None:
-    """Whether the next backward reduces gradients over ranks. Without, they stay whole and add up on every rank."""
+    """Set whether the next backward reduces gradients over ranks. Without it, full ones add up on every rank."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(wanted)
         model.set_is_last_backward(wanted)
 
 
 def grad_norm(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """L2 norm over all ranks of the gradients that the parameters have."""
+    """Return the L2 norm, over all ranks, of the gradients that the parameters have."""
     del model
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
     whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -167,46 +186,48 @@ def grad_norm(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def num_dims(model: nn.Module, parameter: nn.Parameter) -> int:
-    """Of the whole parameter."""
+    """Return the number of dims of the full parameter."""
     del model
     return parameter.ndim
 
 
 def reshard(model: nn.Module) -> None:
-    """Give up gathered weights. A forward without a backward leaves some, and the modules then show those, in the
-    compute dtype, in the place of the shards that the optimizer knows."""
+    """Free gathered weights: a forward without a backward leaves some.
+
+    The modules would show those, in the compute dtype, in the place of the shards that the optimizer updates.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def by_rows(model: M, gradients: bool = False) -> M:
-    """The model with parameters, and gradients, as DTensors cut along their first dim, to be saved or exported."""
+    """Return the model with parameters, and gradients, as DTensors sharded along dim 0, to be saved or exported."""
     del gradients
     return model
 
 
 def outline(model: M) -> M:
-    """The model for its names, shapes and buffers; no collective."""
+    """Return the model for its names, shapes and buffers; no collective."""
     return model
 
 
 def held(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
-    """What this rank holds of each parameter, by name: the flat position of its first value, and its values."""
+    """Return this rank's part of each parameter, by name: the flat position of its first value, and its values."""
     found = {}
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         local = parameter.to_local()
         _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-        found[name] = (offset[0] * math.prod(parameter.shape[1:]), local)  # cut by rows
+        found[name] = (offset[0] * math.prod(parameter.shape[1:]), local)  # it is sharded along dim 0
     return found
 
 
 def optimizer_by_rows(model: nn.Module, rows: nn.Module, optimizer: Optimizer) -> Optimizer:
-    """The optimizer with its state in the same form, for the parameters that `by_rows` gave."""
+    """Return the optimizer with its state in the same form, for the parameters of `by_rows`."""
     del model, rows
     return optimizer
 
 
 def take_rows(model: nn.Module, optimizer: Optimizer, rows: nn.Module, rows_optimizer: Optimizer) -> None:
-    """What was filled into `rows` and `rows_optimizer` is what the model is trained with."""
+    """Do nothing: the tensors of `rows` and `rows_optimizer` are those of the model and of its optimizer."""

@@ -1,4 +1,4 @@
-"""The processes of a run: who I am, which device is mine, and the process group when there is more than one."""
+"""Start the processes of a run: rank and device of this one, and the process group when there are several."""
 
 from __future__ import annotations
 
@@ -22,22 +22,26 @@ from apollo_sft.parallel.rendezvous import POLL_SECONDS, READY, rendezvous_store
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """`rank` and `size` count all processes of the run, `local_rank` those of this host. `host` is its identity."""
+    """The processes of a run, and the place of this one among them."""
 
     rank: int
     size: int
+    """Number of all processes of the run."""
     local_rank: int
+    """The rank among the processes of this host."""
     device: torch.device
     host: str = ""
+    """A name that no other host has."""
     num_hosts: int = 1
 
     @property
     def is_main(self) -> bool:
+        """Return whether this process is rank 0."""
         return self.rank == 0
 
 
 def start(device: str, needs_group: bool, timeout_seconds: float | None = None) -> World:
-    """Read the environment, choose the device, start the process group, find out how many hosts there are.
+    """Read the environment, choose the device, start the process group, and count the hosts.
 
     One process has no group unless `needs_group` (sharding wants one even for a single rank). `timeout_seconds`: the
     longest that a rank waits for the others in a collective; None is torch's own.
@@ -48,16 +52,22 @@ def start(device: str, needs_group: bool, timeout_seconds: float | None = None) 
     chosen = _device(device, place)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+
+    num_hosts = 1
     if place.size > 1:
-        _join(place, "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout_seconds)
+        # With GPUs, gloo serves CPU tensors beside it: flags of ranks must not wait for kernels.
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        _join(place, backend, timeout_seconds)
+        num_hosts = _count_hosts(place)
     elif needs_group:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    num_hosts = _meet(place) if place.size > 1 else 1
+
     return World(place.rank, place.size, place.local_rank, chosen, place.host, num_hosts)
 
 
 def _join(place: Place, backend: str, timeout_seconds: float | None) -> None:
+    """Start the process group. Raises: TopologyError when the address of the rendezvous cannot be used."""
     where = f"{place.variables['MASTER_ADDR']}:{place.variables['MASTER_PORT']}"
     try:
         timeout = timedelta(seconds=timeout_seconds) if timeout_seconds else default_pg_timeout
@@ -74,10 +84,12 @@ def _join(place: Place, backend: str, timeout_seconds: float | None) -> None:
 
 
 def _agreed_name(store: Any, place: Place) -> str:
-    """A new name for this start of the job, the same on all ranks.
+    """Return a new name for this start of the job, the same on all ranks: the prefix of all keys in the store.
 
-    torchrun keeps its store when it starts the ranks again: what the earlier ones left there must not be taken for
-    what the present ones say. So rank 0 answers every word that it finds, and waits for those who heard the answer.
+    torchrun keeps its store when it restarts the ranks: keys of the earlier ones must not be taken for keys of the
+    present ones. A rank writes a random number under `hello/RANK`, which may overwrite one of an earlier start. Rank 0
+    answers every number that it finds there, old ones too, by the name of this start, and waits until size - 1 ranks
+    have confirmed that name: only the present ranks can.
     """
     name = secrets.token_hex(8)
     if place.rank:
@@ -85,22 +97,28 @@ def _agreed_name(store: Any, place: Place) -> str:
         agreed = wait_for(f"welcome/{name}", store)
         store.add(f"here/{agreed}", 1)
         return agreed
-    welcomed: set[str] = set()
+
+    answered: set[str] = set()
+    greetings = [f"hello/{rank}" for rank in range(1, place.size)]
     while store.add(f"here/{name}", 0) < place.size - 1:
-        said = [key for key in (f"hello/{rank}" for rank in range(1, place.size)) if store.check([key])]
-        for guest in {store.get(key).decode() for key in said} - welcomed:
-            store.set(f"welcome/{guest}", name)
-            welcomed.add(guest)
+        found = {store.get(key).decode() for key in greetings if store.check([key])}
+        for number in found - answered:
+            store.set(f"welcome/{number}", name)
+            answered.add(number)
         time.sleep(POLL_SECONDS / 10)
+
     return name
 
 
 def _device(wanted: str, place: Place) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+
+    # srun and Kubernetes may let each process see its own GPU only.
     count = torch.cuda.device_count()
     if place.local_size is None and count == 1:
-        return torch.device("cuda", 0)  # srun and Kubernetes may show each process its own GPU only
+        return torch.device("cuda", 0)
+
     processes = place.local_size or place.local_rank + 1
     if processes > count:
         raise TopologyError(
@@ -112,25 +130,29 @@ def _device(wanted: str, place: Place) -> torch.device:
     return torch.device("cuda", place.local_rank)
 
 
-def _meet(place: Place) -> int:
-    """The number of hosts, once every process has said where it is.
+def _count_hosts(place: Place) -> int:
+    """Return the number of hosts, once every process has reported its place.
 
-    Raises: TopologyError on rank 0 when two processes took the same place: they would share a GPU.
+    Raises: TopologyError on rank 0 when two processes have the same place: they would share a GPU.
     """
     store = rendezvous_store()
     if store.add(f"place/{place.host}", 1) == 1:
         store.add("place/hosts", 1)
+
+    # The last process to arrive ends the wait of all, and so does the first one that finds its place taken.
     if store.add(f"place/{place.host}/{place.local_rank}", 1) > 1:
         store.set("place/all", f"{socket.gethostname()}: two processes with LOCAL_RANK={place.local_rank}")
     elif store.add("place/arrived", 1) == place.size:
         store.set("place/all", READY)
+
     verdict = wait_for("place/all")
     if verdict == READY:
         return int(store.add("place/hosts", 0))
     if place.rank:
-        raise SystemExit(TopologyError.exit_code)
+        raise SystemExit(TopologyError.exit_code)  # silently: rank 0 reports
+
     raise TopologyError(
-        "two processes say that they are the same one of a host",
+        "two processes on one host report the same LOCAL_RANK",
         found=verdict,
         expected="LOCAL_RANK counts the processes of each host from 0",
         fix="set LOCAL_RANK for every process, or start by torchrun",
@@ -138,6 +160,6 @@ def _meet(place: Place) -> int:
 
 
 def stop() -> None:
-    """Leave the process group. Objects that hold sub-groups must be gone by now: gloo aborts at exit otherwise."""
+    """Leave the process group. Objects that hold sub-groups must be freed by now: gloo aborts at exit otherwise."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The rendezvous store of a run: where ranks leave words for each other without a collective."""
+"""The rendezvous store of a run: texts that ranks exchange without a collective."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import torch.distributed as dist
 
 READY = "ready"
-"""The verdict that lets those who wait go on; any other one is the exit code of a failure."""
+"""The verdict that ends a wait with success; any other one is the exit code of a failure."""
 
 POLL_SECONDS = 0.5
-"""The longest pause between two looks of a rank that waits for another one."""
+"""The longest pause of a rank that polls the store."""
 
 
 def rendezvous_store() -> Any:
@@ -22,7 +22,7 @@ def rendezvous_store() -> Any:
 def wait_for(key: str, store: Any = None) -> str:
     """Wait until `key` is set, and return its value.
 
-    This is no collective: no timeout ends the wait for a long preparation, and a signal is heard between two looks.
+    This is no collective: no timeout ends the wait for a long preparation, and a signal is handled while it polls.
     """
     store = store or rendezvous_store()
     pause = 0.01
@@ -35,10 +35,12 @@ def wait_for(key: str, store: Any = None) -> str:
 
 
 def first_to_fail() -> bool:
-    """Return whether no other rank has asked this before; true as well where there is no store to ask any more."""
+    """Return whether this rank is the first to call this; also True when the store does not answer any more."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return True
+
     try:
+        # `add` is atomic: exactly one rank gets 1.
         return bool(rendezvous_store().add("failed", 1) == 1)
     except (RuntimeError, OSError):
         return True

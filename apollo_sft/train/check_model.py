@@ -99,7 +99,8 @@ def _check_disk(trainer: TrainerConfig, optim: OptimConfig, causal_lm: Any, mode
 
 def _check_adapter(model: ModelConfig, base: BaseModel, causal_lm: Any) -> None:
     """Put the adapters into a model without memory. Raises: ConfigError, ModelError when they do not fit."""
-    from apollo_sft.model.lora import check_adapter_file, check_groups, inject, lora_config
+    from apollo_sft.model.adapter_files import check_adapter_file
+    from apollo_sft.model.lora import check_groups, inject, lora_config
 
     wanted = lora_config(model, base.source)
     if base.growth is not None:

@@ -15,7 +15,8 @@ from apollo_sft.checkpoint.model_folder.write import (
     save_model,
 )
 from apollo_sft.config.schema import ModelConfig, TrainerConfig
-from apollo_sft.model.lora import adapter_tensors, merge, saved_config, trained
+from apollo_sft.model.adapter_files import adapter_tensors, saved_config, trained
+from apollo_sft.model.lora import merge
 from apollo_sft.model.sft_model import SftModel
 from apollo_sft.parallel.launch import World
 from apollo_sft.train.finish import export_options

@@ -136,7 +136,7 @@ def test_a_key_that_does_not_say_what_it_changes_cannot_be_added() -> None:
             note: str = ""
 
     first, todo, changes = str(caught.value).splitlines()
-    assert first == "the key TrainerConfig.note does not say what a change of its value changes"
+    assert first == "the key TrainerConfig.note does not declare what a change of its value changes"
     assert 'write note: Annotated[…, Key(changes=…, example="…")] = …' in todo
     assert "one of NOTHING, TOKENS, ORDER, MODEL, NUMERICS, LAYOUT, LENGTH, or several" in changes
     with pytest.raises(TypeError, match=r"Late\.note has no default"):
@@ -148,7 +148,7 @@ def test_a_key_that_does_not_say_what_it_changes_cannot_be_added() -> None:
 @pytest.mark.parametrize(
     ("key", "part"),
     [
-        (Key(changes=LAYOUT), "does not say with which value apollo-sft verify starts"),
+        (Key(changes=LAYOUT), "does not declare with which value apollo-sft verify starts"),
         (Key(changes=NOTHING, neutral=1), "has neutral=…, which is for keys that change the layout"),
         (Key(changes=MODEL, stored_as="template"), "has stored_as=…, which is for keys that change tokens"),
     ],

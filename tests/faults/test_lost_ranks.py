@@ -88,7 +88,7 @@ def test_a_lost_rank_ends_the_job_and_is_named(
     seconds = time.monotonic() - began
     silence = SILENCE_SECONDS if number == signal.SIGSTOP else 0
     named = {
-        signal.SIGSTOP: rf"rank {rank} on \S+ stands still: it gave no sign of life for {SILENCE_SECONDS} s",
+        signal.SIGSTOP: rf"rank {rank} on \S+ does not respond: it sent no heartbeat for {SILENCE_SECONDS} s",
         signal.SIGKILL: rf"rank {rank} was ended by SIGKILL|rank {1 - rank} on \S+: lost another rank",
     }[number]
     wrong = [] if code == 1 else [f"exit code {code}"]

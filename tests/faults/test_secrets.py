@@ -143,4 +143,4 @@ def test_a_run_without_any_network(inputs: Path, tmp_path: Path) -> None:
            for text in command]  # fmt: skip
     refused = run([text.replace("/out", "/other") for text in hub])
     assert refused.returncode == 2
-    assert "could not be had from the hub" in refused.stderr
+    assert "could not be downloaded from the hub" in refused.stderr

@@ -168,7 +168,7 @@ def test_exact_or_refused(name: str, folder: Path) -> None:
 def test_hybrids_are_refused_by_their_config(name: str, folder: Path) -> None:
     verdict = judge(name, folder)
     assert verdict.early
-    assert "mix packed documents in a way of their own" in verdict.reason
+    assert "mix packed documents in a way that is not supported" in verdict.reason
 
 
 def test_two_ranks_equal_one(sliced: dict[str, float]) -> None:

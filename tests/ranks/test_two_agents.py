@@ -243,7 +243,7 @@ def test_two_processes_in_one_place_are_refused(inputs: Path, tmp_path: Path) ->
     finished = start_all([(arguments, home(tmp_path, f"h{i}", inputs) | common | {"RANK": str(i)}) for i in range(2)])
     assert [each.returncode for each in finished] == [2, 2], finished[0].stderr + finished[1].stderr
     (message,) = said_by_us(finished)
-    assert message == "apollo-sft: two processes say that they are the same one of a host"
+    assert message == "apollo-sft: two processes on one host report the same LOCAL_RANK"
     assert not (tmp_path / "out").exists()
 
 

@@ -130,7 +130,7 @@ def read_tensors(folder: Path, follow_links: bool = False) -> dict[str, StoredTe
 def safe_path(folder: Path, name: str, follow_links: bool = False) -> Path:
     """Return the path of a file that a folder of others names.
 
-    Raises: CheckpointError when it would lie outside the folder, by its name or through a link, or does not exist.
+    Raises: CheckpointError when it is outside of the folder, by its name or through a link, or does not exist.
     """
     if Path(name).is_absolute() or ".." in Path(name).parts or name in ("", "."):
         raise CheckpointError(f"{folder} names a file outside itself", found=name, expected="a file of that folder")

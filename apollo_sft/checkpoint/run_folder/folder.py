@@ -30,7 +30,7 @@ from apollo_sft.types import ignore
 
 KEY = "trainer.default_local_dir"
 MARKER = "apollo-sft run"
-"""What run.json says in `kind`: a folder with it is ours."""
+"""The value of `kind` in run.json: a folder with it is ours."""
 RUN_JSON = "run.json"
 TIME = "%Y-%m-%dT%H:%M:%S%z"
 OWN_NAMES = frozenset(

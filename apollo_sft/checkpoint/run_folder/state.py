@@ -174,7 +174,7 @@ class StateFiles:
         ends = [[at + size for at, size in zip(offsets, part.shape, strict=True)] for offsets, part in parts]
         shape = [max(sizes) for sizes in zip(*ends, strict=True)]
         if not parts or sum(part.numel() for _, part in parts) != torch.Size(shape).numel():
-            raise CheckpointError(f"{self._folder} does not hold the whole of {name}")
+            raise CheckpointError(f"{self._folder} does not hold all of {name}")
 
         whole = torch.empty(shape, dtype=parts[0][1].dtype)
         for (offsets, part), stops in zip(parts, ends, strict=True):

@@ -133,14 +133,14 @@ class ModelConfig(Section):
         Key(changes=MODEL, example="[q_proj,v_proj]", unused=UNUSED_WITHOUT_LORA),
     ] = "all-linear"
     """LoRA: which modules get adapters: all-linear (every linear module of the language model except the head, and
-    experts that are held in one tensor), a list of names, or a regular expression of full names.
+    fused expert tensors), a list of names, or a regular expression of full names.
     """
 
     target_parameters: Annotated[
         Strings, Key(changes=MODEL, example="[experts.down_proj]", unused=UNUSED_WITHOUT_LORA)
     ] = ()
-    """LoRA: experts that are held in one tensor and get adapters too, besides what target_modules names. They are named
-    by the end of their names: [experts.down_proj]. No dropout, no DoRA.
+    """LoRA: fused expert tensors (all experts of a layer in one tensor) that get adapters too, besides what
+    target_modules names, by the end of their names: [experts.down_proj]. No dropout, no DoRA.
     """
 
     exclude_modules: Annotated[
@@ -149,8 +149,8 @@ class ModelConfig(Section):
         Key(changes=MODEL, example="[o_proj]", unused=UNUSED_WITHOUT_LORA),
     ] = ()
     """LoRA: which of these get no adapter: a list of ends of names, [o_proj], or a regular expression of full names.
-    Experts that are held in one tensor are excluded by their own name or by that of their module. A value that excludes
-    nothing is refused.
+    A fused expert tensor is excluded by its own name or by that of its module. A value that excludes nothing is
+    refused.
     """
 
     lora_dropout: Annotated[
@@ -172,8 +172,8 @@ class ModelConfig(Section):
     lora_adapter_path: Annotated[PathText | None, Key(changes=MODEL, per_host=True, example="earlier_run/adapter")] = (
         None
     )
-    """LoRA: go on with the adapter in this folder, in PEFT's format. Its rank, alpha and targets are used. null starts
-    a new adapter.
+    """LoRA: continue the adapter in this folder, in PEFT's format. Its rank, alpha and targets are used. null starts a
+    new adapter.
     """
 
     use_liger: Annotated[bool, Key(changes=NUMERICS)] = False

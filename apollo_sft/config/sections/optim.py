@@ -47,8 +47,7 @@ class OptimConfig(Section):
     """
 
     lr_scheduler: Annotated[Literal["cosine", "wsd"], Key(changes=MODEL)] = "cosine"
-    """How the learning rate goes on after the warm-up: cosine (it falls until the end) or wsd (it stays, then falls).
-    """
+    """The learning rate after the warm-up: cosine (it falls until the end) or wsd (it stays, then falls)."""
 
     min_lr_ratio: Annotated[Share, Key(changes=MODEL, example="0.1")] = 0.0
     """The learning rate at the end, as a share of lr, 0 to 1."""

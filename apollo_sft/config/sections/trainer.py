@@ -32,8 +32,9 @@ class CheckpointConfig(Section):
         BeforeValidator(as_tuple),
         Key(changes=NOTHING, example="[model,optimizer,extra]"),
     ] = ("model", "optimizer", "extra", "hf_model")
-    """What a checkpoint holds. A run needs three of them to go on: model (trained weights), optimizer, and extra
-    (random states and the step). hf_model is a Hugging Face folder of the same step, in hf/ (with LoRA: the adapter).
+    """The contents of a checkpoint. Three of them are needed to resume a run: model (trained weights), optimizer, and
+    extra (random states and the step). hf_model is a Hugging Face folder of the same step, in hf/ (with LoRA: the
+    adapter).
     """
 
     hf_model_at: Annotated[
@@ -49,7 +50,7 @@ class CheckpointConfig(Section):
     """Which checkpoints have hf/: every one, or best_and_last."""
 
     async_save: Annotated[bool, Key(changes=NOTHING)] = True
-    """Write checkpoints while training goes on, from a copy in CPU memory. false lets training wait for the disk."""
+    """Write checkpoints while training continues, from a copy in CPU memory. false lets training wait for the disk."""
 
 
 class TrainerConfig(Section):
@@ -57,7 +58,7 @@ class TrainerConfig(Section):
 
     default_local_dir: Annotated[PathText, Key(changes=NOTHING, per_host=True, example="runs/first")] = "/tmp/sft_model"
     """The run's folder: metrics, config, checkpoints, and at the end the model. It is new or empty, or holds a run to
-    go on with (resume_mode).
+    resume (resume_mode).
     """
 
     default_hdfs_dir: Annotated[PathText | None, Key(changes=NOTHING, example="s3://bucket/runs/first")] = None
@@ -110,19 +111,18 @@ class TrainerConfig(Section):
         Literal["auto", "disable", "resume_path"],
         Key(changes=NOTHING, example="resume_path", needs=f"trainer.resume_from_path={CHECKPOINT}"),
     ] = "auto"
-    """What happens to an earlier run in default_local_dir: auto goes on with it from its newest checkpoint, disable
-    moves it to previous-<time>/. resume_path begins a new run at the checkpoint resume_from_path, of any run.
+    """What happens to an earlier run in default_local_dir: auto resumes it from its newest checkpoint, disable moves it
+    to previous-<time>/. resume_path begins a new run at the checkpoint resume_from_path, of any run.
     """
 
-    # The run folder refuses another checkpoint by itself once a run has begun, so that is not asked of this key.
+    # The run folder refuses another checkpoint by itself once a run has begun, so this key need not be compared.
     resume_from_path: Annotated[
         PathText | None, Key(changes=NOTHING, example=CHECKPOINT, needs="trainer.resume_mode=resume_path")
     ] = None
     """The checkpoint to begin at with resume_mode=resume_path, such as OTHER_RUN/checkpoints/step_000200; else null."""
 
     resume_with_changes: Annotated[bool, Key(changes=NOTHING)] = False
-    """Go on with a run although keys differ that change the samples of a step or the model. They are listed either way.
-    """
+    """Resume a run although keys differ that change the samples of a step or the model. They are listed either way."""
 
     max_ckpt_to_keep: Annotated[Count, Key(changes=NOTHING, example="5")] = 2
     """How many checkpoints are kept, 1 or more. Older ones are deleted once a newer one is on the disk."""
@@ -172,7 +172,7 @@ class TrainerConfig(Section):
 
     collective_timeout_seconds: Annotated[Count, Key(changes=NOTHING, example="3600")] = 1800
     """With several processes: a rank that waits longer than this for another one ends the run with an error. A rank
-    that gives no sign of life for half of this time, at most 5 minutes, is named. Preparing the data may take any time.
+    that sends no heartbeat for half of this time, at most 5 minutes, is named. Preparing the data may take any time.
     docs/clusters.md
     """
 

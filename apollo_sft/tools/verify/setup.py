@@ -16,7 +16,7 @@ from apollo_sft.config.sources import paths_of
 from apollo_sft.config.values import with_values
 from apollo_sft.data.store.store_files import SampleStore, StoreSummary, StoreWriter
 from apollo_sft.errors import DataError, ModelError
-from apollo_sft.model import attention, load, lora
+from apollo_sft.model import adapter_files, attention, load, lora
 from apollo_sft.report.log import setup_logging
 from apollo_sft.tools.verify.layouts import STEPS, layouts
 from apollo_sft.tools.verify.small_copy import shrink, silent, write_model
@@ -164,11 +164,11 @@ def _adapter(model: ModelConfig, seed: int, base: Path, continued: str | None, f
     loaded = load.load_with_weights(base, as_files_hold(base, model), torch.float32, model.trust_remote_code)
     lora.inject(loaded, adapter, torch.float32, continued)
     generator = torch.Generator().manual_seed(seed)
-    tensors = lora.adapter_tensors(loaded)
+    tensors = adapter_files.adapter_tensors(loaded)
     if continued is None:
         tensors = {n: 0.2 * torch.randn(t.shape, generator=generator) for n, t in tensors.items()}
 
-    lora.saved_config(loaded).save_pretrained(folder / "adapter")
+    adapter_files.saved_config(loaded).save_pretrained(folder / "adapter")
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "adapter" / "adapter_model.safetensors")
     return {"model.lora_adapter_path": str(folder / "adapter")}
 

@@ -13,7 +13,7 @@ from apollo_sft.checkpoint.model_folder.write import save_adapter
 from apollo_sft.config.compose import compose
 from apollo_sft.config.schema import ModelConfig
 from apollo_sft.errors import ConfigError
-from apollo_sft.model import experts, lora
+from apollo_sft.model import adapter_files, experts, lora
 from apollo_sft.model.flops import cost_of
 from apollo_sft.train.optim.build import build_optimizer
 from tests.support.exports import adapter_folder
@@ -86,8 +86,8 @@ def test_merged_and_read_by_peft_and_continued(tmp_path: Path, family: str) -> N
     adapted(model)
     with torch.no_grad():
         live = logits(model)
-        written = adapter_folder(base, lora.saved_config(model))
-        save_adapter(lora.adapter_tensors(model), written, tmp_path, model, is_writer=True)
+        written = adapter_folder(base, adapter_files.saved_config(model))
+        save_adapter(adapter_files.adapter_tensors(model), written, tmp_path, model, is_writer=True)
         lora.merge(model, cast)
         assert set(model.state_dict()) == names
         torch.testing.assert_close(logits(model), live, rtol=1e-5, atol=1e-5)

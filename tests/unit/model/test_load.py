@@ -50,7 +50,7 @@ def test_a_missing_folder_and_an_unreachable_hub_id_say_what_was_found(
     with pytest.raises(ModelError, match=r"model\.partial_pretrain is not a model folder"):
         load.find_model(str(tmp_path / "nothing"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="could not be had from the hub"):
+    with pytest.raises(ModelError, match="could not be downloaded from the hub"):
         load.find_model("someone/some-model-that-is-not-cached")
 
 

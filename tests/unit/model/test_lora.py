@@ -15,7 +15,7 @@ from apollo_sft.checkpoint.model_folder.write import save_adapter
 from apollo_sft.config.compose import compose
 from apollo_sft.config.schema import ModelConfig
 from apollo_sft.errors import ConfigError, ModelError
-from apollo_sft.model import lora
+from apollo_sft.model import adapter_files, lora
 from apollo_sft.model.head import HeadSpec, attach_loss
 from tests.support.exports import adapter_folder
 from tests.support.models import save_tiny_adapter, save_tiny_model, tiny_config, tiny_model
@@ -94,8 +94,8 @@ def test_merged_says_what_base_and_adapter_say(tmp_path: Path, kind: str, tied: 
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape) * 0.2)
     live = logits(model)
-    written = adapter_folder(base, lora.saved_config(model))
-    save_adapter(lora.adapter_tensors(model), written, tmp_path, model, is_writer=True)
+    written = adapter_folder(base, adapter_files.saved_config(model))
+    save_adapter(adapter_files.adapter_tensors(model), written, tmp_path, model, is_writer=True)
     lora.merge(model, cast)
     assert not [name for name, _ in model.named_modules() if "lora" in name]
     torch.testing.assert_close(logits(model), live, rtol=1e-5, atol=1e-5)

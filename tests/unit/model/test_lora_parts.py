@@ -17,7 +17,7 @@ from apollo_sft.checkpoint.model_folder.rounding import cast
 from apollo_sft.config.compose import compose
 from apollo_sft.config.schema import ModelConfig
 from apollo_sft.errors import ConfigError
-from apollo_sft.model import experts, lora
+from apollo_sft.model import adapter_files, experts, lora
 from apollo_sft.model.lora_targets import beside_language
 from tests.support.exports import MOE
 from tests.support.models import SMALL, tiny_config, tiny_model
@@ -114,8 +114,11 @@ def linear_names(model: Any) -> set[str]:
 
 
 def save_adapter(model: Any, base: Path) -> None:
-    lora.saved_config(model).save_pretrained(base / "adapter")
-    save_file({n: t.contiguous() for n, t in lora.adapter_tensors(model).items()}, base / "adapter" / lora.ADAPTER_FILE)
+    adapter_files.saved_config(model).save_pretrained(base / "adapter")
+    save_file(
+        {n: t.contiguous() for n, t in adapter_files.adapter_tensors(model).items()},
+        base / "adapter" / adapter_files.ADAPTER_FILE,
+    )
 
 
 def check_plain_peft(base: Path, model: Any, open_base: Callable[[Path], Any]) -> None:
@@ -194,7 +197,7 @@ def test_in_models_of_text_nothing_changes(tmp_path: Path, targets: str) -> None
     plain = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     theirs = get_peft_model(tiny_model(tiny_config(), torch.float32), plain)
     assert names_with_adapters(model) == names_with_adapters(theirs)
-    lora.saved_config(model).save_pretrained(tmp_path / "ours")
+    adapter_files.saved_config(model).save_pretrained(tmp_path / "ours")
     theirs.peft_config["default"].save_pretrained(tmp_path / "theirs")
     ours, expected = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "theirs"))
     assert ours.pop("target_modules") == sorted(expected.pop("target_modules"))

@@ -52,7 +52,7 @@ def test_attention_across_documents_is_refused() -> None:
 def test_a_head_that_forms_its_logits_in_its_own_way_is_refused() -> None:
     causal_lm = tiny_model(tiny_config(), torch.float32, attention.NAME)
     causal_lm.lm_head.register_forward_hook(lambda module, args, logits: logits * 1.5)
-    with pytest.raises(ModelError, match="logits are formed in a way of their own"):
+    with pytest.raises(ModelError, match="logits are computed in another way"):
         prove(SftModel(causal_lm), seed=1)
 
 
@@ -60,7 +60,7 @@ def test_a_window_that_attention_is_not_told_of_is_refused() -> None:
     causal_lm = tiny_model(tiny_config("Gemma3Text", head_dim=8), torch.float32, attention.NAME)
     prove(SftModel(causal_lm), seed=1)
     causal_lm.model.layers[0].self_attn.sliding_window = causal_lm.model.layers[1].self_attn.sliding_window = None
-    with pytest.raises(ModelError, match="its sliding window is not told to attention"):
+    with pytest.raises(ModelError, match=r"does not pass this model.s sliding window to the attention function"):
         prove(SftModel(causal_lm), seed=1)
 
 
@@ -72,5 +72,5 @@ def test_attention_that_is_not_causal_is_refused_when_it_is_called() -> None:
 
 
 def test_layers_that_hand_nothing_down_are_refused() -> None:
-    with pytest.raises(ModelError, match="NemotronAttention is not handed the document starts"):
+    with pytest.raises(ModelError, match="NemotronAttention does not receive the document starts"):
         prove(SftModel(tiny_model(tiny_config("Nemotron"), torch.float32, attention.NAME)), seed=1)

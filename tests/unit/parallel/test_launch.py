@@ -10,7 +10,8 @@ from apollo_sft.config.compose import compose
 from apollo_sft.errors import TopologyError
 from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
-from apollo_sft.parallel.place import PORTS, expand_nodelist, read_place
+from apollo_sft.parallel.place import read_place
+from apollo_sft.parallel.slurm import PORTS, expand_nodelist
 from apollo_sft.train.start_checks import check_world
 
 SRUN = {
