@@ -16,7 +16,7 @@ from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.place import read_place
 from apollo_sft.report.log import say, setup_logging
 from apollo_sft.train.announce import announce
-from apollo_sft.train.assemble import assemble, needs_group
+from apollo_sft.train.assemble import assemble
 from apollo_sft.train.check_model import check_model
 from apollo_sft.train.checkpoints import Checkpoints
 from apollo_sft.train.claim import claim_folder
@@ -29,6 +29,7 @@ from apollo_sft.train.prepare_run import Prepared, prepare
 from apollo_sft.train.process import load_external_lib, make_deterministic, seed_everything
 from apollo_sft.train.reporter import open_reporter
 from apollo_sft.train.run_state import Run
+from apollo_sft.train.sharding import needs_group
 from apollo_sft.train.signals import StopFlag
 from apollo_sft.train.stages import Stages
 from apollo_sft.train.start_checks import check_shared, contents_of, start_of

@@ -24,8 +24,9 @@ from apollo_sft.parallel import launch
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
 from apollo_sft.tools.verify.oracle import differences, oracle
-from apollo_sft.train.assemble import assemble, needs_group
+from apollo_sft.train.assemble import assemble
 from apollo_sft.train.loaders import plan_spec
+from apollo_sft.train.sharding import needs_group
 from apollo_sft.train.step import train_step
 from apollo_sft.train.strategy import strategy_of
 from tests.parity.layout_grid import ADAPTERS, COVERING, MODELS, NO_SYNC, Cells, full_grid, layout_of, layouts

@@ -13,7 +13,8 @@ from apollo_sft.data.store.store_files import SampleStore
 from apollo_sft.model import load
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
-from apollo_sft.train.assemble import assemble, needs_group
+from apollo_sft.train.assemble import assemble
+from apollo_sft.train.sharding import needs_group
 from apollo_sft.train.step import train_step
 from apollo_sft.types import Sample
 

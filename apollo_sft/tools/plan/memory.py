@@ -48,16 +48,10 @@ from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import build_mesh
 from apollo_sft.tools.plan.allocations import HEAD, LAYERS, OPTIMIZER, SHARDING, Allocations, recorded
 from apollo_sft.tools.plan.layers import Kind, layer_lists, num_of_kinds, remove_layers
-from apollo_sft.train.assemble import (
-    head_exchange,
-    needs_group,
-    offloads,
-    optimizer_of,
-    shard_model,
-    stored_dtype,
-)
+from apollo_sft.train.assemble import optimizer_of, stored_dtype
 from apollo_sft.train.optim.build import fill_state
 from apollo_sft.train.precision import DTYPES, resolve_precision
+from apollo_sft.train.sharding import head_exchange, needs_group, offloads, shard_model
 from apollo_sft.train.step import train_step
 from apollo_sft.types import MicroBatch
 

@@ -40,11 +40,12 @@ from apollo_sft.report.log import setup_logging
 from apollo_sft.tools.verify.layouts import BOUNDS, ORACLE_FILE, STEPS, Figures, Layout
 from apollo_sft.tools.verify.oracle import StaysDouble, differences, oracle
 from apollo_sft.tools.verify.small_copy import silent
-from apollo_sft.train.assemble import assemble, needs_group
+from apollo_sft.train.assemble import assemble
 from apollo_sft.train.base_model import as_files_hold
 from apollo_sft.train.loaders import plan_spec
 from apollo_sft.train.optim.build import build_optimizer
 from apollo_sft.train.process import load_external_lib, seed_everything
+from apollo_sft.train.sharding import needs_group
 from apollo_sft.train.step import StepResult, train_step
 from apollo_sft.train.strategy import strategy_of
 from apollo_sft.types import Growth

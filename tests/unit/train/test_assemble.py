@@ -11,8 +11,9 @@ from apollo_sft.errors import ConfigError
 from apollo_sft.model import attention, load
 from apollo_sft.parallel.launch import World
 from apollo_sft.parallel.mesh import Mesh
-from apollo_sft.train.assemble import assemble, needs_group
+from apollo_sft.train.assemble import assemble
 from apollo_sft.train.precision import resolve_precision
+from apollo_sft.train.sharding import needs_group
 from tests.support.models import save_tiny_model, tiny_config
 
 FP64, FP32, BF16 = torch.float64, torch.float32, torch.bfloat16
