@@ -93,7 +93,7 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Growth:
+class AddedTokens:
     """Tokens that are added to a base model.
 
     Embeddings often have more rows than there are tokens. A base with 100 tokens and 104 rows to which 6 tokens are
@@ -120,10 +120,10 @@ class BaseModel:
     folder: Path
     """The local copy."""
     config: dict[str, Any]
-    """config.json; with `growth`, that of the model with the added tokens."""
+    """config.json; with `new_tokens`, that of the model with the added tokens."""
     tensors: dict[str, TensorSpec]
     """The tensors in its safetensors files, by name, without added tokens; empty when it has no such files."""
-    growth: Growth | None = None
+    new_tokens: AddedTokens | None = None
     added_tokens: tuple[str, ...] = ()
     """Tokens that the tokenizer must get as added tokens: new ones, and words of its vocabulary."""
     untied: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ import torch
 
 from apollo_sft.errors import ModelError
 from apollo_sft.model import attention
-from apollo_sft.types import Growth
+from apollo_sft.types import AddedTokens
 
 EXACT_LAYERS = {"full_attention", "sliding_attention", "attention"}
 """Layer types whose only mixing of positions is the attention function that we register."""
@@ -251,20 +251,20 @@ def load_with_weights(
     config: Any,
     dtype: torch.dtype,
     trust_remote_code: bool,
-    growth: Growth | None = None,
+    new_tokens: AddedTokens | None = None,
     check: Callable[[Any], None] | None = None,
 ) -> Any:
     """Load the whole model on the CPU with its weights in `dtype`.
 
-    `config`: with `growth`, that of the model with the added tokens. `check` is called with the model as the files
+    `config`: with `new_tokens`, that of the model with the added tokens. `check` is called with the model as the files
     hold it, before the tokens are added.
     Raises: ModelError when the folder holds no safetensors, or when weights are missing or of another shape.
     """
     from transformers import AutoModelForCausalLM
 
     held = config
-    if growth is not None:
-        held = with_rows(config, growth.held)
+    if new_tokens is not None:
+        held = with_rows(config, new_tokens.held)
 
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -295,28 +295,28 @@ def load_with_weights(
     if check is not None:
         check(model)
 
-    if growth is not None:
-        _add_rows(model, growth)
+    if new_tokens is not None:
+        _add_rows(model, new_tokens)
 
     return _checked(model)
 
 
 @torch.no_grad()
-def _add_rows(model: Any, growth: Growth) -> None:
+def _add_rows(model: Any, new_tokens: AddedTokens) -> None:
     """Add rows to embeddings and head, and set those of the added tokens to the mean of the rows of earlier tokens.
 
     Source: transformers' `resize_token_embeddings`, which draws them closely around that mean. Drawn numbers would
     depend on the state of a generator.
     """
     # Forked: resizing draws random numbers all the same.
-    if growth.rows > growth.held:
+    if new_tokens.rows > new_tokens.held:
         with torch.random.fork_rng(devices=[]):
-            model.resize_token_embeddings(growth.rows, mean_resizing=False)
+            model.resize_token_embeddings(new_tokens.rows, mean_resizing=False)
 
     # Weights, which may be tied, and the bias of a head: each tensor once.
     tables = [*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()]
     for table in {id(table): table for table in tables}.values():
-        table[list(growth.ids)] = table[: growth.known].mean(0, dtype=torch.float64).to(table.dtype)
+        table[list(new_tokens.ids)] = table[: new_tokens.known].mean(0, dtype=torch.float64).to(table.dtype)
 
 
 def build_on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:

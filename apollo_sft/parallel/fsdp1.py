@@ -8,7 +8,7 @@ ranks, for example:
     rank 0    the first five values of a, nothing of b
     rank 1    the last value of a, and all of b
 
-`by_rows` gives the form that everything outside of a step uses: DTensors sharded along dim 0, as under FSDP2.
+`as_row_sharded` gives the form that everything outside of a step uses: DTensors sharded along dim 0, as under FSDP2.
 There, rank 0 holds row 0 of `a` and two values of `b`.
 """
 
@@ -262,7 +262,7 @@ def reshard(model: nn.Module) -> None:
             _reshard(module, module._handle, True)
 
 
-def by_rows(model: M, gradients: bool = False) -> M:
+def as_row_sharded(model: M, gradients: bool = False) -> M:
     """Return a copy of the model as FSDP2 would hold it, to be saved or exported: without wrappers. Collective.
 
     `gradients`: with the gradients that the parameters have.
@@ -302,8 +302,8 @@ def _bare(module: nn.Module, parameters: dict[nn.Parameter, nn.Parameter]) -> nn
     return twin
 
 
-def optimizer_by_rows(model: nn.Module, rows: nn.Module, optimizer: Optimizer) -> Optimizer:
-    """Return a copy of the optimizer, with its state, for the parameters of `by_rows`. Collective."""
+def optimizer_as_row_sharded(model: nn.Module, rows: nn.Module, optimizer: Optimizer) -> Optimizer:
+    """Return a copy of the optimizer, with its state, for the parameters of `as_row_sharded`. Collective."""
     root = cast(_Root, model)
     pairs = [pair for pair in zip(root.parameters(), rows.parameters(), strict=True) if pair[0].requires_grad]
     twin = cast(Any, type(optimizer))([row for _, row in pairs])
@@ -326,8 +326,8 @@ def optimizer_by_rows(model: nn.Module, rows: nn.Module, optimizer: Optimizer) -
 
 
 @torch.no_grad()
-def take_rows(model: nn.Module, optimizer: Optimizer, rows: nn.Module, rows_optimizer: Optimizer) -> None:
-    """Load weights and optimizer state from copies of `by_rows` that were filled. Collective."""
+def load_row_sharded(model: nn.Module, optimizer: Optimizer, rows: nn.Module, rows_optimizer: Optimizer) -> None:
+    """Load weights and optimizer state from copies of `as_row_sharded` that were filled. Collective."""
     cuts = cast(_Root, model).cuts
     for parameter, row in zip(model.parameters(), rows.parameters(), strict=True):
         if not parameter.requires_grad:

@@ -201,7 +201,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def by_rows(model: M, gradients: bool = False) -> M:
+def as_row_sharded(model: M, gradients: bool = False) -> M:
     """Return the model with parameters, and gradients, as DTensors sharded along dim 0, to be saved or exported."""
     del gradients
     return model
@@ -223,11 +223,11 @@ def held(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
     return found
 
 
-def optimizer_by_rows(model: nn.Module, rows: nn.Module, optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer with its state in the same form, for the parameters of `by_rows`."""
+def optimizer_as_row_sharded(model: nn.Module, rows: nn.Module, optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer with its state in the same form, for the parameters of `as_row_sharded`."""
     del model, rows
     return optimizer
 
 
-def take_rows(model: nn.Module, optimizer: Optimizer, rows: nn.Module, rows_optimizer: Optimizer) -> None:
+def load_row_sharded(model: nn.Module, optimizer: Optimizer, rows: nn.Module, rows_optimizer: Optimizer) -> None:
     """Do nothing: the tensors of `rows` and `rows_optimizer` are those of the model and of its optimizer."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Level = Literal["good", "look", "bad"]
+Level = Literal["good", "warning", "bad"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ FOLDED_CHARACTERS = 600
 """In a stretch without targets that is longer than this, the middle is collapsed."""
 KEPT_CHARACTERS = 200
 """The part at each end of such a stretch that stays visible."""
-SIGNS = {"good": "✓", "look": "!", "bad": "✗"}
+SIGNS = {"good": "✓", "warning": "!", "bad": "✗"}
 CHART_WIDTH = 960
 CHART_HEIGHT = 180
 LABEL_HEIGHT = 26

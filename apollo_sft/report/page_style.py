@@ -3,13 +3,13 @@
 STYLE = """
 :root {
   --paper: #fbfaf7; --sheet: #ffffff; --ink: #22252b; --soft: #6b7280; --line: #e4e1da; --accent: #2f6f4f;
-  --target: #c9efd5; --target-ink: #0b4a2a; --target-edge: #52b77e; --control: #9a5b13; --look: #b7791f; --bad: #c53030;
+  --target: #c9efd5; --target-ink: #0b4a2a; --target-edge: #52b77e; --control: #9a5b13; --warn: #b7791f; --bad: #c53030;
   --c0: #2f7d57; --c1: #c2571a; --c2: #3467c1; --c3: #9440a8; --c4: #a3850a; --c5: #0e8a94; --shade: #0002;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #15171b; --sheet: #1d2026; --ink: #e4e6ea; --soft: #959ca8; --line: #30343c; --accent: #6fcf97;
-    --target: #17452d; --target-ink: #c8f7da; --target-edge: #2f8f5b; --control: #e0a458; --look: #ecc94b;
+    --target: #17452d; --target-ink: #c8f7da; --target-edge: #2f8f5b; --control: #e0a458; --warn: #ecc94b;
     --bad: #fc8181;
     --c0: #6fcf97; --c1: #f2995c; --c2: #84a9f5; --c3: #d592e6; --c4: #e0c04c; --c5: #5cc9d1; --shade: #000a;
   }
@@ -33,7 +33,7 @@ section { margin-top: 1.5rem; padding: 1.3rem 1.5rem; background: var(--sheet); 
 .notes > li { display: flex; gap: 0.7rem; padding: 0.28rem 0; }
 .sign { flex: none; width: 1.4rem; height: 1.4rem; border-radius: 50%; text-align: center; line-height: 1.4rem;
   font-size: 0.85rem; color: var(--sheet); background: var(--accent); }
-.look .sign { background: var(--look); } .bad .sign { background: var(--bad); } .bad { font-weight: 600; }
+.warning .sign { background: var(--warn); } .bad .sign { background: var(--bad); } .bad { font-weight: 600; }
 .notes ul, .notes pre { margin: 0.15rem 0 0; padding: 0; list-style: none; font-size: 0.86rem; color: var(--soft);
   font-weight: 400; overflow-wrap: anywhere; white-space: pre-wrap; }
 .wide { overflow-x: auto; background: linear-gradient(to right, var(--sheet) 40%, transparent) local,

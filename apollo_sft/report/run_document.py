@@ -48,10 +48,10 @@ MEASURES = (
 MAY_BE_LOGARITHMIC = frozenset({"train/grad_norm"})
 SMOOTH = frozenset({"train/lr", "memory/peak_bytes"})
 STATUS = {
-    "running": ("look", "the run has not ended, or it was killed: these are the steps so far"),
+    "running": ("warning", "the run has not ended, or it was killed: these are the steps so far"),
     "failed": ("bad", "the run failed"),
     "refused": ("bad", "the run was refused before it trained"),
-    "preempted": ("look", "the run was stopped by a signal, with its state saved: the same command resumes it"),
+    "preempted": ("warning", "the run was stopped by a signal, with its state saved: the same command resumes it"),
 }
 
 
@@ -135,18 +135,18 @@ def _notes(run: RunRecord) -> Iterator[Note]:
     waits = run.total("perf/data_wait_seconds")
     seconds = run.total("train/step_seconds")
     if waits > 0.05 * seconds > 0:
-        yield Note("look", f"{waits / seconds:.0%} of the training time was waiting for data")
+        yield Note("warning", f"{waits / seconds:.0%} of the training time was waiting for data")
 
     for split, figures in run.audit.items():
         for remark in figures.get("remarks", ()):
-            yield Note("look", f"{split}: {remark}")
+            yield Note("warning", f"{split}: {remark}")
 
 
 def _validation_note(validations: Sequence[tuple[int, float]]) -> Note:
     step, best = _best(validations)
     last = validations[-1][1]
     if last > WORSE * best:
-        return Note("look", f"validation loss has risen from {best:.4f} at step {step:,} to {last:.4f}")
+        return Note("warning", f"validation loss has risen from {best:.4f} at step {step:,} to {last:.4f}")
 
     text = f"validation loss ends at {last:.4f}"
     # Compared as they are printed: "0.5000; the best is 0.5000" would puzzle a reader.

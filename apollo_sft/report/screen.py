@@ -26,7 +26,7 @@ SHORT_CONTEXT = 400
 """Number of characters of a stretch without targets beyond which its middle is left out."""
 SHORT_TARGET = 1200
 """The same number for a stretch of targets."""
-SIGNS = {"good": ("✓", "green"), "look": ("!", "yellow"), "bad": ("✗", "bold red")}
+SIGNS = {"good": ("✓", "green"), "warning": ("!", "yellow"), "bad": ("✗", "bold red")}
 TARGET = "bold green"
 CONTROL = "cyan"
 CONTEXT = "dim"

@@ -24,14 +24,14 @@ from apollo_sft.train.precision import resolve_precision
 from apollo_sft.train.sharding import head_exchange, offloads, shard_model
 from apollo_sft.train.strategy import check_strategy, strategy_name, strategy_named, strategy_of
 from apollo_sft.train.weights import check_as_built, check_filled, check_read, other_dtypes, set_dtypes
-from apollo_sft.types import Growth
+from apollo_sft.types import AddedTokens
 
 if TYPE_CHECKING:
     pass
 
 
 def assemble(
-    config: SftConfig, folder: Path, hf_config: Any, world: World, mesh: Mesh, growth: Growth | None = None
+    config: SftConfig, folder: Path, hf_config: Any, world: World, mesh: Mesh, new_tokens: AddedTokens | None = None
 ) -> tuple[SftModel, Optimizer]:
     """Return the trainable model, sharded over `mesh` when there is one, and its optimizer. Every rank calls it.
 
@@ -49,7 +49,7 @@ def assemble(
         attention.register(attention.sdpa_kernel)  # the proof runs on the CPU
         stored = stored_dtype(config.model, world, adapter is not None)
         check = partial(_check_weights, folder=folder, trust_remote_code=config.model.trust_remote_code)
-        read = load.load_with_weights(folder, hf_config, stored, config.model.trust_remote_code, growth, check)
+        read = load.load_with_weights(folder, hf_config, stored, config.model.trust_remote_code, new_tokens, check)
         dtypes = other_dtypes(read, stored)
         source = SftModel(_quantised(config.model, read, adapter, world.device))
         prove(source, config.trainer.seed)

@@ -17,7 +17,7 @@ from apollo_sft.data.render.tokens import fit_template
 from apollo_sft.errors import CheckpointError, ModelError
 from apollo_sft.model.load import check_architecture, find_model, in_short, read_config, with_rows
 from apollo_sft.train.weights import untied_in_files
-from apollo_sft.types import BaseModel, Growth
+from apollo_sft.types import AddedTokens, BaseModel
 
 ADAPTER_CONFIG = "adapter_config.json"
 WRAPPERS = {
@@ -51,17 +51,17 @@ def open_base(config: SftConfig, weights: bool = True) -> tuple[BaseModel, Any]:
         raw, hf_config = _untied(raw, hf_config)
 
     fitted = _fitted(model, config.data, folder)
-    growth = _growth(fitted, hf_config)
-    if growth is not None:
-        raw = _with_rows(raw, hf_config, growth.rows)
-        hf_config = with_rows(hf_config, growth.rows)
+    new_tokens = _new_tokens(fitted, hf_config)
+    if new_tokens is not None:
+        raw = _with_rows(raw, hf_config, new_tokens.rows)
+        hf_config = with_rows(hf_config, new_tokens.rows)
 
     files = sort_files(folder, model.follow_links, model.trust_remote_code)
     tokens: tuple[str, ...] = ()
     if fitted is not None:
         tokens = fitted.added
     of_files = (files.carried, files.left_out)
-    base = BaseModel(model.partial_pretrain, folder, raw, specs_of(stored), growth, tokens, untied, *of_files)
+    base = BaseModel(model.partial_pretrain, folder, raw, specs_of(stored), new_tokens, tokens, untied, *of_files)
     return base, hf_config
 
 
@@ -115,9 +115,9 @@ def _refuse_wrapped(folder: Path, stored: dict[str, StoredTensor]) -> None:
 
 def check_copied(base: BaseModel, copied: Sequence[str]) -> None:
     """Refuse added tokens where a tensor that is not trained would need rows for them. Raises: ModelError."""
-    if base.growth is None or base.growth.rows == base.growth.held:
+    if base.new_tokens is None or base.new_tokens.rows == base.new_tokens.held:
         return
-    tables = [name for name in copied if base.tensors[name].shape[:1] == (base.growth.held,)]
+    tables = [name for name in copied if base.tensors[name].shape[:1] == (base.new_tokens.held,)]
     if tables:
         raise ModelError(
             "model.add_special_tokens: the files hold tables of all tokens that training does not use, and cannot grow",
@@ -145,12 +145,12 @@ def in_words(base: BaseModel, copied: Sequence[str], writes_model: bool) -> list
     return lines
 
 
-def growth_of(model: ModelConfig, data: DataConfig, folder: Path, hf_config: Any) -> Growth | None:
+def new_tokens_of(model: ModelConfig, data: DataConfig, folder: Path, hf_config: Any) -> AddedTokens | None:
     """Return what `model.add_special_tokens` adds to the model in `folder`; None when nothing is missing.
 
     Raises: ModelError, DataError.
     """
-    return _growth(_fitted(model, data, folder), hf_config)
+    return _new_tokens(_fitted(model, data, folder), hf_config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +179,7 @@ def _fitted(model: ModelConfig, data: DataConfig, folder: Path) -> _Fitted | Non
     return _Fitted(tokenizer, before, tuple(token for _, token in added))
 
 
-def _growth(fitted: _Fitted | None, hf_config: Any) -> Growth | None:
+def _new_tokens(fitted: _Fitted | None, hf_config: Any) -> AddedTokens | None:
     """Find the rows that the embeddings need. A word of the vocabulary that becomes a control token keeps its row."""
     if fitted is None:
         return None
@@ -194,7 +194,7 @@ def _growth(fitted: _Fitted | None, hf_config: Any) -> Growth | None:
     rows = max(held, ids[-1] + 1)
     known = min(held, max(before.values()) + 1)
     fresh = sorted({*ids, *range(held, rows)})
-    return Growth(tuple(added[number] for number in ids), tuple(fresh), known, held, rows)
+    return AddedTokens(tuple(added[number] for number in ids), tuple(fresh), known, held, rows)
 
 
 def _with_rows(raw: dict[str, Any], hf_config: Any, rows: int) -> dict[str, Any]:

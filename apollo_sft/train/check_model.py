@@ -22,7 +22,7 @@ from apollo_sft.report.log import say
 from apollo_sft.train.base_model import about_the_base, check_copied, in_words, no_weights, open_base
 from apollo_sft.train.optim.build import build_optimizer, state_bytes
 from apollo_sft.train.precision import DTYPES
-from apollo_sft.types import BaseModel, Growth
+from apollo_sft.types import AddedTokens, BaseModel
 
 
 def check_model(config: SftConfig) -> dict[str, Any]:
@@ -103,19 +103,19 @@ def _check_adapter(model: ModelConfig, base: BaseModel, causal_lm: Any) -> None:
     from apollo_sft.model.lora import check_groups, inject, lora_config
 
     wanted = lora_config(model, base.source)
-    if base.growth is not None:
-        raise _adapter_on_grown(base.growth)
+    if base.new_tokens is not None:
+        raise _adapter_with_new_tokens(base.new_tokens)
     inject(causal_lm, wanted, DTYPES[model.fsdp_config.model_dtype])
     check_groups(causal_lm, model)
     if model.lora_adapter_path is not None:
         check_adapter_file(causal_lm, model.lora_adapter_path)
 
 
-def _adapter_on_grown(growth: Growth) -> ConfigError:
+def _adapter_with_new_tokens(new_tokens: AddedTokens) -> ConfigError:
     return ConfigError(
         "model.add_special_tokens cannot be combined with LoRA: the adapter would depend on an enlarged base "
         "model that is not saved anywhere",
-        found=f"{', '.join(growth.tokens)}, missing from the base model",
+        found=f"{', '.join(new_tokens.tokens)}, missing from the base model",
         fix="model.lora_rank=0; or add them once, with transformers (add_tokens, resize_token_embeddings, "
         "save_pretrained), and train that folder with the embeddings in model.modules_to_save",
     )

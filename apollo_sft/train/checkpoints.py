@@ -151,8 +151,8 @@ class Checkpoints:
         Raises: ConfigError when the training data are others than then; CheckpointError.
         """
         strategy = strategy_of(model)
-        rows = strategy.by_rows(model)
-        moments = strategy.optimizer_by_rows(model, rows, optimizer)
+        rows = strategy.as_row_sharded(model)
+        moments = strategy.optimizer_as_row_sharded(model, rows, optimizer)
         self.saver.measure(rows, moments)
         if checkpoint is None:
             return 0
@@ -166,7 +166,7 @@ class Checkpoints:
 
         fill_state(moments)
         read_state(checkpoint, rows, moments, step, same_ranks)
-        strategy.take_rows(model, optimizer, rows, moments)
+        strategy.load_row_sharded(model, optimizer, rows, moments)
 
         self.best.best = saved["best"]
         self.best.validations_since = saved["validations_since_best"]

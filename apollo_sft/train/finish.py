@@ -57,7 +57,7 @@ def export(
         return
 
     options = export_options(prepared, trainer.export_dtype, keys.trust_remote_code)
-    model = strategy_of(model).by_rows(model)
+    model = strategy_of(model).as_row_sharded(model)
     save_model(model.causal_lm, prepared.base, root, options, world.is_main)
 
 

@@ -35,7 +35,7 @@ def export_adapter(
     """
     # First: merging changes the weights of the model, and the check needs the loss of the model as it was trained.
     check = _merged_check(keys, prepared, model, world)
-    model = strategy_of(model).by_rows(model)
+    model = strategy_of(model).as_row_sharded(model)
     options = export_options(prepared, trainer.export_dtype, keys.trust_remote_code)
 
     written = AdapterFolder(saved_config(model.causal_lm), prepared.base, options)

@@ -19,7 +19,7 @@ from apollo_sft.errors import ConfigError, DataError
 from apollo_sft.model.load import check_longest
 from apollo_sft.report.log import say
 from apollo_sft.train.base_model import about_the_base, load_tokenizer, open_base
-from apollo_sft.types import BaseModel, Growth
+from apollo_sft.types import AddedTokens, BaseModel
 
 if TYPE_CHECKING:
     from apollo_sft.data.batch.mixture import Mixture
@@ -75,8 +75,8 @@ def prepare(config: SftConfig, weights: bool = True) -> Prepared:
 
     tokenizer = load_tokenizer(base.folder, trust)
     template = fit_template(tokenizer, config.data, config.model.add_special_tokens)
-    if base.growth is not None:
-        say(_growth_in_words(base.growth))
+    if base.new_tokens is not None:
+        say(_new_tokens_in_words(base.new_tokens))
     changed = None
     if not is_own(tokenizer, template):
         changed = template.text
@@ -104,12 +104,12 @@ def prepare(config: SftConfig, weights: bool = True) -> Prepared:
     return Prepared(base, hf_config, tokenizer, template, train, val, sources, val_sets)
 
 
-def _growth_in_words(growth: Growth) -> str:
-    if growth.rows > growth.held:
-        rows = f"the embedding table grows from {growth.held:,} to {growth.rows:,} rows"
+def _new_tokens_in_words(new_tokens: AddedTokens) -> str:
+    if new_tokens.rows > new_tokens.held:
+        rows = f"the embedding table grows from {new_tokens.held:,} to {new_tokens.rows:,} rows"
     else:
-        rows = f"the new tokens use unused rows of the existing {growth.held:,}-row embedding table"
-    return f"added to the tokenizer: {', '.join(growth.tokens)}; {rows}; new rows start as the mean of the others"
+        rows = f"the new tokens use unused rows of the existing {new_tokens.held:,}-row embedding table"
+    return f"added to the tokenizer: {', '.join(new_tokens.tokens)}; {rows}; new rows start as the mean of the others"
 
 
 def _store(

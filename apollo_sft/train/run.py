@@ -99,7 +99,7 @@ def run_stages(
     stages.on_all("seeding", seed_everything, trainer.seed, world.rank)
     base = prepared.base
     model, optimizer = stages.on_all(
-        "loading the model", assemble, config, base.folder, prepared.hf_config, world, mesh, base.growth
+        "loading the model", assemble, config, base.folder, prepared.hf_config, world, mesh, base.new_tokens
     )
     outline = strategy_of(model).outline(model).causal_lm
     checkpoints = Checkpoints(

@@ -79,8 +79,8 @@ class Saver:
         self._on_main(partial(self._open, final.name))
 
         strategy = strategy_of(model)
-        rows = strategy.by_rows(model)
-        moments = strategy.optimizer_by_rows(model, rows, optimizer)
+        rows = strategy.as_row_sharded(model)
+        moments = strategy.optimizer_as_row_sharded(model, rows, optimizer)
         tensors = snapshot(rows, moments, parts, copy=self._in_background)
 
         write = partial(self._write, final, tensors, facts, is_best, with_hf)

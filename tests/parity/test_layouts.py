@@ -114,7 +114,7 @@ class Laid:
         batch = Loader(self.store, spec, self.mesh.dp_rank, self.mesh.sp_size).batch(0)
         result = train_step(self.model, self.optimizer, batch, self.world, None)
         assert [batch.num_targets, batch.num_tokens, batch.num_samples] == expected.counts
-        named = strategy_of(self.model).by_rows(self.model, gradients=True).causal_lm.named_parameters()
+        named = strategy_of(self.model).as_row_sharded(self.model, gradients=True).causal_lm.named_parameters()
         found = {name: whole(p.grad) for name, p in named if p.requires_grad}
         assert found.keys() == expected.gradients.keys()
         worst = max(difference for _, difference in differences(iter(found.items()), expected.gradients))

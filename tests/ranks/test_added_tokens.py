@@ -26,7 +26,7 @@ from apollo_sft.train.assemble import assemble
 from apollo_sft.train.loaders import plan_spec
 from apollo_sft.train.step import train_step
 from apollo_sft.train.strategy import strategy_of
-from apollo_sft.types import Growth
+from apollo_sft.types import AddedTokens
 from tests.support.data import write_parquet
 from tests.support.models import save_tiny_model, tiny_config
 from tests.support.oracle import Gradients, oracle_gradients, whole, worst_difference
@@ -42,13 +42,13 @@ LAYOUTS = [
     ["model.strategy=fsdp2", "ulysses_sequence_parallel_size=2"],
     ["model.strategy=fsdp"],
 ]
-NEW = Growth(("<a>", "<b>"), (97, 98), known=97, held=97, rows=99)
-MODELS: dict[str, tuple[Any, Growth]] = {
+NEW = AddedTokens(("<a>", "<b>"), (97, 98), known=97, held=97, rows=99)
+MODELS: dict[str, tuple[Any, AddedTokens]] = {
     "tied": (tiny_config("GPT2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), NEW),
     "untied": (tiny_config("Qwen2", tie_word_embeddings=False), NEW),
     "padded": (
         tiny_config("Qwen2", vocab_size=103),
-        Growth(("<a>", "<b>"), (97, 98), known=97, held=103, rows=103),
+        AddedTokens(("<a>", "<b>"), (97, 98), known=97, held=103, rows=103),
     ),
 }
 
@@ -56,45 +56,49 @@ MODELS: dict[str, tuple[Any, Growth]] = {
 BATCH = 8
 
 
-def expected(base: Path, growth: Growth, store: SampleStore) -> tuple[float, Gradients]:
+def expected(base: Path, new_tokens: AddedTokens, store: SampleStore) -> tuple[float, Gradients]:
     """Plain transformers; the new rows are put there by hand."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64, attn_implementation="eager")
     old = {name: table.detach().clone() for name, table in model.state_dict().items()}
-    model.resize_token_embeddings(growth.rows, mean_resizing=False)
+    model.resize_token_embeddings(new_tokens.rows, mean_resizing=False)
     with torch.no_grad():
         for name, table in model.state_dict().items():
-            if table.shape != old[name].shape or len(table) == growth.rows:
+            if table.shape != old[name].shape or len(table) == new_tokens.rows:
                 table[: len(old[name])] = old[name]
-                table[list(growth.ids)] = old[name][: growth.known].mean(0)
+                table[list(new_tokens.ids)] = old[name][: new_tokens.known].mean(0)
     with StaysDouble():
         return oracle_gradients(model, [store[i] for i in range(BATCH)])
 
 
-def cell(base: Path, growth: Growth, world: World, values: list[str], wanted: tuple[float, Gradients]) -> list[float]:
+def cell(
+    base: Path, new_tokens: AddedTokens, world: World, values: list[str], wanted: tuple[float, Gradients]
+) -> list[float]:
     """Relative differences of the loss and of the worst gradient."""
     keys = [f"model.partial_pretrain={base}", "data.train_files=none", "data.val_files=null", *values]
     keys += [f"data.train_batch_size={BATCH}", "data.micro_batch_size_per_gpu=2", "model.fsdp_config.model_dtype=fp64"]
     config = compose(keys).config
     mesh = build_mesh(world, config.ulysses_sequence_parallel_size)
-    hf_config = load.with_rows(load.read_config(base, False), growth.rows)
-    model, optimizer = assemble(config, base, hf_config, world, mesh, growth)
+    hf_config = load.with_rows(load.read_config(base, False), new_tokens.rows)
+    model, optimizer = assemble(config, base, hf_config, world, mesh, new_tokens)
     spec = replace(plan_spec(config.data, config.trainer.seed, mesh, hf_config), shuffle=False)
     store = SampleStore(base.parent / "store")
     batch = Loader(store, spec, mesh.dp_rank, mesh.sp_size).batch(0)
     with StaysDouble():
         result = train_step(model, optimizer, batch, world, None)
-    rows = strategy_of(model).by_rows(model, gradients=True)
+    rows = strategy_of(model).as_row_sharded(model, gradients=True)
     found = {name: whole(p.grad) for name, p in rows.causal_lm.named_parameters()}
     return [abs(result.loss - wanted[0]) / wanted[0], worst_difference(found, wanted[1])]
 
 
-def grow(world: World, folder: Path, models: dict[str, Growth], layouts: list[list[str]]) -> dict[str, list[float]]:
+def grow(
+    world: World, folder: Path, models: dict[str, AddedTokens], layouts: list[list[str]]
+) -> dict[str, list[float]]:
     """On every rank: a step of every grown model under every layout, against the oracle."""
     figures = {}
-    for name, growth in models.items():
-        wanted = expected(folder / name, growth, SampleStore(folder / "store"))
+    for name, new_tokens in models.items():
+        wanted = expected(folder / name, new_tokens, SampleStore(folder / "store"))
         for values in layouts:
-            figures[f"{name} {' '.join(values)}"] = cell(folder / name, growth, world, values, wanted)
+            figures[f"{name} {' '.join(values)}"] = cell(folder / name, new_tokens, world, values, wanted)
             gc.collect()
     return figures
 
@@ -106,7 +110,7 @@ def test_gradients_of_a_grown_model(tmp_path: Path, size: int) -> None:
     samples = random_samples(8, vocab_size=99)
     assert {97, 98} <= {int(token) for sample in samples for token in sample.labels}
     write_store(tmp_path / "store", samples)
-    models = {name: growth for name, (_, growth) in MODELS.items()}
+    models = {name: new_tokens for name, (_, new_tokens) in MODELS.items()}
     figures = run_on_ranks(grow, size, tmp_path, models, LAYOUTS if size > 1 else [[]])[0]
     assert len(figures) == len(MODELS) * (1 if size == 1 else len(LAYOUTS))
     beyond = {name: values for name, values in figures.items() if not max(values) < BOUND}

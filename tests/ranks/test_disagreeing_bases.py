@@ -62,7 +62,7 @@ def cell(folder: Path, kind: str, world: World, values: list[str], out: Path) ->
     batch = Loader(SampleStore(folder / "store"), spec, mesh.dp_rank, mesh.sp_size).batch(0)
     with StaysDouble():
         result = train_step(model, optimizer, batch, world, None)
-    rows = strategy_of(model).by_rows(model)
+    rows = strategy_of(model).as_row_sharded(model)
     if "model.lora_rank=2" not in values:
         out.mkdir(exist_ok=True)
         save_model(rows.causal_lm, base, out, options(), world.is_main)

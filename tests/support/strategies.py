@@ -70,21 +70,21 @@ class Training:
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds, put together."""
         strategy = strategy_of(self.model)
-        rows = strategy.by_rows(self.model)
-        moments = strategy.optimizer_by_rows(self.model, rows, self.optimizer)
+        rows = strategy.as_row_sharded(self.model)
+        moments = strategy.optimizer_as_row_sharded(self.model, rows, self.optimizer)
         return {name: whole(t) for name, t in snapshot(rows, moments, ["model", "optimizer"], copy=False).items()}
 
     def weights(self) -> dict[str, Tensor]:
-        rows = strategy_of(self.model).by_rows(self.model)
+        rows = strategy_of(self.model).as_row_sharded(self.model)
         return {name: whole(p.detach()).clone() for name, p in rows.named_parameters() if p.requires_grad}
 
     def gradients(self) -> dict[str, Tensor]:
-        rows = strategy_of(self.model).by_rows(self.model, gradients=True)
+        rows = strategy_of(self.model).as_row_sharded(self.model, gradients=True)
         return {name: whole(p.grad) for name, p in rows.named_parameters() if p.requires_grad}
 
     def export(self, out: Path) -> dict[str, str]:
         """Merged where there is an adapter; name and hash of every file."""
-        rows = strategy_of(self.model).by_rows(self.model)
+        rows = strategy_of(self.model).as_row_sharded(self.model)
         if self.base.name == "lora":
             merge(rows.causal_lm, cast)
         save_model(rows.causal_lm, open_base(self.base), out, options(), self.world.is_main)

@@ -154,7 +154,7 @@ def _with_added_tokens(
 ) -> dict[str, TensorSpec]:
     """Return what the base's files would hold if they had rows for the tokens that the run adds."""
     specs = dict(base.tensors)
-    if base.growth is None:
+    if base.new_tokens is None:
         return specs
 
     # Embedding and head are known by the tensor itself: their names differ between architectures, and they may be tied.
@@ -165,7 +165,7 @@ def _with_added_tokens(
     for read in reads:
         if read.base_name in specs and id(state.get(read.memory_name)) in tables:
             held, *rest = specs[read.base_name].shape
-            shape = (held + base.growth.rows - base.growth.held, *rest)
+            shape = (held + base.new_tokens.rows - base.new_tokens.held, *rest)
             specs[read.base_name] = TensorSpec(shape, specs[read.base_name].dtype)
 
     return specs

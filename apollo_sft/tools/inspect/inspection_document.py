@@ -34,8 +34,8 @@ LOST: dict[str, tuple[Level, str]] = {
     "dropped": ("bad", "dropped"),
     "cut": ("bad", "cut"),
     "incomplete": ("bad", "with replies that the template does not write completely"),
-    "left out": ("look", "with turns left out"),
-    "set aside": ("look", "set aside"),
+    "left out": ("warning", "with turns left out"),
+    "set aside": ("warning", "set aside"),
 }
 NONE = "–"
 Clean = Callable[[str], str]
@@ -113,9 +113,9 @@ def _notes(found: Inspection, clean: Clean) -> Iterator[Note]:
         yield Note("bad", visible(f"a training with these keys is refused: {found.refusal}"))
     if found.tokenizer_differs is not None:
         text = "because of model_type in config.json, transformers splits text in another way than tokenizer.json"
-        notes.append(Note("look", text, [clean(found.tokenizer_differs)]))
+        notes.append(Note("warning", text, [clean(found.tokenizer_differs)]))
 
-    for level in ("bad", "look", "good"):
+    for level in ("bad", "warning", "good"):
         yield from (note for note in notes if note.level == level)
 
 
@@ -140,7 +140,7 @@ def _split_notes(split: Split, tokenizer: Any, clean: Clean) -> Iterator[Note]:
     if not split.losses:
         yield Note("good", f"{name}: all of its {rows_in_words(summary.num_rows)} are trained, none is cut")
 
-    yield from (Note("look", clean(f"{name}: {finding}")) for finding in split.findings)
+    yield from (Note("warning", clean(f"{name}: {finding}")) for finding in split.findings)
     yield _repeated(
         clean, split.duplicates, f"{name}: # samples repeat an earlier one", f"{name}: no sample occurs twice"
     )
@@ -155,7 +155,7 @@ def _split_notes(split: Split, tokenizer: Any, clean: Clean) -> Iterator[Note]:
 def _repeated(clean: Clean, found: Found, text: str, otherwise: str) -> Note:
     if not found.count:
         return Note("good", otherwise)
-    return Note("look", text.replace("#", f"{found.count:,}"), list(map(clean, found.examples)))
+    return Note("warning", text.replace("#", f"{found.count:,}"), list(map(clean, found.examples)))
 
 
 def _stops(store: SampleStore, tokenizer: Any) -> str:

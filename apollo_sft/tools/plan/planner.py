@@ -22,7 +22,7 @@ from apollo_sft.model.four_bit import num_bytes_read, num_weights
 from apollo_sft.model.load import check_architecture, find_model, read_config, with_rows
 from apollo_sft.parallel.mesh import Mesh, check_mesh
 from apollo_sft.tools.plan.memory import Pack, Ranks, StepMemory, meta_model, step_memory
-from apollo_sft.train.base_model import as_files_hold, growth_of
+from apollo_sft.train.base_model import as_files_hold, new_tokens_of
 from apollo_sft.train.loaders import plan_spec
 from apollo_sft.train.optim.build import build_optimizer, state_bytes
 from apollo_sft.train.process import load_external_lib
@@ -158,9 +158,9 @@ class Planner:
             self.hf_config = read_config(folder, config.model.trust_remote_code)
 
         check_architecture(self.hf_config, config.model.trust_remote_code)
-        growth = growth_of(config.model, config.data, folder, self.hf_config)
-        if growth is not None:
-            self.hf_config = with_rows(self.hf_config, growth.rows)
+        new_tokens = new_tokens_of(config.model, config.data, folder, self.hf_config)
+        if new_tokens is not None:
+            self.hf_config = with_rows(self.hf_config, new_tokens.rows)
 
         self.causal_lm = meta_model(config.model, self.hf_config, self.ranks)
         self._seen: dict[tuple[Any, ...], StepMemory] = {}

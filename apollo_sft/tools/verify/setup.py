@@ -24,7 +24,7 @@ from apollo_sft.tools.verify.worker import Job
 from apollo_sft.train.base_model import as_files_hold
 from apollo_sft.train.prepare_run import Prepared, prepare
 from apollo_sft.train.process import load_external_lib
-from apollo_sft.types import Growth, Sample
+from apollo_sft.types import AddedTokens, Sample
 
 ROWS = 16
 """The most rows of one step."""
@@ -61,11 +61,11 @@ def set_up(config: SftConfig, ranks: int, real_weights: bool, folder: Path) -> R
     samples = _slice(prepared.train, config.data.train_batch_size, most_tokens)
 
     vocabulary: np.ndarray | None = None
-    growth: Growth | None = None
+    new_tokens: AddedTokens | None = None
     if real_weights:
         _check_memory(prepared)
         base = prepared.base.folder
-        growth = prepared.base.growth
+        new_tokens = prepared.base.new_tokens
         hf_config = silent(prepared.hf_config)
     else:
         vocabulary = np.unique(np.concatenate([sample.input_ids for sample in samples]))
@@ -81,7 +81,7 @@ def set_up(config: SftConfig, ranks: int, real_weights: bool, folder: Path) -> R
     config = with_values(config, _adapter(config.model, config.trainer.seed, base, continued, folder))
     _write_store(folder / "store", samples)
     lengths = [len(sample.input_ids) for sample in samples]
-    job = Job(config, base, layouts(config, ranks, max(max(lengths), sum(lengths) // (4 * STEPS))), growth)
+    job = Job(config, base, layouts(config, ranks, max(max(lengths), sum(lengths) // (4 * STEPS))), new_tokens)
     job.write(folder)
 
     description = _description(prepared, hf_config, samples, vocabulary)

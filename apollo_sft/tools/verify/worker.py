@@ -48,7 +48,7 @@ from apollo_sft.train.process import load_external_lib, seed_everything
 from apollo_sft.train.sharding import needs_group
 from apollo_sft.train.step import StepResult, train_step
 from apollo_sft.train.strategy import strategy_of
-from apollo_sft.types import Growth
+from apollo_sft.types import AddedTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Job:
 
     layouts: list[Layout]
 
-    growth: Growth | None = None
+    new_tokens: AddedTokens | None = None
     """Tokens that are added to the model in `base`."""
 
     def write(self, folder: Path) -> None:
@@ -72,10 +72,10 @@ class Job:
             "config": self.config.model_dump(mode="json"),
             "base": str(self.base),
             "layouts": [asdict(layout) for layout in self.layouts],
-            "growth": None,
+            "new_tokens": None,
         }
-        if self.growth is not None:
-            raw["growth"] = asdict(self.growth)
+        if self.new_tokens is not None:
+            raw["new_tokens"] = asdict(self.new_tokens)
 
         (folder / "job.json").write_text(json.dumps(raw), encoding="utf-8")
 
@@ -83,17 +83,19 @@ class Job:
     def read(cls, folder: Path) -> Job:
         """Read the job of a folder."""
         raw = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-        growth = None
-        if raw["growth"] is not None:
-            growth = Growth(**raw["growth"])
-        return cls(validate(raw["config"]), Path(raw["base"]), [Layout(**layout) for layout in raw["layouts"]], growth)
+        new_tokens = None
+        if raw["new_tokens"] is not None:
+            new_tokens = AddedTokens(**raw["new_tokens"])
+        return cls(
+            validate(raw["config"]), Path(raw["base"]), [Layout(**layout) for layout in raw["layouts"]], new_tokens
+        )
 
     def hf_config(self) -> Any:
         """Read the config of the model, with its added tokens and without dropout."""
         found = silent(as_files_hold(self.base, self.config.model))
-        if self.growth is None:
+        if self.new_tokens is None:
             return found
-        return load.with_rows(found, self.growth.rows)
+        return load.with_rows(found, self.new_tokens.rows)
 
 
 def write_oracle(job: Job, store: SampleStore, folder: Path) -> Figures:
@@ -101,7 +103,7 @@ def write_oracle(job: Job, store: SampleStore, folder: Path) -> Figures:
     hf_config = job.hf_config()
     trust = job.config.model.trust_remote_code
     attention.register(attention.sdpa_kernel)
-    model = load.load_with_weights(job.base, hf_config, torch.float64, trust, job.growth)
+    model = load.load_with_weights(job.base, hf_config, torch.float64, trust, job.new_tokens)
     adapter = lora.lora_config(job.config.model, str(job.base))
     if adapter is not None:
         lora.inject(model, adapter, torch.float64, job.config.model.lora_adapter_path)
@@ -136,7 +138,7 @@ def measure(job: Job, index: int, store: SampleStore, folder: Path, world: World
     mesh = build_mesh(world, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
     hf_config = job.hf_config()
     seed_everything(config.trainer.seed, world.rank)
-    model, optimizer = assemble(config, job.base, hf_config, world, mesh, job.growth)
+    model, optimizer = assemble(config, job.base, hf_config, world, mesh, job.new_tokens)
     loader = Loader(store, plan_spec(config.data, config.trainer.seed, mesh, hf_config), mesh.dp_rank, mesh.sp_size)
 
     results: list[StepResult] = []
@@ -169,7 +171,7 @@ def measure(job: Job, index: int, store: SampleStore, folder: Path, world: World
 
 def _gathered(model: SftModel, gradients: bool) -> Iterator[tuple[str, Tensor]]:
     """Yield every trained parameter, or its gradient, gathered from its shards. A collective: to be read to its end."""
-    for name, parameter in strategy_of(model).by_rows(model, gradients).causal_lm.named_parameters():
+    for name, parameter in strategy_of(model).as_row_sharded(model, gradients).causal_lm.named_parameters():
         if not parameter.requires_grad:
             continue
         tensor = parameter.detach()

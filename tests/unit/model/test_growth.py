@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from apollo_sft.model import attention, load
-from apollo_sft.types import Growth
+from apollo_sft.types import AddedTokens
 from tests.support.models import save_tiny_model, tiny_config
 
-NEW = Growth(("<a>", "<b>"), (97, 98), known=97, held=97, rows=99)
+NEW = AddedTokens(("<a>", "<b>"), (97, 98), known=97, held=97, rows=99)
 FAMILIES: dict[str, dict[str, Any]] = {
     "GPT2": {"n_positions": 256},
     "Qwen2": {"tie_word_embeddings": False},
@@ -22,11 +22,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def grown(base: Path, growth: Growth | None, dtype: torch.dtype) -> Any:
+def grown(base: Path, new_tokens: AddedTokens | None, dtype: torch.dtype) -> Any:
     attention.register(attention.sdpa_kernel)
     config = load.read_config(base, False)
-    wanted = config if growth is None else load.with_rows(config, growth.rows)
-    return load.load_with_weights(base, wanted, dtype, False, growth)
+    wanted = config if new_tokens is None else load.with_rows(config, new_tokens.rows)
+    return load.load_with_weights(base, wanted, dtype, False, new_tokens)
 
 
 def tables(model: Any) -> dict[int, Tensor]:
@@ -62,7 +62,7 @@ def test_new_rows_are_the_mean_and_the_rest_is_as_it_was(tmp_path: Path, family:
 def test_rows_that_stood_for_nothing_are_used_before_any_is_added(tmp_path: Path) -> None:
     base = save_tiny_model(tmp_path, tiny_config("Qwen2", tie_word_embeddings=False))
     old = grown(base, None, torch.float32).state_dict()
-    found = grown(base, Growth(("<a>", "<b>"), (90, 91), known=90, held=97, rows=97), torch.float32).state_dict()
+    found = grown(base, AddedTokens(("<a>", "<b>"), (90, 91), known=90, held=97, rows=97), torch.float32).state_dict()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         mean = old[name][:90].double().mean(0).float()
         assert torch.equal(found[name][[90, 91]], torch.stack([mean, mean]))

@@ -36,7 +36,7 @@ def report(*context: str, whole: bool = False) -> Document:
         EVIL,
         [
             Figures([("1,234", EVIL)]),
-            Notes(EVIL, [Note("bad", f"{EVIL}\n{EVIL}", [EVIL]), Note("look", "look"), Note("good", "good")]),
+            Notes(EVIL, [Note("bad", f"{EVIL}\n{EVIL}", [EVIL]), Note("warning", "warning"), Note("good", "good")]),
             Table(EVIL, [EVIL, "number"], [[EVIL, "1"], ["sum", "1"]], totals=frozenset({1}), note=EVIL),
             Facts(EVIL, [(EVIL, EVIL)]),
             Bars(EVIL, [(EVIL, 3), ("none", 0), ("most", 24)], EVIL),

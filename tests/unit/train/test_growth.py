@@ -48,9 +48,9 @@ def test_tokens_are_refused_by_name_before_the_model_is_loaded(
 def test_the_model_grows_by_what_is_missing(inputs: Path, capfd: pytest.CaptureFixture[str]) -> None:
     held = len(tiny_tokenizer())
     base, hf_config = open_base(config_of(inputs, ADD))
-    assert base.growth is not None
-    assert (base.growth.tokens, base.growth.ids) == (("<|turn|>", "<|stop|>"), (held, held + 1))
-    assert (base.growth.known, base.growth.held, base.growth.rows) == (held, held, held + 2)
+    assert base.new_tokens is not None
+    assert (base.new_tokens.tokens, base.new_tokens.ids) == (("<|turn|>", "<|stop|>"), (held, held + 1))
+    assert (base.new_tokens.known, base.new_tokens.held, base.new_tokens.rows) == (held, held, held + 2)
     assert base.config["vocab_size"] == hf_config.vocab_size == held + 2
     found = prepare(config_of(inputs, ADD))
     assert found.train.summary.max_token_id == held + 1
@@ -61,24 +61,29 @@ def test_the_model_grows_by_what_is_missing(inputs: Path, capfd: pytest.CaptureF
 
 def test_nothing_grows_where_nothing_is_missing(inputs: Path) -> None:
     base, hf_config = open_base(compose(arguments(inputs, inputs / "out", ADD)).config)
-    assert base.growth is None
+    assert base.new_tokens is None
     assert hf_config.vocab_size == len(tiny_tokenizer())
 
 
 def test_embeddings_that_stand_for_nothing_are_taken_first(tmp_path: Path) -> None:
     held = len(tiny_tokenizer())
     inputs = write_inputs(tmp_path, vocab_size=held + 40)
-    growth = open_base(config_of(inputs, ADD))[0].growth
-    assert growth is not None
-    assert (growth.ids, growth.known, growth.held, growth.rows) == ((held, held + 1), held, held + 40, held + 40)
+    new_tokens = open_base(config_of(inputs, ADD))[0].new_tokens
+    assert new_tokens is not None
+    assert (new_tokens.ids, new_tokens.known, new_tokens.held, new_tokens.rows) == (
+        (held, held + 1),
+        held,
+        held + 40,
+        held + 40,
+    )
 
 
 def test_rows_without_a_token_between_old_and_new_ones_are_new_too(tmp_path: Path) -> None:
     """A tokenizer with one token more than its model has embeddings."""
     held = len(tiny_tokenizer()) - 1
-    growth = open_base(config_of(write_inputs(tmp_path, vocab_size=held), ADD))[0].growth
-    assert growth is not None
-    assert (growth.ids, growth.known, growth.rows) == ((held, held + 1, held + 2), held, held + 3)
+    new_tokens = open_base(config_of(write_inputs(tmp_path, vocab_size=held), ADD))[0].new_tokens
+    assert new_tokens is not None
+    assert (new_tokens.ids, new_tokens.known, new_tokens.rows) == ((held, held + 1, held + 2), held, held + 3)
 
 
 def test_the_text_part_of_a_larger_model_grows(inputs: Path) -> None:
@@ -118,4 +123,4 @@ def test_files_grow_by_embeddings_and_head_alone(tmp_path: Path, family: str) ->
     name = next(name for name in base.tensors if name not in changed)
     odd = dict(base.tensors) | {name: TensorSpec((1, *base.tensors[name].shape), "F32")}
     with pytest.raises(CheckpointError, match="does not have the shape"):
-        plan_export(model, BaseModel("x", base.folder, base.config, odd, base.growth), "auto")
+        plan_export(model, BaseModel("x", base.folder, base.config, odd, base.new_tokens), "auto")
