@@ -24,7 +24,7 @@ from apollo_sft.checkpoint.run_folder import state
 from apollo_sft.config.compose import compose
 from apollo_sft.prepare.demo_model import write_base_model
 from apollo_sft.prepare.word_problems import write_word_problems
-from apollo_sft.train import checkpoints as module
+from apollo_sft.train import saving
 from apollo_sft.train.checkpoints import Checkpoints
 from apollo_sft.train.run import train
 
@@ -95,12 +95,12 @@ def measure(folder: Path, out: Path, keys: list[str], options: argparse.Namespac
             *keys,
         ]
     )
-    Checkpoints.after_step, module.snapshot = timed, counted  # type: ignore[method-assign,assignment]
+    Checkpoints.after_step, saving.snapshot = timed, counted  # type: ignore[method-assign,assignment]
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             train(composed.config, composed.overridden, composed.notes)
     finally:
-        Checkpoints.after_step, module.snapshot = after_step, snapshot  # type: ignore[method-assign]
+        Checkpoints.after_step, saving.snapshot = after_step, snapshot  # type: ignore[method-assign]
     return times
 
 

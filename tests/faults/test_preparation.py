@@ -13,7 +13,6 @@ import pytest
 from apollo_sft.data.store.build import ROWS_OF_A_PROCESS, num_processes
 from apollo_sft.data.store.store_files import SampleStore
 from apollo_sft.errors import Preempted
-from tests.support import python
 from tests.support.data import write_parquet
 from tests.support.processes import descendants, kill, ranks, wait_until_gone
 from tests.support.reliability import record
@@ -35,7 +34,8 @@ def start(inputs: Path, out: Path, store: Path, processes: int = 1) -> "subproce
     words = arguments(inputs, out, "trainer.total_training_steps=1", *keys)
     command = [sys.executable, "-m", "apollo_sft.cli.main", "train", f"--nproc={processes}", *words]
     log = out.with_suffix(".log").open("a")
-    return python.start(command, stdout=log, stderr=log, text=True, start_new_session=True)
+    # A real command line: the workers are found by theirs, which a forked process does not have.
+    return subprocess.Popen(command, stdout=log, stderr=log, text=True, start_new_session=True)
 
 
 def said(out: Path) -> str:

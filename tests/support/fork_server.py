@@ -47,8 +47,15 @@ READ_AT_IMPORT = (
 HOME may change. Hugging Face has asked for it by then: a test that is about its folders sets HF_HOME.
 """
 
-CHANGEABLE = {"PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
-"""Those that can be changed in a process that runs all the same. torch itself sets the last two."""
+CHANGEABLE = {
+    "PYTHONDONTWRITEBYTECODE",
+    "PYTHONPATH",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS",
+    "TRITON_CACHE_DIR",
+}
+"""Those that can be changed in a process that runs all the same. Torch sets the caches, a training in the test's own
+process the warnings: they must not end the forking for all tests after it."""
 
 AT_START = ("sitecustomize", "usercustomize")
 """Modules that Python imports when it starts."""
@@ -231,7 +238,9 @@ def go(what: str, name: str) -> None:
     if what == "file":
         runpy.run_path(name, run_name="__main__")
     elif what == "-m":
-        sys.modules.pop(name, None)
+        # A module is run once more under another name. A package stays: its modules are its attributes.
+        if not hasattr(sys.modules.get(name), "__path__"):
+            sys.modules.pop(name, None)
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     else:
         sys.modules["__main__"] = types.ModuleType("__main__")
