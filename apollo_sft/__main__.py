@@ -29,11 +29,14 @@ def main(arguments: list[str]) -> int:
                 train(composed.config, composed.overridden, composed.notes, stop)
         return 0
     except (ApolloError, Stopped) as error:
-        code, has_reported = error.exit_code, failure.report(error)
+        code = error.exit_code
+        has_reported = failure.report(error)
     except KeyboardInterrupt:
-        code, has_reported = INTERRUPTED, failure.report_interrupt()
+        code = INTERRUPTED
+        has_reported = failure.report_interrupt()
     except Exception as error:
-        code, has_reported = 1, failure.report_unexpected(error)
+        code = 1
+        has_reported = failure.report_unexpected(error)
 
     if not has_reported:
         raise SystemExit(code)

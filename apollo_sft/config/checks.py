@@ -18,11 +18,15 @@ LOGGERS = ("console", "tensorboard", "wandb", "mlflow", "swanlab", "trackio", "f
 
 
 def check_combinations(config: SftConfig, given: set[str], notes: list[str]) -> None:
-    """`given`: the keys that the user has set. Adds to `notes` what is accepted but should be known.
+    """Check how keys go together, and add to `notes` what is accepted but should be known.
+
+    `given`: the keys that the user has set.
 
     Raises: ConfigError with every impossible combination in one message.
     """
-    data, model, trainer = config.data, config.model, config.trainer
+    data = config.data
+    model = config.model
+    trainer = config.trainer
     checks = (
         _batches(data),
         _files(data, given),
@@ -97,7 +101,7 @@ def without_file_scheme(path: str) -> str:
 
 
 def is_hub_data_set(path: str) -> bool:
-    """Whether it reads as `owner/name` on the hub: no extension of data, and no local folder of the owner's name."""
+    """Return whether it reads as `owner/name` on the hub: no extension of data, no local folder of the owner's name."""
     named = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?", path) is not None
     is_file = re.search(r"\.(parquet|pq|jsonl?|ndjson|arrow|feather|ipc|csv|tsv|txt|gz|zst|zip)$", path) is not None
     return named and not is_file and not os.path.isdir(path.partition("/")[0])  # noqa: PTH112
@@ -159,7 +163,8 @@ def _files(data: DataConfig, given: set[str]) -> Iterator[ConfigError]:
 
 
 def _precision(fsdp: FsdpConfig) -> Iterator[ConfigError]:
-    master, compute = fsdp.model_dtype, fsdp.dtype
+    master = fsdp.model_dtype
+    compute = fsdp.dtype
     allowed = {"fp64": ("auto", "fp64"), "fp32": ("auto", "fp32", "bf16"), "bf16": ("auto", "bf16")}[master]
     if compute not in allowed:
         yield ConfigError(

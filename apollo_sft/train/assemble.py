@@ -63,7 +63,7 @@ def assemble(
         assert source is not None, "one process reads its own weights"
         model = shard_model(config.model, source.to(world.device), world, mesh)
     else:
-        outline = _outline(config.model, hf_config, world, adapter, from_main(dtypes, world))
+        outline = _outline(config.model, hf_config, world, adapter, dtypes)
         model = shard_model(config.model, SftModel(outline, mesh.sp_rank, mesh.sp_size), world, mesh)
         # On meta until here: no rank but the first ever holds more of the model than its shards.
         strategy = strategy_of(model)
@@ -78,11 +78,14 @@ def assemble(
 
 
 def _outline(model: ModelConfig, hf_config: Any, world: World, adapter: Any, dtypes: Mapping[str, torch.dtype]) -> Any:
-    """Build the model on meta, as every rank shards it. `dtypes`: of the weights that rank 0 holds in another dtype."""
+    """Build the model on meta, as every rank shards it. Collective.
+
+    `dtypes`: on rank 0, those of the weights that are held in another dtype than most.
+    """
     stored = stored_dtype(model, world, adapter is not None)
     built = load.build_on_meta(hf_config, stored, model.trust_remote_code)
     if strategy_named(strategy_name(model, world)).MIXES_DTYPES:
-        set_dtypes(built, dtypes)
+        set_dtypes(built, from_main(dtypes, world))
 
     causal_lm = _quantised(model, built, adapter)
     if adapter is not None:
