@@ -47,25 +47,33 @@ SHORTEST_SECRET = 8
 
 def redact(value: T) -> T:
     """Return a text without secrets; a list or a dict with all its texts redacted; everything else unchanged."""
+    secrets = []
+    for name, secret in os.environ.items():
+        if len(secret) >= SHORTEST_SECRET and ENVIRONMENT.fullmatch(name):
+            secrets.append(secret)
+    return _redact(value, secrets)
+
+
+def _redact(value: T, secrets: list[str]) -> T:
+    """Redact a value. `secrets`: those of the environment."""
     if isinstance(value, str):
-        return _redact_text(value)  # type: ignore[return-value]
+        return _redact_text(value, secrets)  # type: ignore[return-value]
     if isinstance(value, dict):
-        return {name: _redact_item(name, item) for name, item in value.items()}  # type: ignore[return-value]
+        return {name: _redact_item(name, item, secrets) for name, item in value.items()}  # type: ignore[return-value]
     if isinstance(value, list | tuple):
-        return type(value)(redact(item) for item in value)
+        return type(value)(_redact(item, secrets) for item in value)
     return value
 
 
-def _redact_item(name: object, item: T) -> T | str:
+def _redact_item(name: object, item: T, secrets: list[str]) -> T | str:
     if isinstance(name, str) and isinstance(item, str | int | float) and SECRET_NAME.fullmatch(name):
         return "***"
-    return redact(item)
+    return _redact(item, secrets)
 
 
-def _redact_text(text: str) -> str:
+def _redact_text(text: str, secrets: list[str]) -> str:
     # Values of the environment come first: the patterns below could cut one in two, and leave a part of it.
-    for name, secret in os.environ.items():
-        if len(secret) >= SHORTEST_SECRET and secret in text and ENVIRONMENT.fullmatch(name):
-            text = text.replace(secret, "***")
+    for secret in secrets:
+        text = text.replace(secret, "***")
     text = QUERY.sub(r"\1***", SECRETS.sub("***", text))
     return NAMED.sub(r"\1***", text)

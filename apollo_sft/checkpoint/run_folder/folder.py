@@ -62,6 +62,7 @@ class RunFolder:
         self._lock = lock
         self._facts: dict[str, Any] = {}
         self._started = now()
+        self._versions = versions()
 
     @classmethod
     def claim(
@@ -163,7 +164,7 @@ class RunFolder:
             "command": sys.orig_argv,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "versions": versions(),
+            "versions": self._versions,
             **self._facts,
         }
         # The command line and the facts may hold a token or the password of a URL.
