@@ -18,10 +18,11 @@ from typing import Any, TypeVar
 
 import yaml
 from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
+from hydra import initialize
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from pydantic import ValidationError
 
@@ -34,6 +35,8 @@ from apollo_sft.redact import redact
 
 T = TypeVar("T")
 YAML_PATH = Path(__file__).parent / "sft_trainer.yaml"
+STORED_AS = "apollo_sft_trainer"
+"""Our name of that tree in Hydra's store."""
 OPEN_DICTS = ("data.apply_chat_template_kwargs.",)
 """The keys below these are chosen by the user."""
 EXPECTED = {
@@ -121,7 +124,7 @@ def defaults() -> dict[str, Any]:
 
     Raises: ConfigError for a yaml that was not made from this schema: in a checkout where a key was added or removed.
     """
-    tree: dict[str, Any] = yaml.safe_load(YAML_PATH.read_text(encoding="utf-8"))
+    tree: dict[str, Any] = OmegaConf.to_container(_tree())  # type: ignore[assignment]
     differing = {key for key, _ in leaves(tree)} ^ KEYS.keys()
     if differing:
         raise ConfigError(
@@ -130,6 +133,12 @@ def defaults() -> dict[str, Any]:
             fix="make docs-reference rewrites the yaml",
         )
     return tree
+
+
+@cache
+def _tree() -> DictConfig:
+    """Read sft_trainer.yaml as Hydra reads it."""
+    return OmegaConf.load(YAML_PATH)  # type: ignore[return-value]
 
 
 def _attempt(work: Callable[[], T], problems: list[str]) -> T | None:
@@ -255,9 +264,11 @@ def _hydra(settings: list[Setting]) -> dict[str, Any]:
     """Compose the tree, with interpolations resolved. Raises: ConfigError."""
     # Hydra keeps a global state, which a caller of ours may have left behind.
     GlobalHydra.instance().clear()
+    # From its store, Hydra takes a copy of the tree; from a folder, it would parse the yaml again each time.
+    ConfigStore.instance().store(name=STORED_AS, node=_tree())
     try:
-        with initialize_config_dir(str(YAML_PATH.parent), version_base="1.3"):
-            composed = hydra_compose(YAML_PATH.stem, overrides=[setting.text for setting in settings])
+        with initialize(config_path=None, version_base="1.3"):
+            composed = hydra_compose(STORED_AS, overrides=[setting.text for setting in settings])
         return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ or error

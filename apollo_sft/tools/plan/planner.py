@@ -163,7 +163,8 @@ class Planner:
             self.hf_config = with_rows(self.hf_config, new_tokens.rows)
 
         self.causal_lm = meta_model(config.model, self.hf_config, self.ranks)
-        self._seen: dict[tuple[Any, ...], StepMemory] = {}
+        self._seen: dict[tuple[Any, ...], dict[int, StepMemory]] = {}
+        """Memory by size, of each layout."""
 
     def plan(self) -> Plan:
         """Return the plan."""
@@ -175,7 +176,7 @@ class Planner:
         largest = None
         advice = None
         if self.machine.memory is not None:
-            largest = self._largest(self.config, {size: memory})
+            largest = self._largest(self.config)
             advice = self._advice()
 
         return Plan(
@@ -212,6 +213,10 @@ class Planner:
         """
         sp = config.ulysses_sequence_parallel_size
         length = config.data.max_length
+        known = self._known(config)
+        if size in known:
+            return known[size]
+
         total = size * length
         if config.data.use_dynamic_bsz:
             total = max(size * sp, length)  # a sample longer than the cap has a forward of its own
@@ -228,15 +233,17 @@ class Planner:
         if config.data.train_batch_size > dp * (total // length):
             forwards = 2  # from the second one on there are gradients already; more make no difference
 
-        key = (size, *(value_of(config, name) for name in LAYOUT))
-        if key not in self._seen:
-            pack = Pack(tuple(lengths), sum(lengths) // sp)
-            self._seen[key] = step_memory(config, self.hf_config, self.ranks, pack, forwards)
+        pack = Pack(tuple(lengths), sum(lengths) // sp)
+        known[size] = step_memory(config, self.hf_config, self.ranks, pack, forwards)
+        return known[size]
 
-        return self._seen[key]
+    def _known(self, config: SftConfig) -> dict[int, StepMemory]:
+        """Return the memory of the sizes that were measured with this layout. `memory` fills it."""
+        layout = tuple(value_of(config, name) for name in LAYOUT)
+        return self._seen.setdefault(layout, {})
 
-    def _largest(self, config: SftConfig, known: dict[int, StepMemory]) -> int:
-        """Return the largest size that fits; 0 when none does. `known`: the memory of sizes, is filled.
+    def _largest(self, config: SftConfig) -> int:
+        """Return the largest size that fits; 0 when none does.
 
         Bytes grow with the size as a straight line, or bend upwards. So three guesses take turns: the size where a line
         through two known points meets the limit, one step above the largest that fits, and the middle.
@@ -245,9 +252,7 @@ class Planner:
         least, step, most = _sizes(config.data, dp_size, config.ulysses_sequence_parallel_size)
 
         def fits(size: int) -> bool:
-            if size not in known:
-                known[size] = self.memory(config, size)
-            return self.machine.holds(known[size])
+            return self.machine.holds(self.memory(config, size))
 
         if not fits(least):
             return 0
@@ -258,7 +263,7 @@ class Planner:
         for turn in itertools.count():
             if high - low <= step:
                 return low
-            line = _guess(known, self.machine, low, high) // step * step
+            line = _guess(self._known(config), self.machine, low, high) // step * step
             tried = (line, low + step, low + (high - low) // (2 * step) * step)[turn % 3]
             tried = min(max(low + step, tried), high - step)
             if fits(tried):
@@ -274,11 +279,10 @@ class Planner:
             least, *_ = _sizes(self.config.data, self.machine.gpus // values[SP], values[SP])
             key = _size_key(self.config.data)
             config = with_values(self.config, values | {key: least})
-            known = {least: self.memory(config, least)}
-            if self.machine.holds(known[least]):
-                largest = self._largest(config, known)
+            if self.machine.holds(self.memory(config, least)):
+                largest = self._largest(config)
                 keys = {k: v for k, v in (values | {key: largest}).items() if v != value_of(self.config, k)}
-                return Advice(keys, known[largest], tried)
+                return Advice(keys, self.memory(config, largest), tried)
 
         return Advice(None, None, tried)
 

@@ -16,6 +16,7 @@ from apollo_sft.cli import train
 from apollo_sft.config.compose import known_keys
 from apollo_sft.errors import ApolloError, CheckpointError, ConfigError, TrainingError
 from apollo_sft.parallel import failure
+from tests.support import python
 
 HOST = socket.gethostname()
 MISSPELT = "data.max_lenght=8"
@@ -52,7 +53,7 @@ def test_a_mistake_is_one_message_code_2_and_no_torch(program: list[str], mistak
 
 
 def test_torchrun_says_it_once() -> None:
-    finished = run(*TORCHRUN, MISSPELT)
+    finished = python.run([sys.executable, *TORCHRUN, MISSPELT], capture_output=True, text=True, timeout=120)
     assert finished.returncode != 0
     assert finished.stderr.count("unknown key data.max_lenght") == 1
 
@@ -207,7 +208,7 @@ def test_nproc_and_n_gpus_per_node_must_agree(
 def test_nproc_starts_that_many_ranks_and_a_signal_reaches_them(waiting_run: list[str], tmp_path: Path) -> None:
     command = [sys.executable, *COMMAND, "--nproc", "2", *waiting_run]
     root = str(Path(__file__).resolve().parents[3])
-    process = subprocess.Popen(
+    process = python.start(
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": root}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     files = [tmp_path / "rank0", tmp_path / "rank1"]

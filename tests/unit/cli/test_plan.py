@@ -12,15 +12,24 @@ from tests.support.data import write_parquet
 from tests.support.models import tiny_config
 from tests.support.runs import rows
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 512}
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    tiny_config("Qwen2", tie_word_embeddings=True, architectures=["Qwen2ForCausalLM"], **SIZES).save_pretrained(
-        tmp_path
+    return save_config(tmp_path, num_layers=1)
+
+
+def save_config(folder: Path, num_layers: int) -> Path:
+    config = tiny_config(
+        "Qwen2",
+        tie_word_embeddings=True,
+        architectures=["Qwen2ForCausalLM"],
+        num_hidden_layers=num_layers,
+        **SIZES,
     )
-    return tmp_path
+    config.save_pretrained(folder)
+    return folder
 
 
 def run(model: Path, *arguments: str) -> int:
@@ -36,17 +45,24 @@ def figures(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def test_the_largest_micro_batch_fits_and_the_next_one_does_not(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    limit = ["--gpus", "1", "--gpu-memory", "4MiB", "--reserve", "0"]
-    run(model, "data.micro_batch_size_per_gpu=1", *limit, "--json")
-    largest = figures(capsys)["largest"]
-    assert 1 < largest < 16
-    exit_codes = [run(model, f"data.micro_batch_size_per_gpu={largest + more}", *limit) for more in (0, 1)]
-    assert exit_codes == [0, plan.DOES_NOT_FIT]
+    """With no byte more than five samples need, five fit, six do not, and the search finds five."""
+    run(model, "data.micro_batch_size_per_gpu=5", "--gpus", "1", "--json")
+    needed = round(sum(figures(capsys)["memory"]["parts"].values()))
+
+    limit = ["--gpus", "1", "--gpu-memory", f"{needed}B", "--reserve", "0"]
+    assert run(model, "data.micro_batch_size_per_gpu=5", *limit, "--json") == 0
+    assert figures(capsys)["largest"] == 5
+
+    assert run(model, "data.micro_batch_size_per_gpu=6", *limit) == plan.DOES_NOT_FIT
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
-def test_advice_names_what_has_to_change(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(model, "data.micro_batch_size_per_gpu=16", "--gpus", "1", "--gpu-memory", "1.2MiB", "--reserve", "0", "--json")
+def test_advice_names_what_has_to_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # With a single layer, gradient checkpointing would save nothing.
+    model = save_config(tmp_path, num_layers=2)
+    limit = ["--gpus", "1", "--gpu-memory", "1.2MiB", "--reserve", "0"]
+    # No more than two samples can be in a micro-batch, which keeps the search for the largest one short.
+    run(model, "data.train_batch_size=2", "data.micro_batch_size_per_gpu=2", *limit, "--json")
     found = figures(capsys)
     assert not found["fits"]
     assert found["advice"]["keys"]["model.enable_gradient_checkpointing"] is True

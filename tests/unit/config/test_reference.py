@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,16 @@ from apollo_sft.config.reference import (
     main,
     renewed,
 )
+from apollo_sft.config.schema import SftConfig
 from apollo_sft.errors import ConfigError
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "configuration.md"
 SAYS_THAT_IT_DOES_NOTHING = {"use_remove_padding"}
+
+
+@cache
+def default_config() -> SftConfig:
+    return compose([]).config
 
 
 def test_the_page_is_what_the_program_says() -> None:
@@ -37,7 +44,7 @@ def test_every_key_stands_there_once_in_the_order_of_the_yaml() -> None:
 @pytest.mark.parametrize("key", [*known_keys()])
 def test_every_example_composes_and_changes_the_key(key: str) -> None:
     composed = compose(shlex.split(example(key)))
-    changed, default = composed.config, compose([]).config
+    changed, default = composed.config, default_config()
     for part in key.split("."):
         changed, default = getattr(changed, part), getattr(default, part)
     assert changed != default
@@ -76,7 +83,7 @@ def test_a_range_is_the_one_that_is_checked(key: str) -> None:
 
 def tree(key: str, value: object) -> dict[str, object]:
     """The default configuration with one value changed."""
-    raw = compose([]).config.model_dump(mode="json")
+    raw = default_config().model_dump(mode="json")
     *sections, name = key.split(".")
     inner = raw
     for section in sections:
