@@ -161,11 +161,12 @@ def test_wandb_goes_on_with_the_same_run(info: RunInfo, monkeypatch: pytest.Monk
     init = wandb.init
     monkeypatch.setattr(wandb, "init", lambda **settings: (asked.append(settings["resume"]), init(**settings))[1])
     for first_step in (0, 2, 3):
+        if first_step:
+            time.sleep(1.1)  # an offline folder is named by the second
         opened = Sinks(["wandb"], replace(info, first_step=first_step))
         for step in (first_step + 1, first_step + 2):
             opened.log({"step": step, "train/loss": 1.0})
         opened.close()
-        time.sleep(1.1)  # an offline folder is named by the second
     (first_id, _), *later = found = starts(info.folder)
     assert [steps for _, steps in found] == [[1, 2], [3, 4], [4, 5]]
     assert {run_id for run_id, _ in later} == {first_id}

@@ -37,9 +37,9 @@ def conversation(i: int) -> dict[str, Any]:
     turns: list[dict[str, Any]] = chat(f"what is {i}", "four " * (i % 7 + 1), "and then", "five " * (i % 3))
     if i % 11 == 3:
         turns[1]["tool_calls"] = [{"type": "function", "function": {"name": "add", "arguments": f'{{"a": {i}}}'}}]
-    if i % 613 == 5:
+    if i % 307 == 5:
         turns[1]["content"] = "x" * 90
-    if i % 401 == 7:
+    if i % 101 == 7:
         turns[1]["role"] = ""
     if i % 1009 == 9:
         turns.append(turns[0])
@@ -61,8 +61,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 CHANGES: dict[str, Any] = {"bad_rows": "skip", "max_length": 80, "truncation": "right"}
 
 
-def test_the_store_does_not_tell_how_many_made_it(tmp_path: Path) -> None:
-    files = write(tmp_path, 9000)
+def test_the_store_does_not_tell_how_many_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apollo_sft.data.store.build.FEWEST_ROWS", CHUNK_ROWS)  # six shards of few rows
+    files = write(tmp_path, 3000)
     stores, said = [], []
     for processes in (1, 3):
         told: list[str] = []
@@ -72,7 +73,7 @@ def test_the_store_does_not_tell_how_many_made_it(tmp_path: Path) -> None:
     assert contents(one.folder) == contents(three.folder)
     summary = one.summary
     assert min(summary.rows_bad, summary.samples_truncated, summary.not_trained.count, summary.num_turns) > 0
-    assert summary.num_rows == 9000 and summary.rows_bad > 20
+    assert summary.num_rows == 3000 and summary.rows_bad > 20
     assert [sum(counts) for counts in zip(*summary.stop_tokens.items(), strict=True)][1] <= summary.num_turns
     assert all("has no role" in told[0] for told in said)
     beside = [{path.name for path in store.folder.parent.iterdir()} - {"hashes"} for store in stores]  # of old files
@@ -111,8 +112,12 @@ def no_process_left() -> Iterator[None]:
     assert not wait_until_gone(started, 5)
 
 
-def test_a_killed_worker_is_an_error_that_says_so_and_leaves_nothing(tmp_path: Path) -> None:
-    files = write(tmp_path, 9000)
+def test_a_killed_worker_is_an_error_that_says_so_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two shards, each of so many chunks that both workers are still busy when the first bad row is reported.
+    monkeypatch.setattr("apollo_sft.data.store.build.FEWEST_ROWS", 6 * CHUNK_ROWS)
+    files = write(tmp_path, 6000)
     before = set(descendants(os.getpid()))
 
     def kill_one(_: str) -> None:
@@ -128,7 +133,7 @@ def test_a_killed_worker_is_an_error_that_says_so_and_leaves_nothing(tmp_path: P
     left = [path.name for path in (tmp_path / "store").iterdir() if path.suffix != ".lock" and path.name != "hashes"]
     assert left == []
     again = prepare_store(replace(wanted, processes=1), lambda _: None)
-    assert again.summary.num_rows == 9000
+    assert again.summary.num_rows == 6000
 
 
 def test_shards_are_all_rows_once_in_whole_chunks() -> None:
