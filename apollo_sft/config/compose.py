@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import yaml
 from hydra import compose as hydra_compose
-from hydra import initialize
+from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -139,6 +139,12 @@ def defaults() -> dict[str, Any]:
 def _tree() -> DictConfig:
     """Read sft_trainer.yaml as Hydra reads it."""
     return OmegaConf.load(YAML_PATH)  # type: ignore[return-value]
+
+
+@cache
+def _store_tree() -> None:
+    """Put the tree into Hydra's store, which hands out copies: from its folder, Hydra would parse the yaml again."""
+    ConfigStore.instance().store(name=STORED_AS, node=_tree())
 
 
 def _attempt(work: Callable[[], T], problems: list[str]) -> T | None:
@@ -264,10 +270,9 @@ def _hydra(settings: list[Setting]) -> dict[str, Any]:
     """Compose the tree, with interpolations resolved. Raises: ConfigError."""
     # Hydra keeps a global state, which a caller of ours may have left behind.
     GlobalHydra.instance().clear()
-    # From its store, Hydra takes a copy of the tree; from a folder, it would parse the yaml again each time.
-    ConfigStore.instance().store(name=STORED_AS, node=_tree())
+    _store_tree()
     try:
-        with initialize(config_path=None, version_base="1.3"):
+        with initialize_config_dir(str(YAML_PATH.parent), version_base="1.3"):
             composed = hydra_compose(STORED_AS, overrides=[setting.text for setting in settings])
         return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
     except (HydraException, OmegaConfBaseException) as error:
