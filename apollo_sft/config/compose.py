@@ -1,9 +1,9 @@
-"""Command line -> validated config: Hydra's grammar, our aliases, Hydra's composition, the schema, cross-checks.
+"""Command line -> validated config: Hydra's grammar, our aliases, OmegaConf's tree, the schema, cross-checks.
 
 `optim.lr=1e-4 model.path=/m`, for example, is parsed to two settings; the alias makes the second one
-`model.partial_pretrain=/m` and adds a note; Hydra puts both values into the tree of sft_trainer.yaml; the schema checks
-every type and range; the cross-checks compare keys with each other. Each stage collects its problems, so that a user
-sees all of them at once.
+`model.partial_pretrain=/m` and adds a note; OmegaConf puts both values into the tree of sft_trainer.yaml; the schema
+checks every type and range; the cross-checks compare keys with each other. Each stage collects its problems, so that a
+user sees all of them at once.
 """
 
 from __future__ import annotations
@@ -17,12 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.utils import setup_globals
+from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from pydantic import ValidationError
 
@@ -35,8 +31,6 @@ from apollo_sft.redact import redact
 
 T = TypeVar("T")
 YAML_PATH = Path(__file__).parent / "sft_trainer.yaml"
-STORED_AS = "apollo_sft_trainer"
-"""Our name of that tree in Hydra's store."""
 OPEN_DICTS = ("data.apply_chat_template_kwargs.",)
 """The keys below these are chosen by the user."""
 EXPECTED = {
@@ -76,7 +70,7 @@ def compose(arguments: Sequence[str]) -> Composed:
     given = _keys_set_by(settings)
     problems += _contradictions(settings, notes)
 
-    raw = _attempt(partial(_hydra, settings), problems)
+    raw = _attempt(partial(_compose, settings), problems)
     config: SftConfig | None = None
     if raw is not None:
         config = _attempt(partial(validate, raw), problems)
@@ -124,7 +118,7 @@ def defaults() -> dict[str, Any]:
 
     Raises: ConfigError for a yaml that was not made from this schema: in a checkout where a key was added or removed.
     """
-    tree: dict[str, Any] = OmegaConf.to_container(_tree())  # type: ignore[assignment]
+    tree: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(YAML_PATH))  # type: ignore[assignment]
     differing = {key for key, _ in leaves(tree)} ^ KEYS.keys()
     if differing:
         raise ConfigError(
@@ -133,18 +127,6 @@ def defaults() -> dict[str, Any]:
             fix="make docs-reference rewrites the yaml",
         )
     return tree
-
-
-@cache
-def _tree() -> DictConfig:
-    """Read sft_trainer.yaml as Hydra reads it."""
-    return OmegaConf.load(YAML_PATH)  # type: ignore[return-value]
-
-
-@cache
-def _store_tree() -> None:
-    """Put the tree into Hydra's store, which hands out copies: from its folder, Hydra would parse the yaml again."""
-    ConfigStore.instance().store(name=STORED_AS, node=_tree())
 
 
 def _attempt(work: Callable[[], T], problems: list[str]) -> T | None:
@@ -237,7 +219,7 @@ def _sections() -> frozenset[str]:
 
 
 def _check_key(setting: Setting) -> None:
-    """Raise a ConfigError for an unknown key, and for a + before a known one."""
+    """Raise a ConfigError for an unknown key, and for a + before a key or section that is there."""
     keys = known_keys()
     sections = _sections()
     key = setting.key
@@ -245,6 +227,9 @@ def _check_key(setting: Setting) -> None:
         raise _unknown_key(key)
     if setting.prefix == "+" and key in keys and setting.value[:1] not in ("[", "{"):
         raise ConfigError(f"+{key}: the key exists already", fix=f"write {key}={setting.value} without the +")
+    if setting.prefix == "+" and key in sections and not isinstance(setting.content, dict | list):
+        found = f"Could not append to config. An item is already at '{key}'."
+        raise ConfigError("the configuration cannot be composed", found=found)
 
 
 def _unknown_key(key: str) -> ConfigError:
@@ -266,25 +251,28 @@ def _unknown_key(key: str) -> ConfigError:
     return ConfigError(f"unknown key {key}", fix=fix)
 
 
-def _hydra(settings: list[Setting]) -> dict[str, Any]:
-    """Compose the tree, with interpolations resolved. Raises: ConfigError."""
-    # Hydra keeps a global state, which a caller of ours may have left behind.
-    GlobalHydra.instance().clear()
-    _store_tree()
+def _compose(settings: list[Setting]) -> dict[str, Any]:
+    """Put the values into the tree, and resolve interpolations. Raises: ConfigError.
+
+    This is what `hydra.compose` does with a single yaml. That one composes the settings of Hydra's own launcher and log
+    as well, which takes 0.1 s and is thrown away.
+    """
+    setup_globals()  # Hydra's resolvers, such as ${now:%Y}
+    tree = OmegaConf.create(defaults())
+    OmegaConf.set_struct(tree, True)  # an unknown key is an error
     try:
-        with initialize_config_dir(str(YAML_PATH.parent), version_base="1.3"):
-            composed = hydra_compose(STORED_AS, overrides=[setting.text for setting in settings])
-        return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
-    except (HydraException, OmegaConfBaseException) as error:
-        cause = error.__cause__ or error
-        key = getattr(cause, "full_key", None)
-        if isinstance(cause, ConfigKeyError) and key:
+        for setting in settings:
+            OmegaConf.update(tree, setting.key, setting.content, merge=True, force_add=bool(setting.prefix))
+        return OmegaConf.to_container(tree, resolve=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        if isinstance(error, ConfigKeyError) and key:
             raise _unknown_key(key) from error
 
         what = "the configuration cannot be composed"
         if key:
             what = f"{key} has a value that cannot be used"
-        found = re.sub(r"^\w+ raised while resolving interpolation: ", "", str(cause).splitlines()[0]).strip('"')
+        found = re.sub(r"^\w+ raised while resolving interpolation: ", "", str(error).splitlines()[0]).strip('"')
         raise ConfigError(what, found=found) from error
 
 

@@ -38,11 +38,6 @@ class Setting:
     spelling: str
     """The key as the user wrote it, before aliases."""
 
-    @property
-    def text(self) -> str:
-        """Return the argument in Hydra's grammar."""
-        return f"{self.prefix}{self.key}={self.value}"
-
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) for everything in a tree that is not a dict, in order. An empty dict is a leaf."""

@@ -1,10 +1,12 @@
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
-from apollo_sft.config.compose import Composed, compose, to_yaml
+from apollo_sft.config.compose import YAML_PATH, Composed, compose, to_yaml, validate
 from apollo_sft.errors import ConfigError
 
 NO_VALIDATION = "data.val_files=null"
@@ -197,6 +199,33 @@ def test_a_section_as_a_dict_sets_its_keys() -> None:
     composed = compose(["optim={lr: 1e-4, clip_grad: null}", "data.multiturn={enable: true}"])
     assert composed.overridden == {"optim.lr": 1e-4, "optim.clip_grad": None, "data.multiturn.enable": True}
     assert "data.val_files is still the default" in refused("data={train_files: a.parquet}")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["optim.lr=1e-4", "data.max_length=${data.train_batch_size}", "++optim.lr=2e-4"],
+        ["optim={lr: 1e-4, betas: [0.8, 0.9]}", "+data.multiturn={enable: true}", "trainer.project_name='a,\\'b'"],
+        ["++data.apply_chat_template_kwargs.a={b: [1, null]}", "++data.apply_chat_template_kwargs.a.c=${oc.env:HOME}"],
+        ["+data.train_files=[a.parquet]", "trainer.experiment_name=${now:%Y}", "model.lora_alpha=int(3.2)"],
+    ],
+)
+def test_it_is_hydras_own_composition(arguments: list[str]) -> None:
+    arguments = ["data.train_files=a.parquet", "data.val_files=null", *arguments]
+    with hydra.initialize_config_dir(str(YAML_PATH.parent), version_base="1.3"):
+        theirs = hydra.compose(YAML_PATH.stem, overrides=arguments)
+    assert compose(arguments).config == validate(OmegaConf.to_container(theirs, resolve=True))
+
+
+def test_a_section_is_not_added_to_with_a_single_value() -> None:
+    assert "An item is already at 'optim'" in refused("+optim=3")
+
+
+def test_a_composition_does_not_change_the_next_one() -> None:
+    before = compose([]).config
+    compose(["optim.lr=1e-4", "data.multiturn={enable: true}", "data.apply_chat_template_kwargs.a=1"])
+    assert compose([]).config == before
 
 
 def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,7 @@ from apollo_sft.config.compose import YAML_PATH, compose
 from apollo_sft.config.overrides import leaves
 from apollo_sft.errors import ConfigError
 
-NUM_LINES = 60
-"""Of each seed."""
-QUICK = 3
-"""Seeds that run under `make test`; `make test-long` has more."""
+NUM_LINES = 300
 DEFAULTS = dict(leaves(yaml.safe_load(YAML_PATH.read_text(encoding="utf-8")), ""))
 VALUES = [
     "1", "-1", "1e-4", "true", "null", "abc", "[a,b]", "['a','b']", "{a: 1}", "{a: {b: [1]}}", "[]", "{}", "''", '"',
@@ -47,13 +44,11 @@ def command_line(chance: random.Random) -> list[str]:
     return [mutate(argument, chance) if chance.random() < 0.5 else argument for argument in arguments]
 
 
-@pytest.mark.parametrize(
-    "seed", [*range(QUICK), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(QUICK, 4 * QUICK))]
-)
+@pytest.mark.parametrize("seed", range(3))
 def test_nothing_but_a_config_or_a_config_error(seed: int, recwarn: pytest.WarningsRecorder) -> None:
     chance = random.Random(seed)
     num_accepted = 0
-    for _ in range(NUM_LINES):
+    for _ in range(NUM_LINES // 3):
         arguments = command_line(chance)
         try:
             composed = compose(arguments)
@@ -63,5 +58,5 @@ def test_nothing_but_a_config_or_a_config_error(seed: int, recwarn: pytest.Warni
             continue
         except Exception as error:
             raise AssertionError(f"{arguments!r} gave {type(error).__name__}: {error}") from error
-    assert NUM_LINES // 20 < num_accepted < 3 * NUM_LINES // 4
+    assert 5 < num_accepted < NUM_LINES // 4
     assert len(recwarn) == 0

@@ -29,7 +29,9 @@ def lengths(dataset: str, folder: Path) -> np.ndarray:
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "smollm2")
     data = data_config(multiturn=True, store_dir=str(folder), max_length=8192)
     paths = [str(SHARED / "data" / dataset / "messages" / "train.parquet")]
-    store = prepare_store(StoreRequest("train", paths, MOST_ROWS, tokenizer, resolve_template(tokenizer, data), data), print)
+    store = prepare_store(
+        StoreRequest("train", paths, MOST_ROWS, tokenizer, resolve_template(tokenizer, data), data), print
+    )
     return np.array(store.lengths)
 
 
