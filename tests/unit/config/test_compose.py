@@ -208,14 +208,17 @@ def test_a_section_as_a_dict_sets_its_keys() -> None:
         ["optim.lr=1e-4", "data.max_length=${data.train_batch_size}", "++optim.lr=2e-4"],
         ["optim={lr: 1e-4, betas: [0.8, 0.9]}", "+data.multiturn={enable: true}", "trainer.project_name='a,\\'b'"],
         ["++data.apply_chat_template_kwargs.a={b: [1, null]}", "++data.apply_chat_template_kwargs.a.c=${oc.env:HOME}"],
+        ["++data.apply_chat_template_kwargs={a: {b: 1}}", "++data.apply_chat_template_kwargs={a: {c: 2}}"],
         ["+data.train_files=[a.parquet]", "trainer.experiment_name=${now:%Y}", "model.lora_alpha=int(3.2)"],
     ],
 )
 def test_it_is_hydras_own_composition(arguments: list[str]) -> None:
     arguments = ["data.train_files=a.parquet", "data.val_files=null", *arguments]
+    OmegaConf.clear_resolver("now")  # a composition before this one has registered it
+    ours = compose(arguments).config
     with hydra.initialize_config_dir(str(YAML_PATH.parent), version_base="1.3"):
         theirs = hydra.compose(YAML_PATH.stem, overrides=arguments)
-    assert compose(arguments).config == validate(OmegaConf.to_container(theirs, resolve=True))
+    assert ours == validate(OmegaConf.to_container(theirs, resolve=True))
 
 
 def test_a_section_is_not_added_to_with_a_single_value() -> None:
