@@ -33,15 +33,20 @@ PROGRAMS = {
 def run(line: str, folder: Path, environment: dict[str, str], seconds: float) -> subprocess.CompletedProcess[str]:
     """Run a line of bash, and wait for its end."""
     with _programs() as programs:
-        return subprocess.run(
-            ["bash", "-c", line],
-            cwd=folder,
-            env=environment | {"PATH": f"{programs}:{environment['PATH']}"},
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
+        return run_anew(line, folder, environment | {"PATH": f"{programs}:{environment['PATH']}"}, seconds)
+
+
+def run_anew(line: str, folder: Path, environment: dict[str, str], seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run a line of bash whose programs are started as a user starts them."""
+    return subprocess.run(
+        ["bash", "-c", line],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
 
 
 @contextmanager
