@@ -21,13 +21,8 @@ from pathlib import Path
 from tests.support import python
 
 CLIENT = Path(__file__).with_name("shell_program.py")
-PROGRAMS = {
-    "apollo-sft": ["-m", "apollo_sft.cli.main"],
-    "python": [],
-    "python3": [],
-    "torchrun": ["-m", "torch.distributed.run"],
-}
-"""What the programs of an installation run."""
+PROGRAMS = {name: python.PROGRAMS / name for name in python.MODULES}
+PROGRAMS |= {name: Path(sys.executable) for name in ("python", "python3")}
 
 
 def run(line: str, folder: Path, environment: dict[str, str], seconds: float) -> subprocess.CompletedProcess[str]:
@@ -86,7 +81,7 @@ def _accept(listener: socket.socket, processes: list[python.Process]) -> None:
         message, streams, _, _ = socket.recv_fds(connection, 2 * python.LONGEST_MESSAGE, 3)
         asked = json.loads(message)
         program, *words = asked["words"]
-        command = [sys.executable, *PROGRAMS[program], *words]
+        command = [str(PROGRAMS[program]), *words]
         ends = dict(zip(("stdin", "stdout", "stderr"), streams, strict=True))
         process = python.start(command, cwd=asked["folder"], env=asked["environment"], **ends)
 
