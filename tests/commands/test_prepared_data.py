@@ -41,7 +41,8 @@ def test_the_printed_command_trains(dataset: str, starts: str, sources: Path, mo
     (words,) = [shlex.split(command) for command in commands]
     at = next(i for i, word in enumerate(words) if word.startswith("model.partial_pretrain="))
     words[at] = f"model.partial_pretrain={model}"
-    finished = run([*words, "trainer.device=cpu", "trainer.total_training_steps=1"], tmp_path)
+    small = ["data.train_batch_size=8", "trainer.device=cpu", "trainer.total_training_steps=1"]
+    finished = run([*words, *small], tmp_path)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert (tmp_path / "sft-model" / "model.safetensors").is_file()
 
