@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,15 +12,13 @@ import pytest
 from tests.support import python
 
 
-def _demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return python.run(
-        [sys.executable, "-m", "apollo_sft.cli.main", "demo", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=550,
-        check=False,
-    )
+Starts = Callable[..., "subprocess.CompletedProcess[str]"]
+PROGRAM = str(python.PROGRAMS / "apollo-sft")
+
+
+def _demo(folder: Path, *arguments: str, starts: Starts = python.run) -> subprocess.CompletedProcess[str]:
+    """Run the demo. By `python.run` it is forked, and so is the training that it starts."""
+    return starts([PROGRAM, "demo", *arguments], cwd=folder, capture_output=True, text=True, timeout=550, check=False)
 
 
 def _after(output: str) -> float:
@@ -37,7 +35,7 @@ def test_a_demo_that_trains_too_little_says_so_and_can_be_run_again(tmp_path: Pa
     assert "\x1b" not in first.stdout
     assert len((tmp_path / "apollo-demo/trained-model/metrics.jsonl").read_text().splitlines()) == 3
 
-    again = _demo(tmp_path, "--steps=2")
+    again = _demo(tmp_path, "--steps=2", "--nproc=1", starts=subprocess.run)
     assert again.returncode == 1, again.stdout[-3000:] + again.stderr[-3000:]
     assert len((tmp_path / "apollo-demo/trained-model/metrics.jsonl").read_text().splitlines()) == 2
 

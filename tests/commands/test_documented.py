@@ -23,7 +23,6 @@ from tests.support.data import write_parquet
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("make", "apollo-sft", "torchrun", "python", "git", "pip")
-BIN = Path(sys.executable).parent
 
 MAKE = "runs the suite itself, or what CI and the long tests run"
 PREPARE = "tests/commands/test_prepare.py"
@@ -68,23 +67,18 @@ def documented() -> list[str]:
     return commands
 
 
-MODULES = {"apollo-sft": ["-m", "apollo_sft.cli.main"], "torchrun": ["-m", "torch.distributed.run"], "python": []}
-"""What the programs of an installation run."""
-
-
 def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command, one of MODULES as a forked process. `test_commands_that_print` starts the programs themselves."""
+    """Run a command, whose program is forked. `test_commands_that_print` starts the programs themselves."""
     program, *words = arguments
-    if program not in MODULES:
-        return started(arguments, folder)
-    assert (BIN / program).is_file()
-    return started([sys.executable, *MODULES[program], *words], folder)
+    assert (python.PROGRAMS / program).is_file()
+    path = sys.executable if program == "python" else str(python.PROGRAMS / program)
+    return started([path, *words], folder)
 
 
 def started(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "HOME": str(folder),
-        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "PATH": f"{python.PROGRAMS}:{os.environ['PATH']}",
         "XDG_CACHE_HOME": str(folder),
     }
     return python.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)

@@ -297,15 +297,21 @@ DATA = {
 }
 
 
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder without weights, with the tokenizer of a family."""
+    folder = tmp_path_factory.mktemp("qwen")
+    AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "qwen3").save_pretrained(folder)
+    tiny_config(vocab_size=151_936, max_position_embeddings=32_768).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.shared
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared inputs folder is not beside the checkout")
 @pytest.mark.parametrize("data", DATA)
-def test_shared_datasets(data: str, inspect: Inspect) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "qwen3")
-    tiny_config(vocab_size=151_936, max_position_embeddings=32_768).save_pretrained(inspect.folder / "model")
-    tokenizer.save_pretrained(inspect.folder / "model")
-    train = f"data.train_files={SHARED}/data/{data}/train.parquet"
-    ended = inspect(train, "data.train_max_samples=40", "data.max_length=32768", "--worst", "--check", *DATA[data])
+def test_shared_datasets(data: str, inspect: Inspect, qwen: Path) -> None:
+    given = [f"model.partial_pretrain={qwen}", f"data.train_files={SHARED}/data/{data}/train.parquet", *DATA[data]]
+    ended = inspect(*given, "data.train_max_samples=40", "data.max_length=32768", "--worst", "--check")
     assert ended.code == 0, ended.out + ended.err
     assert ended.row("train.parquet")[0] == "40"
     assert "every sample teaches a stop token, <|im_end|>" in ended.out

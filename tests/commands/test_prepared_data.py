@@ -41,7 +41,8 @@ def test_the_printed_command_trains(dataset: str, starts: str, sources: Path, mo
     (words,) = [shlex.split(command) for command in commands]
     at = next(i for i, word in enumerate(words) if word.startswith("model.partial_pretrain="))
     words[at] = f"model.partial_pretrain={model}"
-    finished = run([*words, "trainer.device=cpu", "trainer.total_training_steps=1"], tmp_path)
+    small = ["data.train_batch_size=8", "trainer.device=cpu", "trainer.total_training_steps=1"]
+    finished = run([*words, *small], tmp_path)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert (tmp_path / "sft-model" / "model.safetensors").is_file()
 
@@ -62,12 +63,15 @@ def test_gsm8k_as_it_was_prepared_elsewhere(layout: str, tmp_path: Path) -> None
 
 
 @pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder without weights: inspect needs none."""
-    folder = tmp_path_factory.mktemp("qwen")
-    AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "qwen3").save_pretrained(folder)
-    tiny_config(vocab_size=151936, max_position_embeddings=1024).save_pretrained(folder)
-    return folder
+def bases(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Model folders without weights, which inspect does not need: one with the tokenizer of a family, one small."""
+    folder = tmp_path_factory.mktemp("bases")
+    tokenizers = {"qwen3": SHARED / "tokenizers" / "qwen3", "small": model}
+    for name, source in tokenizers.items():
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer.save_pretrained(folder / name)
+        tiny_config(vocab_size=len(tokenizer), max_position_embeddings=2048).save_pretrained(folder / name)
+    return {name: folder / name for name in tokenizers}
 
 
 @pytest.mark.shared
@@ -87,7 +91,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_what_a_tool_printed_is_never_a_target(
-    template: str, code_as: str, writes_code: bool, sources: Path, qwen: Path, tmp_path: Path
+    template: str, code_as: str, writes_code: bool, sources: Path, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     """`writes_code`: whether the template shows a call at all; docs/data_preparation.md lists those that do not."""
     out = ["--local_save_dir", str(tmp_path / "prepared"), "--code_as", code_as]
@@ -97,9 +101,10 @@ def test_what_a_tool_printed_is_never_a_target(
         "data.val_files": "null",
         "data.multiturn.enable": "true",
         "data.train_batch_size": 4,
+        "data.max_length": 2048,
         "data.chat_template": SHARED / "templates" / f"{template}.jinja",
         "data.store_dir": tmp_path / "store",
-        "model.partial_pretrain": qwen,
+        "model.partial_pretrain": bases.get(template, bases["small"]),
         "model.add_special_tokens": "true",  # those of the other families' templates
     }
     code = main(["inspect", *(f"{key}={value}" for key, value in keys.items()), "--dump", str(tmp_path / "dump.jsonl")])

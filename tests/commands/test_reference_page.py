@@ -1,7 +1,8 @@
 """Every command of the reference page, run by bash in the page's own words.
 
 `/tmp` and the home become a folder of the test, the models are tiny ones under the same names, `…` is filled in, and
-keys of sizes are added at the end. Nothing else changes: `PYTHONPATH=compat` answers to verl's module name.
+keys of sizes are added at the end. Nothing else changes: `PYTHONPATH=compat` answers to verl's module name. The
+programs are forked (`tests.support.shell`); one preparation and one training start as a user's do.
 """
 
 import importlib.util
@@ -11,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from apollo_sft.prepare.demo_model import train_tokenizer
+from tests.support import shell
 from tests.support.models import save_tiny_model, tiny_config
 from tests.support.runs import read_metrics, series, status
 
@@ -41,29 +44,32 @@ def page() -> list[str]:
     return COMMAND.findall((SHARED / "reference_page.md").read_text(encoding="utf-8"))
 
 
+Starts = Callable[[str, Path, dict[str, str], float], "subprocess.CompletedProcess[str]"]
+
+
 @dataclass(frozen=True)
 class Machine:
     """A user's machine: `folder` holds `home`, what the page calls `/tmp`, and `work`, where the models are."""
 
     folder: Path
 
-    def in_checkout(self, command: str, more: str = "") -> None:
+    def in_checkout(self, command: str, more: str = "", starts: Starts = shell.run) -> None:
         """Examples are modules of a checkout: the page runs them there."""
-        self._run(f"{command} {more}", ROOT)
+        self._run(f"{command} {more}", ROOT, starts)
 
-    def train(self, command: str, more: str, out: str | None = None) -> Path:
+    def train(self, command: str, more: str, out: str | None = None, starts: Starts = shell.run) -> Path:
         """Returns the run's folder: `out` if it is given, else the command's own."""
         command = command.replace("/tmp/", f"{self.folder}/")
         named = re.findall(r"trainer\.default_local_dir=(\S+)", command)
         folder = self.folder / out if out is not None else Path(named[0])
         where = f"trainer.default_local_dir={folder}" if out is not None else ""
-        self.in_work(f"{command} {more} {where} trainer.device=cpu")
+        self.in_work(f"{command} {more} {where} trainer.device=cpu", starts)
         return folder
 
-    def in_work(self, command: str) -> None:
-        self._run(command, self.folder / "work")
+    def in_work(self, command: str, starts: Starts = shell.run) -> None:
+        self._run(command, self.folder / "work", starts)
 
-    def _run(self, command: str, cwd: Path) -> None:
+    def _run(self, command: str, cwd: Path, starts: Starts) -> None:
         """Raises: AssertionError with the end of what it said."""
         variables = {
             "HOME": str(self.folder / "home"),
@@ -71,15 +77,7 @@ class Machine:
             "PYTHONPATH": f"{ROOT / 'compat'}:{ROOT}:{os.environ.get('PYTHONPATH', '')}",
             "XDG_CACHE_HOME": str(self.folder / "cache"),
         }
-        ended = subprocess.run(
-            ["bash", "-c", command],
-            cwd=cwd,
-            env=os.environ | variables,
-            capture_output=True,
-            text=True,
-            timeout=1200,
-            check=False,
-        )
+        ended = starts(command, cwd, os.environ | variables, 1200)
         assert ended.returncode == 0, f"{command}\n{ended.stdout[-1000:]}\n{ended.stderr[-4000:]}"
 
 
@@ -159,7 +157,7 @@ def test_preparations_and_trainings(machine: Machine) -> None:
     form, gsm8k, lora, multiturn, *preparations, _, _ = page()
     data = machine.folder / "home" / "data"
 
-    machine.in_checkout(preparations[0], f"--local_dataset_path {GSM8K}")
+    machine.in_checkout(preparations[0], f"--local_dataset_path {GSM8K}", starts=shell.run_anew)
     assert {"extra_info", "question", "answer", "reward_model"} <= columns(data / "gsm8k" / "train.parquet")
     machine.in_checkout(preparations[1], f"--local_dataset_path {machine.folder / 'math'}")
     math = data / "DigitalLearningGmbH" / "MATH-lighteval"
@@ -170,7 +168,7 @@ def test_preparations_and_trainings(machine: Machine) -> None:
     assert pq.read_metadata(data / "multiturn" / "test.parquet").num_rows >= 200
 
     base = machine.folder / "work" / MODELS[0]
-    out = machine.train(filled(form), SMALL, out="form")
+    out = machine.train(filled(form), SMALL, out="form", starts=shell.run_anew)
     opened(out, base, STEPS)
 
     out = machine.train(gsm8k, SMALL)

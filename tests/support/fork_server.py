@@ -174,7 +174,7 @@ def server_below(held: list[int]) -> Request | None:
 def become(request: Request) -> None:
     """Take the streams, variables, folder and words of a command."""
     _take_streams(request.descriptors, request.numbers)
-    if request.line[1] == "-u":
+    if "-u" in request.line[1:2]:
         raw = io.FileIO(1, "w", closefd=False)
         sys.stdout = io.TextIOWrapper(raw, sys.stdout.encoding, sys.stdout.errors, write_through=True)  # type: ignore[arg-type]
     else:

@@ -1,6 +1,6 @@
 """Python as a real process of the test's own, without the seconds of imports: a fork server has them behind it.
 
-It stands for `python -m …` of our modules, `python -c …` and `python FILE.py …`.
+It stands for `python -m …` of our modules, `python -c …`, `python FILE.py …`, and the programs of the installation.
 `start` is `subprocess.Popen` and `run` is `subprocess.run`. What they start is a child of the caller like any other:
 it has a pid, an exit code, signals, pipes, a session and a parent whose death it may hear of. Commands that the server
 cannot stand for (see `fork_server.declines`) are started anew, and so is everything when there is no server.
@@ -32,6 +32,10 @@ CHILD_SUBREAPER = 36
 
 FORKED = ("apollo_sft", "torch.distributed.run", "tests.support.rank", "verl.trainer.fsdp_sft_trainer", "examples.rl.")
 """Beginnings of the modules that are forked."""
+
+PROGRAMS = Path(sys.executable).parent
+MODULES = {"apollo-sft": "apollo_sft.cli.main", "torchrun": "torch.distributed.run"}
+"""What the programs of the installation run."""
 
 _ASKED_FOR = inspect.signature(subprocess.Popen._execute_child)
 
@@ -87,7 +91,12 @@ def run(
 
 def parts(command: Any) -> tuple[str, list[str]] | None:
     """What is to be run (`-m`, `-c` or `file`), and the words from its name on; None when it cannot be forked."""
-    if not isinstance(command, (list, tuple)) or command[0] != sys.executable:
+    if not isinstance(command, (list, tuple)):
+        return None
+    program = Path(os.fsdecode(command[0]))
+    if program.parent == PROGRAMS and program.name in MODULES and program.is_file():
+        return "-m", [MODULES[program.name], *map(os.fsdecode, command[1:])]
+    if command[0] != sys.executable:
         return None
 
     words = [os.fsdecode(word) for word in command[1:]]
