@@ -52,7 +52,8 @@ TEMPLATES = [
 
 @pytest.fixture(autouse=True)
 def tight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "MAX_SECONDS", 1)
+    monkeypatch.setattr(limits, "MAX_SECONDS", 0.4)
+    monkeypatch.setattr(limits, "TICK_SECONDS", 0.4)
     monkeypatch.setattr(limits, "MAX_MEMORY_BYTES", 1 << 29)
 
 
