@@ -26,7 +26,7 @@ LARGER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
 """So that a save takes long enough to be met."""
 MANY = 12_000
 """Rows that take seconds to tokenise."""
-VALIDATION = 400
+VALIDATION = 250
 """Rows that take seconds to validate, one by one."""
 FOUR_AT_ONCE = "data.micro_batch_size_per_gpu=4"
 """So that the run that goes on validates them sooner."""

@@ -34,6 +34,7 @@ IMPORTED = (
     "pytest",
     "torch.distributed.run",
     "torch.distributed.tensor",
+    "transformers.conversion_mapping",
     "transformers.models.auto.modeling_auto",
     "transformers.models.qwen2.modeling_qwen2",
     "transformers.models.qwen2.tokenization_qwen2",
@@ -220,6 +221,8 @@ def main() -> None:
     gc.disable()  # what is there now stays, and need not be looked at in every fork
     for name in IMPORTED:
         importlib.import_module(name)
+    # Transformers makes its table of all models at the first question. It is text and patterns, without any thread.
+    sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("qwen2")
     gc.freeze()
 
     request: Request | None = serve(socket.socket(fileno=int(sys.argv[1])))
