@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch.distributed as dist
+
 from apollo_sft.checkpoint.room import explained
 from apollo_sft.checkpoint.run_folder.folder import RunFolder, Status, status_of
 from apollo_sft.errors import AlreadyDone, ApolloError, Preempted, Stopped, TrainingError
@@ -64,7 +66,8 @@ class Stages:
                 launch.stop()
             raise
 
-        gc.collect()  # frees what holds sub-groups, which must be gone before the group itself
+        if dist.is_initialized():
+            gc.collect()  # frees what holds sub-groups, which must be gone before the group itself
         launch.stop()
 
     @contextmanager

@@ -27,7 +27,7 @@ from apollo_sft.train.optim.build import build_optimizer
 from tests.support.models import tiny_config, tiny_model
 from tests.support.runs import read_metrics, series, status, train_here, without_clock, write_inputs
 
-TEN = ("trainer.total_training_steps=10", "trainer.save_freq=5")
+FOUR = ("trainer.total_training_steps=4", "trainer.save_freq=2", "trainer.test_freq=2")
 LORA = ("model.lora_rank=2", "trainer.export=adapter")
 ALL = ["model", "optimizer", "extra", "hf_model"]
 
@@ -40,7 +40,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("reference") / "out"
-    train_here(inputs, out, *TEN)
+    train_here(inputs, out, *FOUR)
     return out
 
 
@@ -49,11 +49,11 @@ def names(folder: Path) -> list[str]:
 
 
 def test_a_checkpoint_holds_the_state_and_a_model_folder(reference: Path) -> None:
-    assert names(reference / "checkpoints") == ["latest", "step_000005", "step_000010"]
-    assert (reference / "checkpoints" / "latest").readlink() == Path("step_000010")
+    assert names(reference / "checkpoints") == ["latest", "step_000002", "step_000004"]
+    assert (reference / "checkpoints" / "latest").readlink() == Path("step_000004")
     last = reference / "checkpoints" / "latest"
     facts = read_facts(last)
-    assert (facts["step"], facts["contents"]) == (10, ALL)
+    assert (facts["step"], facts["contents"]) == (4, ALL)
     assert facts["best"]["val/loss"] == min(series(read_metrics(reference), "val/loss"))
     assert (last / "hf" / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
     loaded = AutoModelForCausalLM.from_pretrained(last / "hf")
@@ -62,7 +62,7 @@ def test_a_checkpoint_holds_the_state_and_a_model_folder(reference: Path) -> Non
 
 
 def test_with_lora_it_holds_the_adapter(inputs: Path, tmp_path: Path) -> None:
-    train_here(inputs, tmp_path, *TEN, *LORA)
+    train_here(inputs, tmp_path, *FOUR, *LORA)
     hf = tmp_path / "checkpoints" / "latest" / "hf"
     tokenizer = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
     assert names(hf) == ["adapter_config.json", "adapter_model.safetensors", *tokenizer]
@@ -71,12 +71,12 @@ def test_with_lora_it_holds_the_adapter(inputs: Path, tmp_path: Path) -> None:
     adapted = AutoModelForCausalLM.from_pretrained(hf)
     assert any("lora_A" in name for name, _ in adapted.named_parameters())
     with pytest.raises(AlreadyDone):
-        train_here(inputs, tmp_path, *TEN, *LORA)
+        train_here(inputs, tmp_path, *FOUR, *LORA)
 
 
 @pytest.mark.parametrize("contents", ["[hf_model]", "[model]", "[model,optimizer,extra]"])
 def test_what_it_holds_is_chosen(inputs: Path, tmp_path: Path, contents: str) -> None:
-    train_here(inputs, tmp_path, *TEN, f"trainer.checkpoint.save_contents={contents}")
+    train_here(inputs, tmp_path, *FOUR, f"trainer.checkpoint.save_contents={contents}")
     last = tmp_path / "checkpoints" / "latest"
     tensors = {name for path in last.glob("*.safetensors") for name in load_file(path)}
     kinds = {name.split("/")[0] for name in tensors}
@@ -88,21 +88,21 @@ def test_what_it_holds_is_chosen(inputs: Path, tmp_path: Path, contents: str) ->
 def test_one_that_cannot_be_gone_on_from_is_passed_over(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keys = (*TEN, "trainer.checkpoint.save_contents=[hf_model]")
+    keys = (*FOUR, "trainer.checkpoint.save_contents=[hf_model]")
     train_here(inputs, tmp_path, *keys)
     unfinished(tmp_path)
     train_here(inputs, tmp_path, *keys)
     said = capsys.readouterr().err
-    assert "skipped step_000010: trainer.checkpoint.save_contents left out" in said
+    assert "skipped step_000004: trainer.checkpoint.save_contents left out" in said
     assert "from the first step" in said
 
 
 def test_hf_at_best_and_last_only(inputs: Path, tmp_path: Path) -> None:
     keys = ("trainer.checkpoint.hf_model_at=best_and_last", "trainer.max_ckpt_to_keep=5", "trainer.test_freq=100")
-    train_here(inputs, tmp_path, *TEN, "trainer.save_freq=3", *keys)
+    train_here(inputs, tmp_path, "trainer.total_training_steps=7", "trainer.save_freq=3", *keys)
     held = {path.parent.name for path in (tmp_path / "checkpoints").glob("step_*/hf")}
-    assert names(tmp_path / "checkpoints")[1:] == ["step_000003", "step_000006", "step_000009", "step_000010"]
-    assert held == {"step_000010"}
+    assert names(tmp_path / "checkpoints")[1:] == ["step_000003", "step_000006", "step_000007"]
+    assert held == {"step_000007"}
 
 
 def unfinished(out: Path) -> None:
@@ -117,13 +117,13 @@ def unfinished(out: Path) -> None:
 
 
 def fork(source: Path, *more: str) -> tuple[str, ...]:
-    path = source / "checkpoints" / "step_000005"
-    return (*TEN, "trainer.resume_mode=resume_path", f"trainer.resume_from_path={path}", *more)
+    path = source / "checkpoints" / "step_000002"
+    return (*FOUR, "trainer.resume_mode=resume_path", f"trainer.resume_from_path={path}", *more)
 
 
 def test_a_run_begins_at_the_checkpoint_of_another(inputs: Path, reference: Path, tmp_path: Path) -> None:
     metrics = train_here(inputs, tmp_path, *fork(reference))
-    assert without_clock(metrics) == without_clock(read_metrics(reference)[5:])
+    assert without_clock(metrics) == without_clock(read_metrics(reference)[2:])
     assert (tmp_path / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
     with pytest.raises(AlreadyDone):
         train_here(inputs, tmp_path, *fork(reference))
@@ -135,7 +135,7 @@ def test_killed_it_goes_on_from_its_own(
     train_here(inputs, tmp_path, *fork(reference))
     unfinished(tmp_path)
     train_here(inputs, tmp_path, *fork(reference))
-    assert "from step_000010" in capsys.readouterr().err
+    assert "from step_000004" in capsys.readouterr().err
     assert (tmp_path / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
 
 
@@ -153,9 +153,9 @@ def test_another_config_is_refused_or_listed(
 def test_a_run_does_not_go_back_in_its_own_folder(inputs: Path, reference: Path, tmp_path: Path) -> None:
     shutil.copytree(reference, tmp_path / "out", symlinks=True)
     unfinished(tmp_path / "out")
-    with pytest.raises(ConfigError, match="its newest complete checkpoint is step_000010"):
+    with pytest.raises(ConfigError, match="its newest complete checkpoint is step_000004"):
         train_here(inputs, tmp_path / "out", *fork(tmp_path / "out"))
-    assert "step_000010" in names(tmp_path / "out" / "checkpoints")
+    assert "step_000004" in names(tmp_path / "out" / "checkpoints")
 
 
 def test_a_path_without_a_checkpoint_is_refused(inputs: Path, tmp_path: Path) -> None:
@@ -336,13 +336,13 @@ def test_a_disk_too_small_is_refused_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(ConfigError) as caught:
-        train_here(inputs, tmp_path, *TEN)
+        train_here(inputs, tmp_path, *FOUR)
     message = str(caught.value)
     needed = int(message.split("expected: ")[1].split(" bytes")[0].replace(",", ""))
     monkeypatch.undo()
     assert f"trainer.default_local_dir={tmp_path}" in message
     assert "attention:" not in capsys.readouterr().err
-    train_here(inputs, tmp_path, *TEN)
+    train_here(inputs, tmp_path, *FOUR)
     taken = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
     assert needed == pytest.approx(taken, rel=0.15)
 
@@ -351,7 +351,7 @@ def test_without_memory_for_a_copy_training_waits(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(saving, "available_memory", lambda: 1000)
-    train_here(inputs, tmp_path, *TEN)
+    train_here(inputs, tmp_path, *FOUR)
     assert "training waits while it is written" in capsys.readouterr().err
     check_files(tmp_path / "checkpoints" / "latest")
 
@@ -379,7 +379,7 @@ def test_a_base_that_is_gone_costs_the_model_folder_alone(
     """The state of the step is kept: the same command goes on, and `export` writes the model."""
     shutil.copytree(inputs / "model", tmp_path / "base")
     (tmp_path / "base" / "NOTES.md").write_text("mine")
-    keys = (*TEN, f"model.partial_pretrain={tmp_path / 'base'}", "trainer.save_freq=4")
+    keys = (*FOUR, f"model.partial_pretrain={tmp_path / 'base'}")
     write = saving.Saver._publish
 
     def lost(self: Any, staging: Path, *more: Any) -> None:
@@ -389,8 +389,8 @@ def test_a_base_that_is_gone_costs_the_model_folder_alone(
     monkeypatch.setattr(saving.Saver, "_publish", lost)
     with pytest.raises(CheckpointError, match=r"can no longer be read: .*NOTES\.md"):
         train_here(inputs, tmp_path / "run", *keys)
-    assert names(tmp_path / "run" / "checkpoints") == ["latest", "step_000004"]
-    assert not (tmp_path / "run" / "checkpoints" / "step_000004" / "hf").exists()
+    assert names(tmp_path / "run" / "checkpoints") == ["latest", "step_000002"]
+    assert not (tmp_path / "run" / "checkpoints" / "step_000002" / "hf").exists()
     monkeypatch.setattr(saving.Saver, "_publish", write)
     (tmp_path / "base" / "NOTES.md").write_text("mine")
     train_here(inputs, tmp_path / "run", *keys)

@@ -31,7 +31,7 @@ from tests.support.reliability import record
 KEYS = ("trainer.total_training_steps=3", "trainer.save_freq=1", "trainer.max_ckpt_to_keep=9", "trainer.test_freq=1")
 SYNCHRONOUS = "trainer.checkpoint.async_save=false"
 TAKES_NO_ROOM = ("unlink", "rmdir")
-COVERING = 25
+COVERING = 37
 """`make test` takes every so many-th write."""
 
 

@@ -23,7 +23,7 @@ from tests.support.processes import descendants, kill, ranks, wait_until_gone
 from tests.support.reliability import record
 from tests.support.runs import arguments, write_inputs
 
-STEPS = 12
+STEPS = 8
 SEED = int(os.environ.get("APOLLO_KILLS_SEED", "1"))
 TRIALS = int(os.environ.get("APOLLO_KILLS", "50"))
 PATIENCE_SECONDS = 120

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -60,45 +62,91 @@ def said(out: Path) -> str:
     return out.with_suffix(".log").read_text()[-6000:]
 
 
-@pytest.mark.parametrize(
-    ("launcher", "rank", "number"),
-    [
-        ("apollo-sft", 1, signal.SIGKILL),
-        ("apollo-sft", 1, signal.SIGSTOP),
-        pytest.param("apollo-sft", 0, signal.SIGKILL, marks=pytest.mark.long),
-        pytest.param("apollo-sft", 0, signal.SIGSTOP, marks=pytest.mark.long),
-        pytest.param("torchrun", 0, signal.SIGKILL, marks=pytest.mark.long),
-        pytest.param("torchrun", 1, signal.SIGSTOP, marks=pytest.mark.long),
-    ],
-)
-def test_a_lost_rank_ends_the_job_and_is_named(
-    inputs: Path, tmp_path: Path, launcher: str, rank: int, number: signal.Signals
-) -> None:
-    out = tmp_path / "out"
+@dataclass
+class Ending:
+    """How a job ended. `left`: processes of it that lived on."""
+
+    code: int
+    left: list[int]
+    seconds: float
+
+
+@dataclass
+class Job:
+    """A training of two ranks. `rank` was sent the signal `number`."""
+
+    launcher: str
+    rank: int
+    number: signal.Signals
+    out: Path
+    ending: Future[Ending]
+
+
+def lose_a_rank(
+    inputs: Path, out: Path, pool: ThreadPoolExecutor, launcher: str, rank: int, number: signal.Signals
+) -> Job:
+    """Start a job and send one of its ranks the signal. A thread of the pool waits for the end."""
     process = start(by(launcher), inputs, out, ENDLESS)
     wait_for(lambda: num_lines(out) >= 2, process, out)
     everybody = [process.pid, *descendants(process.pid)]
     os.kill(ranks(process.pid)[rank], number)
+    return Job(launcher, rank, number, out, pool.submit(wait_for_end, process, everybody))
+
+
+def wait_for_end(process: "subprocess.Popen[str]", everybody: list[int]) -> Ending:
     began = time.monotonic()
     try:
         code = process.wait(timeout=TIMEOUT_SECONDS)
     finally:
         left = wait_until_gone(everybody, 5)
         kill(left)
-    seconds = time.monotonic() - began
-    silence = SILENCE_SECONDS if number == signal.SIGSTOP else 0
+    return Ending(code, left, time.monotonic() - began)
+
+
+def check_that_it_ended(job: Job) -> None:
+    ending, rank = job.ending.result(), job.rank
+    silence = SILENCE_SECONDS if job.number == signal.SIGSTOP else 0
     named = {
         signal.SIGSTOP: rf"rank {rank} on \S+ does not respond: it sent no heartbeat for {SILENCE_SECONDS} s",
         signal.SIGKILL: rf"rank {rank} was ended by SIGKILL|rank {1 - rank} on \S+: lost another rank",
-    }[number]
-    wrong = [] if code == 1 else [f"exit code {code}"]
-    wrong += [] if re.search(named, said(out)) else ["it is not named"]
-    wrong += [f"{len(left)} processes lived on"] if left else []
-    wrong += [] if status(out) == "failed" or launcher == "torchrun" else [f"run.json says {status(out)}"]
-    name = f"{number.name} of rank {rank} of 2 by {launcher}, silence {silence} s"
-    record(name, trials=1, failures=int(bool(wrong)), worst_seconds=seconds)
-    assert not wrong, said(out)
-    assert seconds < 2 * silence + SHUTDOWN_SECONDS + 30, "half a minute is left for a busy machine"
+    }[job.number]
+    wrong = [] if ending.code == 1 else [f"exit code {ending.code}"]
+    wrong += [] if re.search(named, said(job.out)) else ["it is not named"]
+    wrong += [f"{len(ending.left)} processes lived on"] if ending.left else []
+    wrong += [] if status(job.out) == "failed" or job.launcher == "torchrun" else [f"run.json says {status(job.out)}"]
+    name = f"{job.number.name} of rank {rank} of 2 by {job.launcher}, silence {silence} s"
+    record(name, trials=1, failures=int(bool(wrong)), worst_seconds=ending.seconds)
+    assert not wrong, said(job.out)
+    assert ending.seconds < 2 * silence + SHUTDOWN_SECONDS + 30, "half a minute is left for a busy machine"
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor() as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def stopped(inputs: Path, tmp_path_factory: pytest.TempPathFactory, pool: ThreadPoolExecutor) -> Job:
+    """A job whose rank 1 is stopped. The tests that ask for it first use the time that torchrun waits for that rank."""
+    return lose_a_rank(inputs, tmp_path_factory.mktemp("stopped") / "out", pool, "apollo-sft", 1, signal.SIGSTOP)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "rank", "number"),
+    [
+        ("apollo-sft", 1, signal.SIGKILL),
+        pytest.param("apollo-sft", 0, signal.SIGKILL, marks=pytest.mark.long),
+        pytest.param("apollo-sft", 0, signal.SIGSTOP, marks=pytest.mark.long),
+        pytest.param("torchrun", 0, signal.SIGKILL, marks=pytest.mark.long),
+        pytest.param("torchrun", 1, signal.SIGSTOP, marks=pytest.mark.long),
+    ],
+)
+@pytest.mark.usefixtures("stopped")
+def test_a_lost_rank_ends_the_job_and_is_named(
+    inputs: Path, tmp_path: Path, pool: ThreadPoolExecutor, launcher: str, rank: int, number: signal.Signals
+) -> None:
+    check_that_it_ended(lose_a_rank(inputs, tmp_path / "out", pool, launcher, rank, number))
 
 
 NEVER_COMES = """
@@ -118,6 +166,7 @@ register_optimizer_step_pre_hook(wait_for_ever)
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.long)])
+@pytest.mark.usefixtures("stopped")
 def test_a_rank_that_lives_but_never_comes_is_named(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
 ) -> None:
@@ -159,6 +208,10 @@ def test_ranks_end_with_their_launcher(inputs: Path, tmp_path: Path, launcher: s
     record(f"SIGKILL of {launcher}, 2 ranks", trials=1, failures=int(bool(left)), worst_seconds=seconds)
     assert len(below) >= 2
     assert not left
+
+
+def test_a_stopped_rank_ends_the_job_and_is_named(stopped: Job) -> None:
+    check_that_it_ended(stopped)
 
 
 @pytest.mark.long

@@ -18,7 +18,7 @@ from apollo_sft.report.metrics import read_metrics
 from tests.support import python
 from tests.support.processes import descendants, kill
 
-STEPS = 12
+STEPS = 9
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.data import write_parquet
 from tests.support.forked import train_on_ranks
 from tests.support.interrupted import (
     KINDS,
@@ -19,10 +20,11 @@ from tests.support.interrupted import (
     write_dropout_inputs,
 )
 from tests.support.reliability import record
-from tests.support.runs import read_metrics, series, write_inputs
+from tests.support.runs import read_metrics, rows, series, write_inputs
 
 EPOCHS = 3
-STEPS = 5 * EPOCHS
+STEPS_PER_EPOCH = 3
+STEPS = STEPS_PER_EPOCH * EPOCHS
 KEYS = (f"trainer.total_epochs={EPOCHS}", "trainer.save_freq=1", "trainer.max_ckpt_to_keep=100", "trainer.test_freq=4")
 LOSS_BOUND = 2e-5
 """Largest relative difference of a step's loss in float32 between two layouts of a training."""
@@ -30,7 +32,13 @@ LOSS_BOUND = 2e-5
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dropout_inputs(tmp_path_factory.mktemp("inputs"))
+    return with_fewer_rows(write_dropout_inputs(tmp_path_factory.mktemp("inputs")))
+
+
+def with_fewer_rows(inputs: Path) -> Path:
+    """As many as `STEPS_PER_EPOCH` batches of eight."""
+    write_parquet(inputs / "train.parquet", rows(8 * STEPS_PER_EPOCH))
+    return inputs
 
 
 def run(inputs: Path, out: Path, ranks: int, *keys: str) -> None:
@@ -41,13 +49,13 @@ def run(inputs: Path, out: Path, ranks: int, *keys: str) -> None:
     assert codes == [0] * ranks, (out.parent / "ranks.log").read_text()[-3000:]
 
 
-def resume_from_each(inputs: Path, tmp_path: Path, ranks: int, keys: tuple[str, ...], every: int) -> None:
-    """The steps in between are those at which an epoch ends: every fifth, all of them when `every` divides by it."""
+def resume_from_each(inputs: Path, tmp_path: Path, ranks: int, keys: tuple[str, ...]) -> None:
+    """An epoch ends at every third step."""
     reference = tmp_path / "reference"
     run(inputs, reference, ranks, *keys)
     assert whole_steps(reference) == list(range(1, STEPS + 1))
     wrong, worst = [], 0.0
-    starts = range(every, STEPS + 1, every)
+    starts = range(1, STEPS + 1)
     for step in starts:
         out = unfinished(reference, tmp_path / "out", step)
         began = time.perf_counter()
@@ -64,13 +72,13 @@ def resume_from_each(inputs: Path, tmp_path: Path, ranks: int, keys: tuple[str, 
 
 @pytest.mark.parametrize("kind", ["plain", pytest.param("LoRA", marks=pytest.mark.long)])
 def test_one_rank(inputs: Path, tmp_path: Path, kind: str) -> None:
-    resume_from_each(inputs, tmp_path, 1, KEYS + KINDS[kind], 1)
+    resume_from_each(inputs, tmp_path, 1, KEYS + KINDS[kind])
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks(inputs: Path, tmp_path: Path, kind: str) -> None:
-    resume_from_each(inputs, tmp_path, 2, KEYS + KINDS[kind], 1)
+    resume_from_each(inputs, tmp_path, 2, KEYS + KINDS[kind])
 
 
 RESHAPED = {
@@ -90,13 +98,13 @@ RESHAPED = {
 )
 def test_another_layout_goes_on(tmp_path: Path, name: str) -> None:
     """Without dropout, whose masks belong to ranks. The reference is one rank that was never stopped."""
-    inputs = write_inputs(tmp_path / "inputs")
+    inputs = with_fewer_rows(write_inputs(tmp_path / "inputs"))
     (ranks, keys), (later_ranks, later_keys) = RESHAPED[name]
     reference = tmp_path / "reference"
     train_into(inputs, reference, *KEYS)
     first = tmp_path / "first"
     run(inputs, first, ranks, *KEYS, *keys)
-    out = unfinished(first, tmp_path / "out", 7)
+    out = unfinished(first, tmp_path / "out", 5)
     began = time.perf_counter()
     run(inputs, out, later_ranks, *KEYS, *later_keys)
     seconds = time.perf_counter() - began

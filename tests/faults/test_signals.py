@@ -26,8 +26,10 @@ LARGER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
 """So that a save takes long enough to be met."""
 MANY = 12_000
 """Rows that take seconds to tokenise."""
-VALIDATION = 1_000
+VALIDATION = 250
 """Rows that take seconds to validate, one by one."""
+FOUR_AT_ONCE = "data.micro_batch_size_per_gpu=4"
+"""So that the run that goes on validates them sooner."""
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +140,7 @@ def test_a_signal_in_any_phase(inputs: Path, tmp_path: Path, name: str, phase: s
         newest = max(path.name for path in (out / "checkpoints").glob("step_*"))
         assert f"step_{num_lines(out):06}" == newest
     if phase in ("it validates", "it saves", "it writes the model"):
-        check_that_it_goes_on(train(inputs, out, processes, *more), out, phase)
+        check_that_it_goes_on(train(inputs, out, processes, *more, FOUR_AT_ONCE), out, phase)
 
 
 def what_is_wrong(code: int, said: str, out: Path, name: str) -> list[str]:

@@ -47,9 +47,15 @@ def executed(tmp_path: Path) -> Path:
     return tmp_path / "executed"
 
 
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("honest"))
+
+
 @pytest.fixture
-def inputs(tmp_path: Path) -> Path:
-    return write_inputs(tmp_path)
+def inputs(honest: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return shutil.copytree(honest, tmp_path, dirs_exist_ok=True)
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ IMPORTED = (
     "pytest",
     "torch.distributed.run",
     "torch.distributed.tensor",
+    "transformers.conversion_mapping",
     "transformers.models.auto.modeling_auto",
     "transformers.models.qwen2.modeling_qwen2",
     "transformers.models.qwen2.tokenization_qwen2",
@@ -48,14 +49,15 @@ HOME may change. Hugging Face has asked for it by then: a test that is about its
 """
 
 CHANGEABLE = {
+    "HF_TOKEN",
     "PYTHONDONTWRITEBYTECODE",
     "PYTHONPATH",
     "TORCHINDUCTOR_CACHE_DIR",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS",
     "TRITON_CACHE_DIR",
 }
-"""Those that can be changed in a process that runs all the same. Torch sets the caches, a training in the test's own
-process the warnings: they must not end the forking for all tests after it."""
+"""Those that can be changed in a process that runs all the same. The token is read when the hub is asked. Torch sets the
+caches, a training in the test's own process the warnings: they must not end the forking for all tests after it."""
 
 AT_START = ("sitecustomize", "usercustomize")
 """Modules that Python imports when it starts."""
@@ -219,6 +221,8 @@ def main() -> None:
     gc.disable()  # what is there now stays, and need not be looked at in every fork
     for name in IMPORTED:
         importlib.import_module(name)
+    # Transformers makes its table of all models at the first question. It is text and patterns, without any thread.
+    sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("qwen2")
     gc.freeze()
 
     request: Request | None = serve(socket.socket(fileno=int(sys.argv[1])))

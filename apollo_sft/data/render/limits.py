@@ -1,6 +1,6 @@
 """Bound the time and the memory of templates, which are foreign code.
 
-Three limits, each for what the one before cannot stop: an alarm every second ends a rendering that runs too long, a
+Three limits, each for what the one before cannot stop: a repeated alarm ends a rendering that runs too long, a
 limit of address space makes an allocation fail, and a limit of CPU time ends the process when a loop in C runs so long
 that Python handles no signal.
 """
@@ -24,6 +24,9 @@ Result = TypeVar("Result")
 
 MAX_SECONDS = 5
 """CPU time of one rendering, and of compiling the template; an honest one takes microseconds."""
+
+TICK_SECONDS = 1
+"""CPU time between two alarms. A call is noticed at the first one and ended at a later one."""
 
 MAX_MEMORY_BYTES = 2 << 30
 """Address space that the renderings of one call of `Limits.bounded` may add to the process."""
@@ -67,7 +70,7 @@ class Limits:
         try:
             resource.setrlimit(resource.RLIMIT_AS, _at_most(_address_space_bytes() + MAX_MEMORY_BYTES, memory))
             _postpone_kill(cpu)
-            signal.setitimer(signal.ITIMER_PROF, 1, 1)
+            signal.setitimer(signal.ITIMER_PROF, TICK_SECONDS, TICK_SECONDS)
             yield
         finally:
             # The timer first: an alarm without its handler would end the process.
@@ -78,7 +81,7 @@ class Limits:
             faulthandler.unregister(signal.SIGXCPU)
 
     def _alarm(self, cpu: tuple[int, int]) -> Callable[[int, FrameType | None], None]:
-        """Return the handler of the signal that comes every second: it ends a call that it finds too often."""
+        """Return the handler of the repeated signal: it ends a call that it finds too often."""
         seen = 0
         count = 0
 
@@ -87,11 +90,11 @@ class Limits:
             nonlocal seen, count
             _postpone_kill(cpu)
 
-            # The same number of events as a second ago: the same call still runs, or none does.
+            # The same number of events as at the last tick: the same call still runs, or none does.
             count = count + 1 if seen == self._events else 1
             seen = self._events
             is_running = seen % 2 == 1
-            if count > MAX_SECONDS and is_running:
+            if count * TICK_SECONDS > MAX_SECONDS and is_running:
                 raise TimeUpError
 
         return tick
