@@ -26,7 +26,7 @@ from apollo_sft.train.strategy import strategy_of
 from tests.support.exports import open_base, options
 from tests.support.oracle import whole
 
-BATCH, STEPS = 8, 6
+BATCH, STEPS = 8, 3
 DECAY = "optim.weight_decay=0.5"  # so large that a gain which is decayed shows
 DOUBLE = "model.fsdp_config.model_dtype=fp64"
 
@@ -38,7 +38,8 @@ class Training:
         self.base, self.world = folder / model, world
         out = folder / f"run-{model}-{world.size}"
         keys = [f"model.partial_pretrain={self.base}", "data.train_files=none", "data.val_files=null"]
-        keys += [f"data.train_batch_size={BATCH}", "data.micro_batch_size_per_gpu=1", "optim.lr=1e-3", DECAY]
+        keys += [f"data.train_batch_size={BATCH}", "optim.lr=1e-3", DECAY]
+        keys += [f"data.micro_batch_size_per_gpu={BATCH // (2 * world.size)}"]  # so that gradients of two are added up
         keys += [f"model.lora_adapter_path={self.base / 'adapter'}"] if (self.base / "adapter").exists() else []
         keys += ["model.fsdp_config.fsdp_size=2"] if world.size > 2 else []
         keys += [f"trainer.default_local_dir={out}", f"model.strategy={strategy}", *more]
