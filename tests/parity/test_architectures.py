@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from apollo_sft.config.compose import compose
+from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.batch.loader import pack
 from apollo_sft.errors import ModelError
 from apollo_sft.model import attention, load
@@ -70,6 +71,9 @@ norms, softmax and routers in float32 for weights of any dtype; here they are co
 hides no error.
 
 """
+IN_ONE_PROCESS = "packed.pt"
+"""The file in a model's folder with loss and gradients of the pack in one process."""
+
 COLUMNS = ["Architecture", "transformers class", "Verdict", "packed", "sp = 2", "plain", "Reason"]
 HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n"
 
@@ -96,7 +100,8 @@ def judge(name: str, folder: Path) -> Verdict:
         load.check_architecture(case_config(name), trust_remote_code=False)
     except ModelError as error:
         return Verdict(str(error), early=True)
-    causal_lm = load_case(save_case(folder, name))
+    place = save_case(folder, name)
+    causal_lm = load_case(place)
     model = SftModel(causal_lm)
     try:
         prove(model, seed=1)
@@ -107,14 +112,20 @@ def judge(name: str, folder: Path) -> Verdict:
         packed = run_packed(model, pack(documents()))
         alone = run_alone(causal_lm, documents())
         plain = run_alone(plain_twin(causal_lm), documents())
+    torch.save(packed, place / IN_ONE_PROCESS)
     return Verdict("", False, worst_difference(packed, alone), worst_difference(packed, plain))
+
+
+@functools.cache
+def config_of(world_size: int) -> SftConfig:
+    keys = ["model.partial_pretrain=none", "data.train_files=none", "data.val_files=null"]
+    keys += ["model.fsdp_config.model_dtype=fp64", f"ulysses_sequence_parallel_size={world_size}"]
+    return compose(keys).config
 
 
 def assembled(place: Path, world: World) -> SftModel:
     """The model as a run has it: built without memory, sharded, filled from rank 0, its row cut over all ranks."""
-    keys = [f"model.partial_pretrain={place}", "data.train_files=none", "data.val_files=null"]
-    keys += ["model.fsdp_config.model_dtype=fp64", f"ulysses_sequence_parallel_size={world.size}"]
-    config = compose(keys).config
+    config = config_of(world.size)
     mesh = build_mesh(world, world.size, config.model.fsdp_config.fsdp_size)
     model, _ = assemble(config, place, load.read_config(place, False), world, mesh)
     return model.eval()
@@ -132,14 +143,11 @@ def slice_all(world: World, folder: Path, names: list[str]) -> dict[str, float]:
     micro_batch = pack(documents(), multiple=world.size)
     figures = {}
     for name in names:
-        attention.register(attention.sdpa_kernel)
         place = save_case(folder, name)
-        with StaysDouble():
-            whole = run_packed(SftModel(load_case(place)), micro_batch)
         model = assembled(place, world)
         with StaysDouble():
             sliced = gather(run_packed(model, micro_batch), world.size)
-        figures[name] = worst_difference(sliced, whole)
+        figures[name] = worst_difference(sliced, torch.load(place / IN_ONE_PROCESS))
     return figures
 
 

@@ -97,12 +97,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def model_folder(folder: Path, name: str) -> Path:
-    family, changes = (MODELS | MORE)[name]
+    """A model, and what the oracle gives for each step of it, on any number of processes."""
     place = folder / name
-    return place if place.exists() else save_tiny_model(place, tiny_config(family, **changes))
+    if place.exists():
+        return place
+
+    family, changes = (MODELS | MORE)[name]
+    save_tiny_model(place, tiny_config(family, **changes))
+    attention.register(attention.sdpa_kernel)
+    plain = load.load_with_weights(place, load.read_config(place, False), torch.float64, False)
+    rows = steps()
+    expected = [oracle_gradients(plain, rows[first : first + BATCH]) for first in range(0, len(rows), BATCH)]
+    torch.save(expected, place / EXPECTED)
+    return place
 
 
 BATCH = 16
+EXPECTED = "expected.pt"
+"""The file in a model's folder with what the oracle gives."""
 
 
 def config_of(base: Path, micro_batch_size: int, checkpointing: bool) -> SftConfig:
@@ -119,23 +131,18 @@ class OfModel:
         self.base, self.store, self.world, self.mesh = base, store, world, mesh
         self.hf_config = load.read_config(base, False)
         self.rows = [list(range(first, min(first + BATCH, len(store)))) for first in range(0, len(store), BATCH)]
-        attention.register(attention.sdpa_kernel)
-        plain = load.load_with_weights(base, self.hf_config, torch.float64, False)
-        self.expected = [oracle_gradients(plain, self.samples(step)) for step in range(len(self.rows))]
+        self.expected = torch.load(base / EXPECTED)
 
     def samples(self, step: int) -> list[Any]:
         return [self.store[i] for i in self.rows[step]]
 
     def run(self, micro_batch_sizes: list[int], checkpointing: bool) -> list[dict[str, Any]]:
-        config = config_of(self.base, 1, checkpointing)
-        model, optimizer = assemble(config, self.base, self.hf_config, self.world, self.mesh)
+        configs = [config_of(self.base, size, checkpointing) for size in micro_batch_sizes]
+        model, optimizer = assemble(configs[0], self.base, self.hf_config, self.world, self.mesh)
         for group in optimizer.param_groups:
             group["lr"] = 0.0
-        return [
-            self.cell(model, optimizer, config_of(self.base, size, checkpointing), step)
-            for size in micro_batch_sizes
-            for step in range(len(self.rows))
-        ]
+        every_step = range(len(self.rows))
+        return [self.cell(model, optimizer, config, step) for config in configs for step in every_step]
 
     def cell(self, model: SftModel, optimizer: Optimizer, config: SftConfig, step: int) -> dict[str, Any]:
         spec = replace(plan_spec(config.data, config.trainer.seed, self.mesh, self.hf_config), shuffle=False)

@@ -7,7 +7,7 @@ import functools
 import gc
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -38,19 +38,23 @@ from tests.support.samples import graded_samples, write_store
 
 BOUND = 1e-12
 GRID_SECONDS = 3000
+EXPECTED = "expected.pt"
+"""The file in a model's folder with what the oracle gives for it. It is the same on any number of processes."""
+
 Figure = list[Any]
 """Model, overrides, and the relative differences of the worst gradient, the loss and the gradient norm."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The models, and 32 rows with 0 to 120 targets."""
+    """The models, each with what the oracle gives for it, and 32 rows with 0 to 120 targets."""
     folder = tmp_path_factory.mktemp("layouts")
+    store = write_store(folder / "store", graded_samples(32, 120))
     for name, (family, changes) in MODELS.items():
         save_tiny_model(folder / name, tiny_config(family, **changes))
-    for name, settings in ADAPTERS.items():
-        save_tiny_adapter(folder / name, **settings)
-    write_store(folder / "store", graded_samples(32, 120))
+        if name in ADAPTERS:
+            save_tiny_adapter(folder / name, **ADAPTERS[name])
+        torch.save(asdict(ask_oracle(folder / name, store)), folder / name / EXPECTED)
     return folder
 
 
@@ -64,17 +68,36 @@ class Expected:
     counts: list[int]
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A layout by its overrides, and the config of a run with them."""
+
+    overrides: list[str]
+    config: SftConfig
+
+
 def config_of(base: Path, store: SampleStore, overrides: list[str]) -> SftConfig:
     fixed = [f"model.partial_pretrain={base}", "data.train_files=none", "data.val_files=null"]
     fixed += [f"data.train_batch_size={len(store)}", "model.fsdp_config.model_dtype=fp64"]
+    if (base / "adapter").exists():
+        fixed += [f"model.lora_adapter_path={base / 'adapter'}"]
     return compose([*fixed, *overrides]).config
+
+
+def composed(folder: Path, cells: Cells) -> dict[str, list[Cell]]:
+    """The cells of each model with their configs: composed once, and not on every rank."""
+    store = SampleStore(folder / "store")
+    return {
+        name: [Cell(overrides, config_of(folder / name, store, overrides)) for overrides in wanted]
+        for name, wanted in cells.items()
+    }
 
 
 def ask_oracle(base: Path, store: SampleStore) -> Expected:
     attention.register(attention.sdpa_kernel)
     model = load.load_with_weights(base, load.read_config(base, False), torch.float64, False)
     if (base / "adapter").exists():
-        config = config_of(base, store, [f"model.lora_adapter_path={base / 'adapter'}"]).model
+        config = config_of(base, store, []).model
         lora.inject(model, lora.lora_config(config, base.name), torch.float64, str(base / "adapter"))
         for _, outermost in experts.wrapped(model):
             del outermost.forward  # PEFT's own, which adds B A to all experts
@@ -97,18 +120,16 @@ def forget_meshes() -> None:
 class Laid:
     """A model under one layout. The rate is 0, so that it serves for many ways to cut the step."""
 
-    def __init__(self, base: Path, store: SampleStore, overrides: list[str], world: World) -> None:
-        config = config_of(base, store, overrides)
-        self.base, self.store, self.world = base, store, world
+    def __init__(self, base: Path, store: SampleStore, config: SftConfig, world: World) -> None:
+        self.store, self.world = store, world
         self.mesh = mesh_of(world, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
         self.hf_config = load.read_config(base, False)
         self.model, self.optimizer = assemble(config, base, self.hf_config, world, self.mesh)
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
 
-    def figures(self, overrides: list[str], expected: Expected) -> list[float]:
+    def figures(self, config: SftConfig, expected: Expected) -> list[float]:
         """Relative differences of the worst gradient, the loss and the norm."""
-        config = config_of(self.base, self.store, overrides)
         self.model.reduces_once = config.model.fsdp_config.use_no_sync_for_gradient_accumulation
         spec = plan_spec(config.data, config.trainer.seed, self.mesh, self.hf_config)
         batch = Loader(self.store, spec, self.mesh.dp_rank, self.mesh.sp_size).batch(0)
@@ -127,25 +148,26 @@ def of_the_step(override: str) -> bool:
     return override.startswith("data.") or override == NO_SYNC
 
 
-def assembly(overrides: list[str]) -> list[str]:
-    return [override for override in overrides if not of_the_step(override)]
+def assembly(cell: Cell) -> list[str]:
+    return [override for override in cell.overrides if not of_the_step(override)]
 
 
-def lay_out(world: World, folder: Path, cells: Cells) -> list[Figure]:
-    """On every rank. `cells`: name of a model folder -> the overrides of each of its cells."""
+def lay_out(world: World, folder: Path, cells: dict[str, list[Cell]]) -> list[Figure]:
+    """On every rank. `cells`: name of a model folder -> its cells."""
     store = SampleStore(folder / "store")
     figures: list[Figure] = []
     for name, wanted in cells.items():
         base = folder / name
-        expected = ask_oracle(base, store)
-        adapter = [f"model.lora_adapter_path={base / 'adapter'}"] if (base / "adapter").exists() else []
-        for shared, group in groupby(sorted(wanted, key=assembly), key=assembly):
+        expected = Expected(**torch.load(base / EXPECTED))
+        for _, group in groupby(sorted(wanted, key=assembly), key=assembly):
+            same_assembly = list(group)
+            config = same_assembly[0].config
             if world.size == 1:
                 forget_meshes()
                 launch.stop()
-                world = launch.start("cpu", needs_group(config_of(base, store, shared).model, on_cuda=False))
-            laid = Laid(base, store, [*shared, *adapter], world)
-            figures += [[name, cell, *laid.figures([*cell, *adapter], expected)] for cell in group]
+                world = launch.start("cpu", needs_group(config.model, on_cuda=False))
+            laid = Laid(base, store, config, world)
+            figures += [[name, cell.overrides, *laid.figures(cell.config, expected)] for cell in same_assembly]
             del laid
             gc.collect()
             if world.is_main:
@@ -155,7 +177,7 @@ def lay_out(world: World, folder: Path, cells: Cells) -> list[Figure]:
 
 
 def measure(processes: int, cells: Cells, folder: Path, note: Callable[[str], None], seconds: float) -> list[Figure]:
-    figures: list[Figure] = run_on_ranks(lay_out, processes, folder, cells, seconds=seconds)[0]
+    figures: list[Figure] = run_on_ranks(lay_out, processes, folder, composed(folder, cells), seconds=seconds)[0]
     assert len(figures) == sum(map(len, cells.values()))
     worst = max(figures, key=lambda figure: max(figure[2:]))
     note(f"{processes} processes: {len(figures)} layouts, worst {max(worst[2:]):.1e} in {worst[0]} {worst[1]}")

@@ -48,14 +48,14 @@ def exported(folder: Path, model: str, strategy: str, step: int, world: World) -
 
 
 def there_and_back(folder: Path, model: str, world: World) -> dict[str, Any]:
-    """fsdp2, fsdp, fsdp2 in turn, two steps each, in fp64, against six steps in one piece. What is loaded was saved."""
+    """fsdp2, fsdp, fsdp2 in turn, a step each, in fp64, against the same steps in one piece. What is loaded was saved."""
     one = Training(folder, model, "fsdp2", world, DOUBLE)
     expected = one.steps(0, STEPS)
     found: list[float] = []
     saved: dict[str, Tensor] = {}
     same: list[bool] = []
     exports = []
-    for first, strategy in ((0, "fsdp2"), (2, "fsdp"), (4, "fsdp2")):
+    for first, strategy in enumerate(("fsdp2", "fsdp", "fsdp2")):
         run = Training(folder, model, strategy, world, DOUBLE)
         if first:
             run.go_on(first)
@@ -63,8 +63,8 @@ def there_and_back(folder: Path, model: str, world: World) -> dict[str, Any]:
             same += [saved.keys() == loaded.keys(), *(torch.equal(saved[name], t) for name, t in loaded.items())]
             for name in ("fsdp2", "fsdp"):
                 exports.append(exported(folder, model, name, first, world))
-        found += run.steps(first, first + 2)
-        run.save(first + 2)
+        found += run.steps(first, first + 1)
+        run.save(first + 1)
         saved = run.state()
     return {
         "expected": expected,
@@ -159,11 +159,11 @@ def test_a_run_changes_strategy_at_its_checkpoints(found: dict[str, Any], model:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_both_export_the_same_bytes(found: dict[str, Any], model: str) -> None:
-    after_two, other_after_two, after_four, other_after_four = found[model]["resume"]["exports"]
-    assert "model.safetensors" in after_two
+    after_one, other_after_one, after_two, other_after_two = found[model]["resume"]["exports"]
+    assert "model.safetensors" in after_one
+    assert after_one == other_after_one
     assert after_two == other_after_two
-    assert after_four == other_after_four
-    assert after_two["model.safetensors"] != after_four["model.safetensors"]
+    assert after_one["model.safetensors"] != after_two["model.safetensors"]
 
 
 @pytest.mark.parametrize("how", ["offload", "offload, no_sync"])

@@ -1,5 +1,6 @@
 """A model and its optimizer, trained step by step under a strategy, with checkpoints and exports of it."""
 
+import functools
 import hashlib
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from apollo_sft.checkpoint.model_folder.write import save_model
 from apollo_sft.checkpoint.run_folder.resume import folder_of
 from apollo_sft.checkpoint.run_folder.state import snapshot
 from apollo_sft.config.compose import compose
+from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.batch.loader import Loader
 from apollo_sft.data.store.store_files import SampleStore
 from apollo_sft.model import load
@@ -26,9 +28,15 @@ from apollo_sft.train.strategy import strategy_of
 from tests.support.exports import open_base, options
 from tests.support.oracle import whole
 
-BATCH, STEPS = 8, 6
+BATCH, STEPS = 8, 3
 DECAY = "optim.weight_decay=0.5"  # so large that a gain which is decayed shows
 DOUBLE = "model.fsdp_config.model_dtype=fp64"
+
+
+@functools.cache
+def config_of(keys: tuple[str, ...]) -> SftConfig:
+    """The config of a training. Several trainings of a test have the same keys."""
+    return compose(keys).config
 
 
 class Training:
@@ -38,11 +46,12 @@ class Training:
         self.base, self.world = folder / model, world
         out = folder / f"run-{model}-{world.size}"
         keys = [f"model.partial_pretrain={self.base}", "data.train_files=none", "data.val_files=null"]
-        keys += [f"data.train_batch_size={BATCH}", "data.micro_batch_size_per_gpu=1", "optim.lr=1e-3", DECAY]
+        keys += [f"data.train_batch_size={BATCH}", "optim.lr=1e-3", DECAY]
+        keys += [f"data.micro_batch_size_per_gpu={BATCH // (2 * world.size)}"]  # so that gradients of two are added up
         keys += [f"model.lora_adapter_path={self.base / 'adapter'}"] if (self.base / "adapter").exists() else []
         keys += ["model.fsdp_config.fsdp_size=2"] if world.size > 2 else []
         keys += [f"trainer.default_local_dir={out}", f"model.strategy={strategy}", *more]
-        config = compose(keys).config
+        config = config_of(tuple(keys))
         self.clip = config.optim.clip_grad
         self.mesh = build_mesh(world, config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size)
         hf_config = load.read_config(self.base, False)
