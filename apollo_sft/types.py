@@ -46,6 +46,8 @@ class Conversation:
     ref: RowRef
     untrained: frozenset[int] = frozenset()
     """Indices of messages that the row itself excludes from training."""
+    thinking: Mapping[int, bool] = field(default_factory=dict)
+    """Index of a message -> whether it was asked for with thinking, where the message says so itself."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -199,6 +199,13 @@ class DataConfig(Section):
     role).
     """
 
+    thinking: Annotated[Literal["auto", "all", "none"], Key(changes=TOKENS, example="none")] = "auto"
+    """What is trained under a template that thinks or not by request, such as Qwen3's: auto (a reply without reasoning
+    is trained as a reply with thinking off: its empty block is part of the prompt, not a target), all (every reply as
+    the template writes it without a request, an empty block too), none (answers only; reasoning is context). A row's or
+    message's enable_thinking and data.apply_chat_template_kwargs come before auto.
+    """
+
     train_key: Annotated[str, Key(changes=TOKENS, example="use_this_row")] = "train"
     """A column of true/false, read where it exists: a row with false is not trained. {train: false} does the same in a
     message.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from apollo_sft.data.render.replies import missing_parts
+from apollo_sft.data.render.reply_format import ReplyFormat
 from apollo_sft.data.render.spans import Text
 from apollo_sft.data.render.tokens import TokenSpans
 from apollo_sft.data.tally import Tally
@@ -39,11 +40,11 @@ class RenderCounts:
             tally.add(example, count)
 
     def add_sample(
-        self, conversation: Conversation, text: Text, tokens: TokenSpans, header: str
+        self, conversation: Conversation, text: Text, tokens: TokenSpans, reply_format: ReplyFormat
     ) -> dict[int, tuple[str, ...]]:
         """Count the turns of one sample.
 
-        Returns the parts that the template does not write, for each turn that lacks some. `header`: see `ReplyFormat`.
+        Returns the parts that the template does not write, for each turn that lacks some.
         """
         self.add("cut_turns", conversation.ref, tokens.num_cuts)
         unwritten: dict[int, tuple[str, ...]] = {}
@@ -52,11 +53,16 @@ class RenderCounts:
             spans, ranges = zip(*group, strict=True)
             message = conversation.messages[turn]
             reply = "".join([text.text[span.start : span.end] for span in spans])
-            missing = missing_parts(message, reply)
+            # What a generation prompt opens (`<think>`) may be the beginning of a content.
+            prompt = reply_format.usual_prompt(text.arguments)
+            opened = reply
+            if text.text.endswith(prompt, 0, spans[0].start):
+                opened = prompt + reply
+            missing = missing_parts(message, opened)
             if missing:
                 unwritten[turn] = missing
 
-            self.turns += 1
+            self.turns += int(ranges[0][0] < ranges[-1][1])
             if spans[-1].stop is not None:
                 self.stop_tokens[int(tokens.ids[ranges[-1][1] - 1])] += 1
             found = {
@@ -65,12 +71,17 @@ class RenderCounts:
                 "second_stops": spans[-1].second_stop,
                 "unopened_turns": spans[0].lacks_prefill,
                 "rewritten_turns": spans[0].rewritten,
+                "clipped_marks": any(span.clipped for span in spans),
                 "unwritten_turns": bool(missing),
-                "trained_headers": header != "" and reply.lstrip().startswith(header),
+                "trained_headers": _is_header(reply_format.header, reply),
                 "empty_replies": "tool_calls" not in message and not message["content"].strip(),
             }
-            # Nearly always nothing was found: one test instead of eight calls.
+            # Nearly always nothing was found: one test instead of many calls.
             if True in found.values():
                 for name, is_found in found.items():
                     self.add(name, conversation.ref, int(is_found))
         return unwritten
+
+
+def _is_header(header: str, reply: str) -> bool:
+    return header != "" and reply.lstrip().startswith(header)

@@ -24,11 +24,12 @@ from apollo_sft.config.schema import DataConfig
 from apollo_sft.data.render import refusals
 from apollo_sft.data.render.control_tokens import ControlTokenScan, control_tokens, special_tokens
 from apollo_sft.data.render.counts import RenderCounts
-from apollo_sft.data.render.message_forms import CallStyle, call_names, with_call_form, with_reasoning_names
-from apollo_sft.data.render.reply_format import ReplyFormat
+from apollo_sft.data.render.message_forms import THINK_TAGS, CallStyle, call_names, with_call_form, with_reasoning_names
+from apollo_sft.data.render.reply_format import MARK, Render, ReplyFormat
 from apollo_sft.data.render.sandbox import RenderError, RunawayError, Sandbox
 from apollo_sft.data.render.spans import Text, lay_out, within_generation_tags
 from apollo_sft.data.render.template import ChatTemplate
+from apollo_sft.data.render.thinking import ThinkingChoice
 from apollo_sft.data.render.tokens import Encoder, TokenSpans
 from apollo_sft.data.render.turns import Renderings, UnprovableError
 from apollo_sft.errors import DataError
@@ -52,6 +53,19 @@ class Rendered:
     """The turns that are trained without parts of the row's message, by the names of these parts."""
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The texts of one row."""
+
+    texts: list[Text]
+
+    style: CallStyle
+    """The form in which its tool calls were given to the template."""
+
+    thinking_off: frozenset[int]
+    """The turns that count as replies with thinking off because they have no reasoning."""
+
+
 @dataclass(slots=True)
 class _Row:
     """One row on its way from a conversation to samples."""
@@ -61,7 +75,7 @@ class _Row:
     control_token: str | None
     """The control token that its text spells, and where."""
 
-    texts: list[Text] = field(default_factory=list)
+    layout: Layout | None = None
     tokens: list[TokenSpans] = field(default_factory=list)
     """One for each text."""
 
@@ -71,7 +85,8 @@ class _Row:
 class Renderer:
     """Renders conversations with one template and one tokenizer. `counts` adds up over all calls.
 
-    Raises: DataError for a slow tokenizer or a template that does not compile.
+    The samples of a row depend on this row alone. Raises: DataError for a slow tokenizer or a template that does not
+    compile.
     """
 
     def __init__(self, tokenizer: Any, template: ChatTemplate, data: DataConfig) -> None:
@@ -84,120 +99,145 @@ class Renderer:
         self.counts = RenderCounts()
         self.scan = ControlTokenScan(special_tokens(tokenizer))
 
-        def render(messages: Sequence[Message], add_generation_prompt: bool) -> str:
-            return self.sandbox.render(messages, None, {}, add_generation_prompt)
-
         with self.sandbox.bounded():
+            render = self._render_with(None)
             self.format = ReplyFormat.probe(render, control_tokens(tokenizer, template), tokenizer.eos_token)
+            self.styles = call_styles(render)
 
-    def render(self, conversations: Sequence[Conversation], first_try: CallStyle | None = None) -> list[list[Sample]]:
-        """Return the samples of each conversation, before truncation. `first_try`: see `lay_out`.
+    def render(self, conversations: Sequence[Conversation]) -> list[list[Sample]]:
+        """Return the samples of each conversation, before truncation.
 
         Raises: DataError naming file, row, turn and template, for the first conversation that cannot be rendered.
         """
         rows = []
-        for result in self.try_render(conversations, first_try):
+        for result in self.try_render(conversations):
             if isinstance(result, DataError):
                 raise result
             rows.append(result.samples)
         return rows
 
-    def try_render(
-        self, conversations: Sequence[Conversation], first_try: CallStyle | None = None
-    ) -> list[Rendered | DataError]:
-        """Render as `render` does, with the error of a conversation in its place.
-
-        The style of tool calls that fits one conversation is tried first on the next, so results depend on which
-        conversations are rendered together, and on nothing that was rendered before.
-        """
+    def try_render(self, conversations: Sequence[Conversation]) -> list[Rendered | DataError]:
+        """Render as `render` does, with the error of a conversation in its place."""
         rows = [_Row(conversation, self.scan.first(conversation)) for conversation in conversations]
         with self.sandbox.bounded():
-            style = first_try
             for row in rows:
-                style = self._try_lay_out(row, style)
+                self._try_lay_out(row)
 
         self._encode(rows)
         return [self._finished(row) if row.error is None else row.error for row in rows]
 
-    def lay_out(
-        self, conversation: Conversation, first_try: CallStyle | None = None
-    ) -> tuple[CallStyle | None, list[Text]]:
-        """Return the texts of one row with their target spans, and the style of tool calls to try first on the next.
+    def lay_out(self, conversation: Conversation) -> Layout:
+        """Return the texts of one row with their target spans. Call it inside of `sandbox.bounded`.
 
-        A style fits when every trained tool call is in its target. `first_try` fits when the template accepts it. Where
-        none fits, the first style that the template accepts is taken. Call it inside of `sandbox.bounded`.
-
+        Of the styles of tool calls the first is taken with which every call is written, and where there is none, the
+        first that the template accepts.
         Raises: RenderError, UnprovableError.
         """
         if not any("tool_calls" in message for message in conversation.messages):
-            return first_try, self._lay_out(conversation, CallStyle.PLAIN)
+            return self._lay_out(conversation, CallStyle.PLAIN)
 
         # A template cannot be asked what it reads, and one that ignores a form leaves the calls out without an error.
         failure: RenderError | UnprovableError | None = None
-        fallback: tuple[CallStyle, list[Text]] | None = None
-        for style in sorted(CallStyle, key=lambda style: style is not first_try):
+        fallback: Layout | None = None
+        for style in self.styles:
             try:
-                texts = self._lay_out(conversation, style)
+                layout = self._lay_out(conversation, style)
             except (RenderError, UnprovableError) as error:
                 failure = failure or error
                 continue
-            if style is first_try or _writes_calls(conversation, texts):
-                return style, texts
-            fallback = fallback or (style, texts)
+            if _writes_calls(conversation, layout.texts):
+                return layout
+            fallback = fallback or layout
 
         if fallback is None:
             assert failure is not None, "every style either fails or gives texts"
             raise failure
         return fallback
 
-    def _lay_out(self, conversation: Conversation, style: CallStyle) -> list[Text]:
-        tools = conversation.tools
-        kwargs = conversation.template_kwargs
-        messages = [with_call_form(message, style) for message in with_reasoning_names(conversation.messages)]
+    def _lay_out(self, conversation: Conversation, style: CallStyle) -> Layout:
+        tags = []
+        if self.format.before_reasoning is not None:
+            tags = [THINK_TAGS]
+            if self.format.reasoning_tags is not None:
+                tags = [self.format.reasoning_tags, THINK_TAGS]
+        messages = [with_call_form(message, style) for message in with_reasoning_names(conversation.messages, tags)]
 
-        def render(some: Sequence[Message], add_generation_prompt: bool) -> str:
-            return self.sandbox.render(some, tools, kwargs, add_generation_prompt)
+        switch = self.format.switch
+        is_fixed = self.data.thinking == "all" or switch in self.data.apply_chat_template_kwargs
+        choice = ThinkingChoice.of(conversation, switch, is_fixed)
+        render = self._render_with(conversation.tools)
+        made: dict[int, Renderings] = {}
 
-        renderings = Renderings(messages, render, self.format)
-        texts = lay_out(renderings, trained_turns(conversation, self.data.train_on), self.data.history)
-        if not self.sandbox.marks_generation(tools is not None):
-            return texts
+        def renderings_of(index: int | None) -> Renderings:
+            arguments = choice.given
+            if index is not None:
+                arguments = choice.arguments(*_next_reply(index, conversation.messages))
+            if id(arguments) not in made:
+                made[id(arguments)] = Renderings(messages, render, self.format, arguments)
+            return made[id(arguments)]
 
-        marked = [self.sandbox.generated(messages[: text.num_messages], tools, kwargs) for text in texts]
-        return [within_generation_tags(text, ranges, self.format) for text, ranges in zip(texts, marked, strict=True)]
+        trained = trained_turns(conversation, self.data.train_on)
+        texts = lay_out(renderings_of, trained, self.data.history, self.data.thinking == "none")
+        if self.sandbox.marks_generation(conversation.tools is not None):
+            texts = [self._within_tags(text, messages, conversation.tools) for text in texts]
 
-    def _try_lay_out(self, row: _Row, first_try: CallStyle | None) -> CallStyle | None:
-        """Fill the texts of a row, or its error. Returns the style to try first on the next row.
+        off = [turn for turn in trained if choice.is_inferred_off(turn, conversation.messages[turn])]
+        if self.format.usual_prompt(choice.by_request[False]) == self.format.usual_prompt(choice.given):
+            off = []  # it is what the template does without a request too
+        return Layout(texts, style, frozenset(off))
+
+    def _render_with(self, tools: list[dict[str, Any]] | None) -> Render:
+        """Return a function that renders messages with these tools."""
+
+        def render(messages: Sequence[Message], add_generation_prompt: bool, arguments: dict[str, Any]) -> str:
+            return self.sandbox.render(messages, tools, arguments, add_generation_prompt)
+
+        return render
+
+    def _within_tags(self, text: Text, messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> Text:
+        """Return a text whose targets are those that the template's generation tags mark."""
+        read = messages[: text.num_messages]
+        marked = self.sandbox.generated(read, tools, text.arguments, add_generation_prompt=False)
+        if text.joined_at is not None:
+            # What was joined is the end of this rendering; what stands before it comes from that of the prompt.
+            whole = self.sandbox.render(read, tools, text.arguments, add_generation_prompt=False)
+            moved = len(text.text) - len(whole)
+            marked = [(first + moved, last + moved) for first, last in marked if last + moved > text.joined_at]
+            asked = messages[: text.spans[-1].turn]
+            earlier = self.sandbox.generated(asked, tools, text.arguments, add_generation_prompt=True)
+            marked = [(first, last) for first, last in earlier if first < text.joined_at] + marked
+        return within_generation_tags(text, marked, self.format)
+
+    def _try_lay_out(self, row: _Row) -> None:
+        """Fill the layout of a row, or its error.
 
         Raises: DataError for a template that exceeds its limits, as it would on the rows that follow.
         """
         ref = row.conversation.ref
         if row.control_token is not None and self.data.special_tokens_in_content == "error":
             row.error = refusals.spells_control_token(ref, row.control_token)
-            return first_try
+            return
 
         # An error of one row leaves the others usable. A template that runs away would hold up every row.
         try:
-            style, row.texts = self.lay_out(row.conversation, first_try)
+            row.layout = self.lay_out(row.conversation)
         except UnprovableError as error:
             row.error = refusals.no_target_found(ref, error, self.template)
         except RenderError as error:
             row.error = refusals.template_fails(ref, error, self.template)
         except RunawayError as error:
             raise refusals.template_runs_away(ref, error) from error
-        else:
-            return style
-        return first_try
 
     def _encode(self, rows: Sequence[_Row]) -> None:
         """Fill the tokens of all rows, or the error of a row with a target that has none."""
-        texts: list[Text] = []
-        for row in rows:
-            texts += row.texts
-        encoded = iter(self.encoder.encode(texts))
-        for row in rows:
+        laid_out = [(row, row.layout.texts) for row in rows if row.layout is not None]
+        every: list[Text] = []
+        for _, texts in laid_out:
+            every += texts
+        encoded = iter(self.encoder.encode(every))
+        for row, texts in laid_out:
             # All of the row's tokens are taken, also after an error: the next row's follow them.
-            for found in [next(encoded) for _ in row.texts]:
+            for found in [next(encoded) for _ in texts]:
                 if isinstance(found, TokenSpans):
                     row.tokens.append(found)
                 elif row.error is None:
@@ -205,8 +245,9 @@ class Renderer:
 
     def _finished(self, row: _Row) -> Rendered:
         """Make the samples of a row, and count what was found in it."""
+        assert row.layout is not None, "a row without one has an error"
         ref = row.conversation.ref
-        pairs = list(zip(row.texts, row.tokens, strict=True))
+        pairs = list(zip(row.layout.texts, row.tokens, strict=True))
         samples = [_sample(ref, text, tokens) for text, tokens in pairs]
         # Such a row is rendered all the same: the ledger records how many tokens and targets are lost with it.
         if row.control_token is not None and self.data.special_tokens_in_content == "drop":
@@ -215,26 +256,38 @@ class Renderer:
 
         self.counts.add("control_tokens", ref, int(row.control_token is not None))
         self.counts.add("expanded_rows", ref, int(len(pairs) > 1))
+        self.counts.add("thinking_off", ref, len(row.layout.thinking_off))
         unwritten: dict[tuple[str, ...], list[int]] = {}
         for text, tokens in pairs:
-            missing = self.counts.add_sample(row.conversation, text, tokens, self.format.header)
+            missing = self.counts.add_sample(row.conversation, text, tokens, self.format)
             for turn, parts in missing.items():
                 unwritten.setdefault(parts, []).append(turn)
-        return Rendered(samples, None, self._left_out(row.conversation, samples), unwritten)
+        left_out = self._left_out(row.conversation, row.layout.texts, samples)
+        return Rendered(samples, None, left_out, unwritten)
 
-    def _left_out(self, conversation: Conversation, samples: Sequence[Sample]) -> tuple[tuple[int, ...], str]:
+    def _left_out(
+        self, conversation: Conversation, texts: Sequence[Text], samples: Sequence[Sample]
+    ) -> tuple[tuple[int, ...], str]:
         """Return the turns that should have been trained and are in no sample, and why; count them."""
         trained: set[int] = set()
         for sample in samples:
             trained.update(sample.turns)
+        found: set[int] = set()
+        for text in texts:
+            found.update(span.turn for span in text.spans)
+
+        wanted = trained_turns(conversation, self.data.train_on)
+        blank = tuple(i for i in wanted if i in found and i not in trained)
+        if blank:
+            self.counts.add("blank_turns", conversation.ref, len(blank))
+            return blank, "the reply is blank and the template writes no stop token, so it has no target"
 
         name = "turns_left_out"
         why = "turns that the template rewrites are not trained (data.history=last_turn)"
         if self.sandbox.marks_generation(conversation.tools is not None):
             name = "unmarked_turns"
             why = "the template's generation tags leave turns out"
-
-        left_out = tuple(i for i in trained_turns(conversation, self.data.train_on) if i not in trained)
+        left_out = tuple(i for i in wanted if i not in found)
         self.counts.add(name, conversation.ref, len(left_out))
         return left_out, why
 
@@ -247,20 +300,50 @@ def trained_turns(conversation: Conversation, train_on: str) -> list[int]:
     return [i for i in chosen if i not in conversation.untrained]
 
 
+def call_styles(render: Render) -> list[CallStyle]:
+    """Return the styles of tool calls in the order in which they are tried: first those that the template writes."""
+    call = {"type": "function", "function": {"name": MARK, "arguments": {"a": "b"}}}
+    reply = {"role": "assistant", "content": "", "tool_calls": [call]}
+
+    def is_written(style: CallStyle) -> bool:
+        try:
+            return MARK in render([{"role": "user", "content": "c"}, with_call_form(reply, style)], False, {})
+        except (RenderError, RunawayError):
+            return False
+
+    return sorted(CallStyle, key=lambda style: not is_written(style))
+
+
+def _next_reply(index: int, messages: Sequence[Message]) -> tuple[int, Message]:
+    """Return message `index`, or the next one that is the assistant's: what stands before a reply was read for it."""
+    for later in range(index, len(messages)):
+        if messages[later]["role"] == "assistant":
+            return later, messages[later]
+    return index, messages[index]
+
+
 def _writes_calls(conversation: Conversation, texts: Sequence[Text]) -> bool:
-    """Return whether every trained tool call is in its target."""
+    """Return whether every tool call is written: a trained one in its target, each other one in a text."""
+    targets: dict[int, str] = {}
     for text in texts:
         for span in text.spans:
-            target = text.text[span.start : span.end]
-            if not all(name in target for name in call_names(conversation.messages[span.turn])):
-                return False
+            targets[span.turn] = targets.get(span.turn, "") + text.text[span.start : span.end]
+    whole = "".join(text.text for text in texts)
+
+    for index, message in enumerate(conversation.messages):
+        written = targets.get(index, whole)
+        if not all(name in written for name in call_names(message)):
+            return False
     return True
 
 
 def _sample(ref: RowRef, text: Text, tokens: TokenSpans) -> Sample:
-    # Generation tags may split a turn into several spans; it is named once.
-    turns = tuple(dict.fromkeys(span.turn for span in text.spans))
-    return Sample(tokens.ids, shifted_labels(tokens.ids, tokens.ranges), ref, turns)
+    # Generation tags may split a turn into several spans; it is named once. A blank reply without a stop has no target.
+    turns: dict[int, None] = {}
+    for span, (first, end) in zip(text.spans, tokens.ranges, strict=True):
+        if first < end:
+            turns[span.turn] = None
+    return Sample(tokens.ids, shifted_labels(tokens.ids, tokens.ranges), ref, tuple(turns))
 
 
 def shifted_labels(ids: np.ndarray, ranges: Sequence[tuple[int, int]]) -> np.ndarray:

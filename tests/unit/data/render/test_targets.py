@@ -84,7 +84,7 @@ def wrong_targets(kind: str, expected: list[str], one: Renderer, tok: Any) -> in
         return None
     assert isinstance(result, Rendered)
     with one.sandbox.bounded():
-        _, texts = one.lay_out(row)
+        texts = one.lay_out(row).texts
     spans = sorted((span.turn, text.text[span.start : span.end]) for text in texts for span in text.spans)
     wanted = [text.replace("{eos}", tok.eos_token) for text in expected]
     by_tokens = target_ids(result.samples)
