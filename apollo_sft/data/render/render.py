@@ -307,9 +307,11 @@ def call_styles(render: Render) -> list[CallStyle]:
 
     def is_written(style: CallStyle) -> bool:
         try:
-            return MARK in render([{"role": "user", "content": "c"}, with_call_form(reply, style)], False, {})
+            text = render([{"role": "user", "content": "c"}, with_call_form(reply, style)], False, {})
         except (RenderError, RunawayError):
             return False
+        # Where arguments should be JSON text, a dict comes out as Python writes it.
+        return MARK in text and "{'a': 'b'}" not in text
 
     return sorted(CallStyle, key=lambda style: not is_written(style))
 
