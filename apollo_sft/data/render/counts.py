@@ -53,12 +53,7 @@ class RenderCounts:
             spans, ranges = zip(*group, strict=True)
             message = conversation.messages[turn]
             reply = "".join([text.text[span.start : span.end] for span in spans])
-            # What a generation prompt opens (`<think>`) may be the beginning of a content.
-            prompt = reply_format.usual_prompt(text.arguments)
-            opened = reply
-            if text.text.endswith(prompt, 0, spans[0].start):
-                opened = prompt + reply
-            missing = missing_parts(message, opened)
+            missing = missing_parts(message, text.text[spans[0].reply_start : spans[-1].end])
             if missing:
                 unwritten[turn] = missing
 

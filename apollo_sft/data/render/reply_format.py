@@ -104,7 +104,7 @@ class ReplyFormat:
         if not prefill.strip():
             return True
         if self.before_reasoning is not None:
-            return not self.before_reasoning.startswith(generation_prompt.rstrip())
+            return generation_prompt.strip() not in self.before_reasoning
 
         # Nothing is known of where reasoning would stand. A block that is closed has two tags, or a closing one.
         tags = MARKUP.findall(prefill)

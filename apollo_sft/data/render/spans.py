@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 from apollo_sft.data.render.reply_format import MARK, ReplyFormat
 from apollo_sft.data.render.text_search import common_length, first_token
-from apollo_sft.data.render.turns import Renderings, Turn, UnprovableError, find_header, find_turn
+from apollo_sft.data.render.turns import Renderings, Turn, UnprovableError, content_end, find_header, find_turn
 
 History = Literal["expand", "last_turn", "as_rendered"]
 
@@ -42,6 +42,10 @@ class Span:
     turn: int
     start: int
     end: int
+
+    reply_start: int
+    """The character at which the reply starts, with what the generation prompt opens for it (`<think>`). It is before
+    `start` where a part of the reply is context."""
 
     stop: str | None
     """The text of the stop token, None where the template writes none."""
@@ -195,13 +199,15 @@ def _rewritten_span(renderings: Renderings, turn: Turn, whole: str) -> Span:
     last = len(whole) - min(common_length(whole[::-1], marked[::-1]), len(whole) - first)
 
     header = renderings.format.usual_prompt(renderings.arguments)
-    start, length = find_header(header, whole, first)
+    earliest = content_end(renderings, turn.index - 1, whole, len(renderings.messages))
+    start, length = find_header(header, whole, earliest, first)
     end = whole.find(turn.stop or MARK, last)
     if turn.stop is None or (header.strip() and not header[:length].strip()) or end < 0:
         raise UnprovableError(
             turn.index, "the template rewrites the turn once others follow, and marks its end otherwise"
         )
-    return Span(turn.index, start, end + len(turn.stop), turn.stop, lacks_prefill=turn.lacks_prefill, rewritten=True)
+    end += len(turn.stop)
+    return Span(turn.index, start, end, start, turn.stop, lacks_prefill=turn.lacks_prefill, rewritten=True)
 
 
 def _span(turn: Turn, text: str, num_messages: int) -> Span:
@@ -213,9 +219,14 @@ def _span(turn: Turn, text: str, num_messages: int) -> Span:
     reply_format = turn.renderings.format
     start = turn.target_start
     end = len(turn.text)
+    reply_start = turn.start
+    generation_prompt = reply_format.usual_prompt(turn.renderings.arguments)
+    if text.endswith(generation_prompt, 0, turn.start):
+        reply_start -= len(generation_prompt)
+
     is_last = turn.index + 1 == num_messages
     if reply_format.has_stop and not is_last:
-        return Span(turn.index, start, end, turn.stop, lacks_prefill=turn.lacks_prefill)
+        return Span(turn.index, start, end, reply_start, turn.stop, lacks_prefill=turn.lacks_prefill)
 
     stop = turn.stop
     following = text[end:].lstrip()
@@ -227,4 +238,4 @@ def _span(turn: Turn, text: str, num_messages: int) -> Span:
     if ends_with_eos or (not reply_format.has_stop and next_token is not None):
         stop = next_token or stop
         end = len(text) - len(following) + len(stop or "")
-    return Span(turn.index, start, end, stop, ends_with_eos, turn.lacks_prefill)
+    return Span(turn.index, start, end, reply_start, stop, ends_with_eos, turn.lacks_prefill)

@@ -172,11 +172,11 @@ def _header_length(renderings: Renderings, index: int, prompt: str, reply: str, 
 
     Some templates append no generation prompt behind a message of the assistant.
     """
-    usual = tuple(renderings.format.generation_prompts.values())
+    usual = renderings.format.usual_prompt(renderings.arguments)
     if prompt.endswith(usual) or prompt != _text_before(renderings, index):
         return 0
     longest = _values_start(renderings, index, prompt + reply, end) - len(prompt)
-    return max(_common_header(header, reply[:longest]) for header in usual)
+    return _common_header(usual, reply[:longest])
 
 
 def _joined(renderings: Renderings, index: int, end: int, prompt: str | None) -> Turn:
@@ -189,8 +189,8 @@ def _joined(renderings: Renderings, index: int, end: int, prompt: str | None) ->
     longest = _values_start(renderings, index, rendering, end)
     start, length = longest, 0
     if appended.strip():
-        start, length = find_header(appended, rendering, longest)
-        if not appended[:length].strip() or start < _content_end(renderings, index - 1, rendering, end):
+        start, length = find_header(appended, rendering, content_end(renderings, index - 1, rendering, end), longest)
+        if not appended[:length].strip():
             raise UnprovableError(index, "the template does not begin this reply as its generation prompt does")
 
     reply = rendering[start:]
@@ -223,17 +223,17 @@ def _text_before(renderings: Renderings, index: int) -> str | None:
         return None
 
 
-def find_header(header: str, text: str, latest: int) -> tuple[int, int]:
-    """Return the character at which the longest beginning of `header` in `text[:latest]` ends, and its length.
+def find_header(header: str, text: str, earliest: int, latest: int) -> tuple[int, int]:
+    """Return the character at which the longest beginning of `header` in `text[earliest:latest]` ends, and its length.
 
-    The last one of several counts: it is the one before the reply. Without one it is (latest, 0).
+    Without one it is (latest, 0).
     """
     best = (latest, 0)
     first = PIECE.match(header)
     if first is None:
         return best
 
-    at = text.find(first.group(), 0, latest)
+    at = text.find(first.group(), earliest, latest)
     while at >= 0:
         length = _common_header(header, text[at:latest])
         if length >= best[1]:
@@ -309,17 +309,19 @@ def _values_end(renderings: Renderings, index: int, rendering: str, end: int) ->
     return len(rendering) - min(common_length(rendering[::-1], marked[::-1]), longest)
 
 
-def _content_end(renderings: Renderings, index: int, rendering: str, end: int) -> int:
-    """Return the character at which the content of message `index` ends; 0 where it is not written, or no message."""
-    if index < 0 or not renderings.messages[index].get("content"):
-        return 0
-    # Something is appended, as templates look at how a content begins (`<tool_response>`).
-    message = renderings.messages[index]
-    longer = message | {"content": message["content"] + _mark_for(rendering)}
-    marked = renderings.changed(index, longer, end)
-    if marked == rendering:
-        return 0
-    return common_length(rendering, marked)
+def content_end(renderings: Renderings, index: int, rendering: str, end: int) -> int:
+    """Return the character at which the content of message `index` ends, or of the last one before it that is written.
+
+    0 where none is written.
+    """
+    for earlier in range(index, -1, -1):
+        # Something is appended, as templates look at how a content begins (`<tool_response>`).
+        message = renderings.messages[earlier]
+        longer = message | {"content": (message.get("content") or "") + _mark_for(rendering)}
+        marked = renderings.changed(earlier, longer, end)
+        if marked != rendering:
+            return common_length(rendering, marked)
+    return 0
 
 
 def _mark_for(text: str) -> str:

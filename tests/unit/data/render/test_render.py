@@ -456,4 +456,3 @@ def test_generation_tags_that_mark_the_header_are_clipped_to_what_the_model_writ
     [[sample]] = one.render([Conversation(chat("a", "b", "c", "d"), None, {}, REF)])
     assert target_texts(sample) == ["b<|im_end|>", "d<|im_end|>"]
     assert found_in(one) == {"clipped_marks": 2}
-
