@@ -12,11 +12,7 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
-from apollo_sft.types import Message
-
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-"""The names that templates and data sets have for the reasoning of a message."""
-
+from apollo_sft.types import REASONING_KEYS, Message
 
 THINK_TAGS = ("<think>", "</think>")
 """The tags that data sets have around reasoning in a content."""

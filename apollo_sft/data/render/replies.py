@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from apollo_sft.data.render.message_forms import REASONING_KEYS
-from apollo_sft.types import Message
+from apollo_sft.types import REASONING_KEYS, Message
 
 
 def missing_parts(message: Message, reply: str) -> tuple[str, ...]:

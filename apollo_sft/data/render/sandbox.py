@@ -20,9 +20,8 @@ from apollo_sft.data.render.limits import Limits, TimeUpError
 from apollo_sft.data.render.quick_lookup import JsonCache, quick_environment
 from apollo_sft.data.render.template import ChatTemplate
 from apollo_sft.errors import DataError
-from apollo_sft.types import Message
+from apollo_sft.types import RESERVED_ARGUMENTS, Message
 
-RESERVED_ARGUMENTS = ("messages", "tools", "documents", "add_generation_prompt")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MAX_CHARACTERS = 1 << 25
 """Length of one rendering."""

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from apollo_sft.data.render.message_forms import REASONING_KEYS, has_reasoning, split_reasoning
+from apollo_sft.data.render.message_forms import has_reasoning, split_reasoning
 from apollo_sft.data.render.reply_format import MARK, MARKUP, OTHER_MARK, Render, ReplyFormat
 from apollo_sft.data.render.sandbox import RenderError
 from apollo_sft.data.render.text_search import before_cut_token, common_length, first_token
-from apollo_sft.types import Message
+from apollo_sft.types import REASONING_KEYS, Message
 
 PIECE = re.compile(rf"{MARKUP.pattern}|\w+|.", re.DOTALL)
 """What a header is compared by, so that no tag and no word is cut in two."""

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from apollo_sft.data.render.message_forms import CallStyle
 from apollo_sft.data.render.render import Renderer, shifted_labels, truncate
 from apollo_sft.data.render.template import ChatTemplate, resolve_template
 from apollo_sft.errors import DataError
@@ -268,7 +267,7 @@ def test_counts() -> None:
     one.render([Conversation(chat("a", "b", "c", ""), None, {}, REF)])
     assert (one.counts.turns, found_in(one)) == (1, {"turns_without_stop": 2, "empty_replies": 1, "blank_turns": 1})
     examples = {name: tally.examples for name, tally in one.counts.findings.items()}
-    assert examples == dict.fromkeys(("turns_without_stop", "empty_replies", "blank_turns"), [str(REF)])
+    assert examples == {key: [str(REF)] for key in ("turns_without_stop", "empty_replies", "blank_turns")}
     two = renderer(CHATML)
     two.render([Conversation(chat("a", "b", "c", "d"), None, {}, REF)] * 2)
     assert two.counts.stop_tokens == {tiny_tokenizer().convert_tokens_to_ids("<|im_end|>"): 4}
