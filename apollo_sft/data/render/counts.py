@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from apollo_sft.data.render.replies import missing_parts
-from apollo_sft.data.render.reply_format import ReplyFormat
 from apollo_sft.data.render.spans import Text
 from apollo_sft.data.render.tokens import TokenSpans
 from apollo_sft.data.tally import Tally
@@ -39,9 +38,7 @@ class RenderCounts:
         else:
             tally.add(example, count)
 
-    def add_sample(
-        self, conversation: Conversation, text: Text, tokens: TokenSpans, reply_format: ReplyFormat
-    ) -> dict[int, tuple[str, ...]]:
+    def add_sample(self, conversation: Conversation, text: Text, tokens: TokenSpans) -> dict[int, tuple[str, ...]]:
         """Count the turns of one sample.
 
         Returns the parts that the template does not write, for each turn that lacks some.
@@ -52,7 +49,6 @@ class RenderCounts:
         for turn, group in groupby(pairs, key=lambda pair: pair[0].turn):
             spans, ranges = zip(*group, strict=True)
             message = conversation.messages[turn]
-            reply = "".join([text.text[span.start : span.end] for span in spans])
             missing = missing_parts(message, text.text[spans[0].reply_start : spans[-1].end])
             if missing:
                 unwritten[turn] = missing
@@ -68,7 +64,7 @@ class RenderCounts:
                 "rewritten_turns": spans[0].rewritten,
                 "clipped_marks": any(span.clipped for span in spans),
                 "unwritten_turns": bool(missing),
-                "trained_headers": _is_header(reply_format.header, reply),
+                "trained_headers": spans[0].has_header,
                 "empty_replies": "tool_calls" not in message and not message["content"].strip(),
             }
             # Nearly always nothing was found: one test instead of many calls.
@@ -76,7 +72,3 @@ class RenderCounts:
                 for name, is_found in found.items():
                     self.add(name, conversation.ref, int(is_found))
         return unwritten
-
-
-def _is_header(header: str, reply: str) -> bool:
-    return header != "" and reply.lstrip().startswith(header)

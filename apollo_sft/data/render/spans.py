@@ -28,9 +28,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from apollo_sft.data.render.renderings import Renderings, Turn, UnprovableError
 from apollo_sft.data.render.reply_format import MARK, ReplyFormat
 from apollo_sft.data.render.text_search import common_length, first_token
-from apollo_sft.data.render.turns import Renderings, Turn, UnprovableError, content_end, find_header, find_turn
+from apollo_sft.data.render.turns import find_turn
 
 History = Literal["expand", "last_turn", "as_rendered"]
 
@@ -58,6 +59,9 @@ class Span:
 
     rewritten: bool = False
     """The span is not what the model writes at inference, but what the template makes of it when messages follow."""
+
+    has_header: bool = False
+    """The span begins with a role header, as the template has no generation prompt: see `ReplyFormat.header`."""
 
     clipped: bool = False
     """The template's generation tags mark more than the model writes."""
@@ -192,6 +196,8 @@ def _rewritten_span(renderings: Renderings, turn: Turn, whole: str) -> Span:
 
     Raises: UnprovableError.
     """
+    from apollo_sft.data.render.joined import content_end, find_header
+
     # The content lies where another content changes the text: between the common prefix and the common suffix.
     message = renderings.messages[turn.index]
     marked = renderings.changed(turn.index, message | {"content": MARK}, len(renderings.messages))
@@ -224,18 +230,22 @@ def _span(turn: Turn, text: str, num_messages: int) -> Span:
     if text.endswith(generation_prompt, 0, turn.start):
         reply_start -= len(generation_prompt)
 
+    header = reply_format.header
+    span = Span(turn.index, start, end, reply_start, turn.stop, lacks_prefill=turn.lacks_prefill)
+    if header and text[start:end].lstrip().startswith(header):
+        span = replace(span, has_header=True)
     is_last = turn.index + 1 == num_messages
     if reply_format.has_stop and not is_last:
-        return Span(turn.index, start, end, reply_start, turn.stop, lacks_prefill=turn.lacks_prefill)
+        return span
 
-    stop = turn.stop
     following = text[end:].lstrip()
-    ends_with_eos = False
-    if stop is not None and is_last and reply_format.document_end == reply_format.eos != stop:
-        ends_with_eos = reply_format.eos is not None and following.rstrip() == reply_format.eos
-
     next_token = first_token(following, reply_format.control_tokens)
-    if ends_with_eos or (not reply_format.has_stop and next_token is not None):
-        stop = next_token or stop
-        end = len(text) - len(following) + len(stop or "")
-    return Span(turn.index, start, end, reply_start, stop, ends_with_eos, turn.lacks_prefill)
+    ends_with_eos = False
+    if turn.stop is not None and is_last and reply_format.document_end == reply_format.eos != turn.stop:
+        ends_with_eos = reply_format.eos is not None and following.rstrip() == reply_format.eos
+    if not ends_with_eos and (reply_format.has_stop or next_token is None):
+        return span
+
+    stop = next_token or turn.stop
+    end = len(text) - len(following) + len(stop or "")
+    return replace(span, end=end, stop=stop, second_stop=ends_with_eos)

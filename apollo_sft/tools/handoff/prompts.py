@@ -221,7 +221,7 @@ def _rendered(subject: Subject, renderer: Renderer) -> Iterator[tuple[Conversati
         except DataError:
             continue
         with renderer.sandbox.bounded():
-            layout = renderer.lay_out(conversation)
+            layout = renderer.layouts.lay_out(conversation)
         for text, sample in zip(layout.texts, samples, strict=True):
             yield conversation, layout.style, text, sample
 

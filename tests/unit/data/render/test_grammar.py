@@ -31,7 +31,7 @@ def wrong(seed: int) -> list[str]:
                 expected[index] = template.turn(messages, index)
 
         with one.sandbox.bounded():
-            texts = one.lay_out(row).texts
+            texts = one.layouts.lay_out(row).texts
         for text in texts:
             for span in text.spans:
                 got = (text.text[: span.start], text.text[span.start : span.end])

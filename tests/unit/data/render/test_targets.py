@@ -84,7 +84,7 @@ def wrong_targets(kind: str, expected: list[str], one: Renderer, tok: Any) -> in
         return None
     assert isinstance(result, Rendered)
     with one.sandbox.bounded():
-        texts = one.lay_out(row).texts
+        texts = one.layouts.lay_out(row).texts
     spans = sorted((span.turn, text.text[span.start : span.end]) for text in texts for span in text.spans)
     spans = [(turn, said) for turn, said in spans if said]  # a blank reply without a stop has no target
     wanted = [text.replace("{eos}", tok.eos_token) for text in expected]
