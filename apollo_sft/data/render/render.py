@@ -21,6 +21,7 @@ import numpy as np
 
 from apollo_sft.config.schema import DataConfig
 from apollo_sft.data.render import refusals
+from apollo_sft.data.render.conservation import Conservation, Part
 from apollo_sft.data.render.control_tokens import ControlTokenScan, special_tokens
 from apollo_sft.data.render.counts import RenderCounts
 from apollo_sft.data.render.layout import Layout, RowLayouts, trained_turns
@@ -49,6 +50,9 @@ class Rendered:
     unwritten: dict[tuple[str, ...], list[int]] = field(default_factory=dict)
     """The turns that are trained without parts of the row's message, by the names of these parts."""
 
+    lost: dict[str, list[int]] = field(default_factory=dict)
+    """What is said in the row and is neither trained nor in a prompt, in words: the messages that it is in."""
+
 
 @dataclass(slots=True)
 class _Row:
@@ -60,6 +64,7 @@ class _Row:
     """The control token that its text spells, and where."""
 
     layout: Layout | None = None
+    lost: list[Part] = field(default_factory=list)
     tokens: list[TokenSpans] = field(default_factory=list)
     """One for each text."""
 
@@ -81,6 +86,7 @@ class Renderer:
         self.sandbox = self.layouts.sandbox
         self.counts = RenderCounts()
         self.scan = ControlTokenScan(special_tokens(tokenizer))
+        self.conservation = Conservation(self._texts_of)
 
     def render(self, conversations: Sequence[Conversation]) -> list[list[Sample]]:
         """Return the samples of each conversation, before truncation.
@@ -117,12 +123,20 @@ class Renderer:
         # An error of one row leaves the others usable. A template that runs away would hold up every row.
         try:
             row.layout = self.layouts.lay_out(row.conversation)
+            texts = [text.text for text in row.layout.texts]
+            row.lost = self.conservation.lost(row.conversation, texts, self._trained(row.conversation))
         except UnprovableError as error:
             row.error = refusals.no_target_found(ref, error, self.template)
         except RenderError as error:
             row.error = refusals.template_fails(ref, error, self.template)
         except RunawayError as error:
             raise refusals.template_runs_away(ref, error) from error
+
+    def _texts_of(self, conversation: Conversation) -> list[str]:
+        return [text.text for text in self.layouts.lay_out(conversation).texts]
+
+    def _trained(self, conversation: Conversation) -> list[int]:
+        return trained_turns(conversation, self.data.train_on)
 
     def _encode(self, rows: Sequence[_Row]) -> None:
         """Fill the tokens of all rows, or the error of a row with a target that has none."""
@@ -159,7 +173,26 @@ class Renderer:
             for turn, parts in missing.items():
                 unwritten.setdefault(parts, []).append(turn)
         left_out = self._left_out(row.conversation, row.layout.texts, samples)
-        return Rendered(samples, None, left_out, unwritten)
+        return Rendered(samples, None, left_out, unwritten, self._lost(row))
+
+    def _lost(self, row: _Row) -> dict[str, list[int]]:
+        """Return what is said in a row and is in none of its texts, in words; count it."""
+        found: dict[str, list[int]] = {}
+        for part in row.lost:
+            if part.key == "reasoning" and self.layouts.format.before_reasoning is not None:
+                # The template writes reasoning, but not that of earlier turns: so it is at inference too.
+                self.counts.add("reasoning_left_out", row.conversation.ref)
+                continue
+            if part.message is None:
+                found[part.key] = []
+            else:
+                role = row.conversation.messages[part.message]["role"]
+                found.setdefault(f"{part.key} of the role {role}", []).append(part.message)
+        for name in row.conversation.unread:
+            found[f"column {name}"] = []
+
+        self.counts.add("lost_parts", row.conversation.ref, sum(max(len(turns), 1) for turns in found.values()))
+        return found
 
     def _left_out(
         self, conversation: Conversation, texts: Sequence[Text], samples: Sequence[Sample]
@@ -172,7 +205,7 @@ class Renderer:
         for text in texts:
             found.update(span.turn for span in text.spans)
 
-        wanted = trained_turns(conversation, self.data.train_on)
+        wanted = self._trained(conversation)
         blank = tuple(i for i in wanted if i in found and i not in trained)
         if blank:
             self.counts.add("blank_turns", conversation.ref, len(blank))

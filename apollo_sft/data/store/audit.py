@@ -29,6 +29,10 @@ CONTEXT_CHARS = 400
 TARGET_CHARS = 1200
 
 FINDINGS = {
+    "lost_parts": "{count} parts of rows are neither trained nor in a prompt: the template does not write them, first "
+    "{rows}",
+    "reasoning_left_out": "the reasoning of {count} earlier replies is in no prompt: the template leaves it out, as at "
+    "inference",
     "thinking_off": "{count} of {turns} replies have no reasoning and are trained as replies with thinking off: the "
     "empty block is part of the prompt (data.thinking=auto)",
     "clipped_marks": "{count} replies have generation tags around more than the model writes: only what it writes is "
