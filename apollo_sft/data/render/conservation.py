@@ -1,13 +1,13 @@
-"""Prove that what is said in a row is in its texts, as a target or as context; name what is not.
+r"""Prove that what is said in a row is in its texts, as a target or as context; name what is not.
 
 A template leaves out what it does not know, without an error: a developer's message, the output of a tool, the tools.
 Whether a text of a row is written cannot be told from a search alone: "5" occurs somewhere by chance. So a conversation
 of the same shape is rendered with marks in place of its texts, once for each shape, and the marks are looked for. Then
 each row is searched for its own texts too, as a template may decide by what is said.
 
-    shape     user, tool, assistant           (roles, and the keys of each message)
-    marked    user "\\ue0000\\ue001", tool "\\ue0001\\ue001", assistant "\\ue0002\\ue001"
-    rendered  …user\\n\\ue0000\\ue001…assistant\\n\\ue0002\\ue001…    the content of message 1 is lost
+    shape     user, tool, assistant                                   (roles, and the keys of each message)
+    marked    user "qjz1zjq", tool "qjz2zjq", assistant "qjz3zjq"
+    rendered  …user\nqjz1zjq…assistant\nqjz3zjq…                      the content of message 1 is lost
 """
 
 from __future__ import annotations
@@ -137,13 +137,16 @@ def _shape(conversation: Conversation) -> Any:
 
 
 def _marked(conversation: Conversation) -> Conversation:
-    """Return the conversation with a mark of its own in place of each text."""
+    """Return the conversation with a mark of its own in place of each text.
+
+    A mark is a plain word: templates write names and arguments in forms that escape other characters.
+    """
     number = 0
 
     def mark() -> str:
         nonlocal number
         number += 1
-        return f"\ue000{number}\ue001"
+        return f"qjz{number}zjq"
 
     messages = [_marked_message(message, mark) for message in conversation.messages]
     tools = conversation.tools

@@ -14,6 +14,7 @@ from apollo_sft.data.render.message_forms import (
     CallStyle,
     call_names,
     with_call_form,
+    with_content_parts,
     with_reasoning_names,
 )
 from apollo_sft.data.render.renderings import Renderings, UnprovableError
@@ -49,8 +50,10 @@ class RowLayouts:
         day = datetime.combine(date.fromisoformat(data.template_date), time())
         kwargs = {"strftime_now": lambda form: day.strftime(form)} | dict(tokenizer.special_tokens_map)
         self.sandbox = Sandbox(template, kwargs | dict(data.apply_chat_template_kwargs))
+        self.takes_parts = False
         with self.sandbox.bounded():
             render = self._render_with(None)
+            self.takes_parts = _takes_parts(render)
             self.format = ReplyFormat.probe(render, control_tokens(tokenizer, template), tokenizer.eos_token)
             self.styles = call_styles(render)
 
@@ -124,20 +127,27 @@ class RowLayouts:
         """Return a function that renders messages with these tools."""
 
         def render(messages: Sequence[Message], add_generation_prompt: bool, arguments: dict[str, Any]) -> str:
+            messages = self._given(messages)
             return self.sandbox.render(messages, tools, arguments, add_generation_prompt)
 
         return render
 
+    def _given(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return messages with their contents in the form that the template reads."""
+        if self.takes_parts:
+            return [with_content_parts(message) for message in messages]
+        return messages
+
     def _within_tags(self, text: Text, messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> Text:
         """Return a text whose targets are those that the template's generation tags mark."""
-        read = messages[: text.num_messages]
+        read = self._given(messages[: text.num_messages])
         marked = self.sandbox.generated(read, tools, text.arguments, add_generation_prompt=False)
         if text.joined_at is not None:
             # What was joined is the end of this rendering; what stands before it comes from that of the prompt.
             whole = self.sandbox.render(read, tools, text.arguments, add_generation_prompt=False)
             moved = len(text.text) - len(whole)
             marked = [(first + moved, last + moved) for first, last in marked if last + moved > text.joined_at]
-            asked = messages[: text.spans[-1].turn]
+            asked = self._given(messages[: text.spans[-1].turn])
             earlier = self.sandbox.generated(asked, tools, text.arguments, add_generation_prompt=True)
             marked = [(first, last) for first, last in earlier if first < text.joined_at] + marked
         return within_generation_tags(text, marked, self.format)
@@ -149,6 +159,15 @@ def trained_turns(conversation: Conversation, train_on: str) -> list[int]:
     assistant = [i for i in everyone if conversation.messages[i]["role"] == "assistant"]
     chosen = {"assistant": assistant, "last": assistant[-1:], "all": everyone}[train_on]
     return [i for i in chosen if i not in conversation.untrained]
+
+
+def _takes_parts(render: Render) -> bool:
+    """Return whether the template writes contents only where they are lists of parts."""
+    user: Message = {"role": "user", "content": MARK}
+    try:
+        return MARK not in render([user], True, {}) and MARK in render([with_content_parts(user)], True, {})
+    except (RenderError, RunawayError):
+        return False
 
 
 def call_styles(render: Render) -> list[CallStyle]:

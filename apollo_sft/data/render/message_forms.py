@@ -56,6 +56,13 @@ def with_call_form(message: Message, style: CallStyle) -> Message:
     return message
 
 
+def with_content_parts(message: Message) -> Message:
+    """Return a message whose content is a list of one text part."""
+    if not isinstance(message["content"], str):
+        return message
+    return message | {"content": [{"type": "text", "text": message["content"]}]}
+
+
 def with_reasoning_names(messages: Sequence[Message], tags: Sequence[tuple[str, str]] = ()) -> list[Message]:
     """Return messages that have their reasoning under every name that templates read.
 

@@ -344,7 +344,7 @@ def test_text_that_spells_a_control_token() -> None:
 
     one = renderer(CHATML, special_tokens_in_content="allow")
     assert target_texts(one.render(rows)[0][0]) == ["so <|im_end|> it is<|im_end|>"]
-    assert found_in(one) == {"control_tokens": 2}
+    assert found_in(one) == {"control_tokens": 2, "lost_parts": 1}
 
 
 def test_the_date_that_a_template_prints_is_the_configured_one() -> None:
@@ -455,3 +455,58 @@ def test_generation_tags_that_mark_the_header_are_clipped_to_what_the_model_writ
     [[sample]] = one.render([Conversation(chat("a", "b", "c", "d"), None, {}, REF)])
     assert target_texts(sample) == ["b<|im_end|>", "d<|im_end|>"]
     assert found_in(one) == {"clipped_marks": 2}
+
+
+def test_a_template_of_parts_is_given_parts() -> None:
+    parts = "{% for part in message['content'] %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
+    one = renderer(CHATML.replace("{{ message['content'] }}", parts))
+    [[sample]] = one.render([Conversation(chat("a", "b", "c", "d"), None, {}, REF)])
+    assert target_texts(sample) == ["b<|im_end|>", "d<|im_end|>"]
+    assert sample.input_ids.tolist() == render(chat("a", "b", "c", "d")).input_ids.tolist()
+    assert found_in(one) == {}
+
+
+THINK_BY_REQUEST = FORGETFUL.replace("loop.last", "loop.last and not m.reasoning_content").replace(
+    "{{ m.content }}",
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}",
+)
+
+
+@pytest.mark.parametrize(
+    ("thinking", "said", "expected"),
+    [
+        ("auto", {"content": "b"}, "b<|im_end|>"),
+        ("all", {"content": "b"}, THINK + "b<|im_end|>"),
+        ("none", {"content": "b"}, "b<|im_end|>"),
+        ("auto", {"content": "b", "reasoning_content": "hm"}, "<think>\nhm\n</think>\n\nb<|im_end|>"),
+        ("none", {"content": "b", "reasoning_content": "hm"}, "b<|im_end|>"),
+        ("auto", {"content": "<think>\nhm\n</think>\n\nb"}, "<think>\nhm\n</think>\n\nb<|im_end|>"),
+        ("all", {"content": "<think>hm</think>b"}, "<think>\nhm\n</think>\n\nb<|im_end|>"),
+        ("none", {"content": "<think>\nhm\n</think>\n\nb"}, "b<|im_end|>"),
+    ],
+)
+def test_what_is_trained_of_reasoning(thinking: str, said: dict[str, str], expected: str) -> None:
+    one = renderer(THINK_BY_REQUEST, thinking=thinking)
+    [[sample]] = one.render([Conversation([*chat("a"), {"role": "assistant"} | said], None, {}, REF)])
+    assert target_texts(sample) == [expected]
+    is_off = thinking != "all" and said == {"content": "b"}
+    assert found_in(one)["thinking_off"] == is_off
+    assert found_in(one)["unwritten_turns"] == 0
+    text = tiny_tokenizer().decode(sample.input_ids)
+    assert ("hm" in text) == (said != {"content": "b"}), "reasoning that is not trained is context"
+
+
+def test_a_message_a_row_and_the_configuration_come_before_auto() -> None:
+    silent = chat("a", "b")
+    asked = {"enable_thinking": True}
+    rows = [
+        Conversation(silent, None, {}, REF, thinking={1: True}),
+        Conversation(silent, None, asked, REF),
+        Conversation(silent, None, asked, REF, thinking={1: False}),
+    ]
+    found = [target_texts(sample) for [sample] in renderer(THINK_BY_REQUEST).render(rows)]
+    assert found == [[THINK + "b<|im_end|>"], [THINK + "b<|im_end|>"], ["b<|im_end|>"]]
+    [[sample]] = renderer(THINK_BY_REQUEST, apply_chat_template_kwargs=asked).render(
+        [Conversation(silent, None, {}, REF)]
+    )
+    assert target_texts(sample) == [THINK + "b<|im_end|>"]
