@@ -22,6 +22,13 @@ Message = dict[str, Any]
 """One chat message: `role`, `content`, and other keys of the template (`tool_calls`, `reasoning_content`, …)."""
 
 
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""The keys of a message that templates and data sets have for the reasoning."""
+
+RESERVED_ARGUMENTS = ("messages", "tools", "documents", "add_generation_prompt")
+"""Arguments of chat templates that the trainer sets."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowRef:
     """The place that a row comes from."""
@@ -46,6 +53,10 @@ class Conversation:
     ref: RowRef
     untrained: frozenset[int] = frozenset()
     """Indices of messages that the row itself excludes from training."""
+    thinking: Mapping[int, bool] = field(default_factory=dict)
+    """Index of a message -> whether it was asked for with thinking, where the message says so itself."""
+    unread: tuple[str, ...] = ()
+    """Columns of the row that hold something that is said, and that no key names."""
 
 
 @dataclass(frozen=True, slots=True)

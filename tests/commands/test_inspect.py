@@ -147,7 +147,7 @@ def test_a_check_fails_for_each_reason_and_says_which(inspect: Inspect) -> None:
     calling = {"role": "assistant", "content": "", "tool_calls": [call]}
     inspect.write("train.parquet", [*numbered(12), {"messages": [*chat("q"), calling]}])
     silent = inspect("--check", "--html", str(inspect.folder / "page.html"))
-    missing = "1 row with replies that the template does not write completely"
+    missing = "1 row with something that the template does not write"
     assert (silent.code, silent.out.splitlines()[-1]) == (1, f"check failed: train: {missing}")
     for text in (silent.out, (inspect.folder / "page.html").read_text(encoding="utf-8")):
         said = " ".join(text.split())

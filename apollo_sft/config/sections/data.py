@@ -15,7 +15,6 @@ from apollo_sft.config.keys import (
     Key,
     Section,
     unused_with,
-    unused_without,
 )
 from apollo_sft.config.schema_types import (
     Count,
@@ -41,12 +40,10 @@ class MultiturnConfig(Section):
     messages_key: Annotated[Text, Key(changes=TOKENS, example="conversation", needs=MULTITURN)] = "messages"
     """The column of messages: a list of {role, content, …}."""
 
-    tools_key: Annotated[str, Key(changes=TOKENS, example="functions", unused=unused_without(MULTITURN))] = "tools"
-    """The column of tool schemas: a list, or JSON text. Read where the column exists."""
+    tools_key: Annotated[str, Key(changes=TOKENS, example="functions")] = "tools"
+    """The column of tool schemas: a list, or JSON text. Read where the column exists, single-turn too."""
 
-    enable_thinking_key: Annotated[str, Key(changes=TOKENS, example="thinking", unused=unused_without(MULTITURN))] = (
-        "enable_thinking"
-    )
+    enable_thinking_key: Annotated[str, Key(changes=TOKENS, example="thinking")] = "enable_thinking"
     """A column of true/false that the chat template gets as enable_thinking. Read where the column exists."""
 
 
@@ -199,9 +196,24 @@ class DataConfig(Section):
     role).
     """
 
+    thinking: Annotated[Literal["auto", "all", "none"], Key(changes=TOKENS, example="none")] = "auto"
+    """What is trained under a template that thinks or not by request, such as Qwen3's: auto (a reply without reasoning
+    is trained as a reply with thinking off: its empty block is part of the prompt, not a target), all (every reply as
+    the template writes it without a request, an empty block too), none (answers only; reasoning is context). A row's or
+    message's enable_thinking and data.apply_chat_template_kwargs come before auto.
+    """
+
     train_key: Annotated[str, Key(changes=TOKENS, example="use_this_row")] = "train"
     """A column of true/false, read where it exists: a row with false is not trained. {train: false} does the same in a
     message.
+    """
+
+    system_key: Annotated[str, Key(changes=TOKENS, example="system_prompt")] = "system"
+    """A column with the text of the system message, read where it exists. '' reads none."""
+
+    template_kwargs_key: Annotated[str, Key(changes=TOKENS, example="kwargs")] = "chat_template_kwargs"
+    """A column with arguments for the chat template, such as {enable_thinking: false}: a struct, or JSON text. Read
+    where it exists; the row's arguments come before data.apply_chat_template_kwargs.
     """
 
     special_tokens_in_content: Annotated[Literal["error", "drop", "allow"], Key(changes=TOKENS, example="drop")] = (

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from itertools import chain
 from typing import Any, NoReturn
 
+from apollo_sft.data.read.files import known_kind
 from apollo_sft.errors import DataError
 from apollo_sft.types import RowRef
 
@@ -17,14 +19,20 @@ SCALARS = (str, int, float, bool, type(None))
 class Place:
     """The position of a value in the data: file, row, column, and message of a list of messages."""
 
-    def __init__(self, ref: RowRef, column: str, message: int | None = None) -> None:
+    def __init__(self, ref: RowRef, column: str, message: int | None = None, keeps_nulls: bool | None = None) -> None:
         self.ref = ref
         self.column = column
         self.message = message
+        self.keeps_nulls = _is_json(ref.file) if keeps_nulls is None else keeps_nulls
+        """A null in a struct is meant: in JSON, not where a columnar file fills missing fields."""
 
     def of_message(self, index: int) -> Place:
         """Return the place of message `index` in this cell."""
-        return Place(self.ref, self.column, index)
+        return Place(self.ref, self.column, index, self.keeps_nulls)
+
+    def of_json(self) -> Place:
+        """Return the same place for values that were parsed from JSON text."""
+        return Place(self.ref, self.column, self.message, keeps_nulls=True)
 
     def fail(self, what: str, *, found: object = None, expected: object = None, fix: str | None = None) -> NoReturn:
         """Raise a DataError that begins with this place."""
@@ -39,6 +47,8 @@ def parse_truth(cell: Any, place: Place, default: bool | None, fix: str | None =
     """Return the truth value in `cell`, `default` where it is null."""
     if cell is None:
         return default
+    if isinstance(cell, int | float) and cell in (0, 1):
+        return bool(cell)
     if not isinstance(cell, bool):
         place.fail("not a truth value", found=brief(cell), expected="true, false or null", fix=fix)
     return cell
@@ -98,6 +108,11 @@ def brief(value: Any) -> str:
     if len(shown) > MAX_SHOWN_CHARACTERS:
         shown = f"{shown[: MAX_SHOWN_CHARACTERS - 3]}…"
     return f"{type(value).__name__} {shown}"
+
+
+@lru_cache(64)
+def _is_json(file: str) -> bool:
+    return known_kind(file) == "JSON lines"
 
 
 def _check_text(text: str, place: Place) -> None:

@@ -15,18 +15,20 @@ from apollo_sft.data.read.files import Columns, Row
 from apollo_sft.errors import DataError
 from apollo_sft.types import Conversation, Message, RowRef
 
+OTHER_COLUMNS = ("images", "image", "videos", "video", "audios", "audio", "input")
+"""Columns that no key names and that hold what is said in a row: they are read so that they are not lost unseen."""
+
 
 def needed_columns(data: DataConfig) -> Columns:
     """Return the columns that `parse_row` reads."""
     multiturn = data.multiturn
+    keys = {data.prompt_key: "data.prompt_key", data.response_key: "data.response_key"}
     if multiturn.enable:
-        return Columns(
-            required=(multiturn.messages_key,),
-            optional=_named(multiturn.tools_key, multiturn.enable_thinking_key, data.train_key),
-            keys={multiturn.messages_key: "data.multiturn.messages_key"},
-        )
-    keys = {data.response_key: "data.response_key", data.prompt_key: "data.prompt_key"}
-    return Columns(required=(data.prompt_key, data.response_key), optional=_named(data.train_key), keys=keys)
+        keys = {multiturn.messages_key: "data.multiturn.messages_key"}
+
+    named = (multiturn.tools_key, multiturn.enable_thinking_key, data.template_kwargs_key, data.system_key)
+    optional = dict.fromkeys((*named, data.train_key, *OTHER_COLUMNS))
+    return Columns(tuple(keys), tuple(name for name in optional if name and name not in keys), keys)
 
 
 def check_conversation(conversation: Conversation) -> Conversation:
@@ -36,11 +38,13 @@ def check_conversation(conversation: Conversation) -> Conversation:
     """
     from apollo_sft.data.read.messages import parse_messages, parse_tools
 
-    messages = parse_messages(conversation.messages, Place(conversation.ref, "messages"))
+    messages = parse_messages(conversation.messages, Place(conversation.ref, "messages", keeps_nulls=True))
     untrained = _pop_untrained(messages)
-    tools = parse_tools(conversation.tools, Place(conversation.ref, "tools"))
+    thinking = dict(conversation.thinking) | _pop_thinking(messages)
+    tools = parse_tools(conversation.tools, Place(conversation.ref, "tools", keeps_nulls=True))
     check_value(conversation.template_kwargs, Place(conversation.ref, "template_kwargs"))
-    return replace(conversation, messages=messages, tools=tools, untrained=conversation.untrained | untrained)
+    untrained |= conversation.untrained
+    return replace(conversation, messages=messages, tools=tools, untrained=untrained, thinking=thinking)
 
 
 def parse_row(row: Row, ref: RowRef, data: DataConfig) -> Conversation:
@@ -76,32 +80,50 @@ def parse_prompt(row: Row, ref: RowRef, data: DataConfig) -> list[Message]:
 
 
 def _parse_multi_turn(row: Row, ref: RowRef, data: DataConfig) -> Conversation:
-    from apollo_sft.data.read.messages import multi_turn_messages, row_tools, thinking_kwargs
+    from apollo_sft.data.read.messages import multi_turn_messages
 
-    messages = multi_turn_messages(row, ref, data)
-    untrained = _untrained(messages, row, ref, data)
-    kwargs = thinking_kwargs(row, ref, data)
-    return Conversation(messages, row_tools(row, ref, data), kwargs, ref, untrained)
+    return _with_columns(multi_turn_messages(row, ref, data), row, ref, data)
 
 
 def _parse_single_turn(row: Row, ref: RowRef, data: DataConfig) -> Conversation:
-    messages = [*parse_prompt(row, ref, data), _parse_response(row, ref, data)]
-    return Conversation(messages, None, {}, ref, _untrained(messages, row, ref, data))
+    messages = [*parse_prompt(row, ref, data), *_parse_response(row, ref, data)]
+    unread: tuple[str, ...] = ()
+    if row.get("input") and "input" not in (data.prompt_key, data.response_key):
+        unread = ("input",)
+    return replace(_with_columns(messages, row, ref, data), unread=unread)
 
 
-def _parse_response(row: Row, ref: RowRef, data: DataConfig) -> Message:
+def _with_columns(messages: list[Message], row: Row, ref: RowRef, data: DataConfig) -> Conversation:
+    """Return the conversation of these messages and the row's other columns."""
+    tools = None
+    kwargs: dict[str, Any] = {}
+    # Rows of two texts have none of these, and need no module for them.
+    columns = (data.multiturn.tools_key, data.multiturn.enable_thinking_key, data.template_kwargs_key, data.system_key)
+    if any(row.get(name) is not None for name in (*columns, *OTHER_COLUMNS)):
+        from apollo_sft.data.read import messages as parse
+
+        parse.refuse_media(row, ref)
+        messages = parse.with_system(messages, row, ref, data)
+        tools = parse.row_tools(row, ref, data)
+        kwargs = parse.template_kwargs(row, ref, data)
+
+    untrained = _untrained(messages, row, ref, data)
+    return Conversation(messages, tools, kwargs, ref, untrained, _pop_thinking(messages))
+
+
+def _parse_response(row: Row, ref: RowRef, data: DataConfig) -> list[Message]:
     place = Place(ref, data.response_key)
     path = tuple(data.response_dict_keys or ())
     response = _text_or_list(row[data.response_key], path, place, "data.response_dict_keys")
     if isinstance(response, str):
-        return _text_message("assistant", response, place)
+        return [_text_message("assistant", response, place)]
 
     from apollo_sft.data.read.messages import parse_messages
 
     answer = parse_messages(response, place)
-    if len(answer) != 1 or answer[0]["role"] != "assistant":
-        place.fail("the response must be a text, or one message of the assistant", found=brief(response))
-    return answer[0]
+    if not any(message["role"] == "assistant" for message in answer):
+        place.fail("the response must be a text, or messages with one of the assistant", found=brief(response))
+    return answer
 
 
 def _untrained(messages: list[Message], row: Row, ref: RowRef, data: DataConfig) -> frozenset[int]:
@@ -117,6 +139,11 @@ def _untrained(messages: list[Message], row: Row, ref: RowRef, data: DataConfig)
 def _pop_untrained(messages: list[Message]) -> frozenset[int]:
     """Remove the key `train` of all messages: it is meant for the trainer, templates must not see it."""
     return frozenset(index for index, message in enumerate(messages) if not message.pop("train", True))
+
+
+def _pop_thinking(messages: list[Message]) -> dict[int, bool]:
+    """Remove the key `enable_thinking` of all messages: it chooses how a reply is rendered."""
+    return {i: message.pop("enable_thinking") for i, message in enumerate(messages) if "enable_thinking" in message}
 
 
 def _text_or_list(cell: Any, path: tuple[str, ...], place: Place, key: str) -> str | list[Any]:
@@ -162,7 +189,3 @@ def _follow(cell: dict[str, Any], path: tuple[str, ...], place: Place, key: str)
 def _text_message(role: str, text: str, place: Place) -> Message:
     check_value(text, place)
     return {"role": role, "content": text}
-
-
-def _named(*names: str) -> tuple[str, ...]:
-    return tuple(name for name in names if name)

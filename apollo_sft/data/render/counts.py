@@ -38,12 +38,10 @@ class RenderCounts:
         else:
             tally.add(example, count)
 
-    def add_sample(
-        self, conversation: Conversation, text: Text, tokens: TokenSpans, header: str
-    ) -> dict[int, tuple[str, ...]]:
+    def add_sample(self, conversation: Conversation, text: Text, tokens: TokenSpans) -> dict[int, tuple[str, ...]]:
         """Count the turns of one sample.
 
-        Returns the parts that the template does not write, for each turn that lacks some. `header`: see `ReplyFormat`.
+        Returns the parts that the template does not write, for each turn that lacks some.
         """
         self.add("cut_turns", conversation.ref, tokens.num_cuts)
         unwritten: dict[int, tuple[str, ...]] = {}
@@ -51,12 +49,11 @@ class RenderCounts:
         for turn, group in groupby(pairs, key=lambda pair: pair[0].turn):
             spans, ranges = zip(*group, strict=True)
             message = conversation.messages[turn]
-            reply = "".join([text.text[span.start : span.end] for span in spans])
-            missing = missing_parts(message, reply)
+            missing = missing_parts(message, text.text[spans[0].reply_start : spans[-1].end])
             if missing:
                 unwritten[turn] = missing
 
-            self.turns += 1
+            self.turns += int(ranges[0][0] < ranges[-1][1])
             if spans[-1].stop is not None:
                 self.stop_tokens[int(tokens.ids[ranges[-1][1] - 1])] += 1
             found = {
@@ -65,11 +62,12 @@ class RenderCounts:
                 "second_stops": spans[-1].second_stop,
                 "unopened_turns": spans[0].lacks_prefill,
                 "rewritten_turns": spans[0].rewritten,
+                "clipped_marks": any(span.clipped for span in spans),
                 "unwritten_turns": bool(missing),
-                "trained_headers": header != "" and reply.lstrip().startswith(header),
+                "trained_headers": spans[0].has_header,
                 "empty_replies": "tool_calls" not in message and not message["content"].strip(),
             }
-            # Nearly always nothing was found: one test instead of eight calls.
+            # Nearly always nothing was found: one test instead of many calls.
             if True in found.values():
                 for name, is_found in found.items():
                     self.add(name, conversation.ref, int(is_found))

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
-from apollo_sft.types import Message
+from apollo_sft.types import REASONING_KEYS, Message
 
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-"""The names that templates and data sets have for the reasoning of a message."""
+THINK_TAGS = ("<think>", "</think>")
+"""The tags that data sets have around reasoning in a content."""
 
 
 class CallStyle(Enum):
@@ -56,12 +56,47 @@ def with_call_form(message: Message, style: CallStyle) -> Message:
     return message
 
 
-def with_reasoning_names(messages: Sequence[Message]) -> list[Message]:
+def with_content_parts(message: Message) -> Message:
+    """Return a message whose content is a list of one text part."""
+    if not isinstance(message["content"], str):
+        return message
+    return message | {"content": [{"type": "text", "text": message["content"]}]}
+
+
+def with_reasoning_names(messages: Sequence[Message], tags: Sequence[tuple[str, str]] = ()) -> list[Message]:
     """Return messages that have their reasoning under every name that templates read.
 
+    `tags`: reasoning between such tags at the start of a content is taken out of it.
     Source: what `apply_chat_template` of transformers 5.23 gives to a template.
     """
-    return [_with_reasoning(message) for message in messages]
+    return [_with_reasoning(message, tags) for message in messages]
+
+
+def reasoning_of(message: Message) -> str:
+    """Return the reasoning that a message has under its own key, empty where it has none."""
+    found = (message[name] for name in REASONING_KEYS if message.get(name))
+    return next(found, "")
+
+
+def has_reasoning(message: Message) -> bool:
+    """Return whether a message has reasoning under its own key, or at the start of its content."""
+    if reasoning_of(message).strip():
+        return True
+    content = message.get("content") or ""
+    reasoning, _ = split_reasoning(content)
+    return bool(reasoning.strip())
+
+
+def split_reasoning(content: str, tags: Sequence[tuple[str, str]] = (THINK_TAGS,)) -> tuple[str, str | None]:
+    """Return the reasoning at the start of a content and what follows it; "" and None where it has none."""
+    begin = content.lstrip()
+    for opening, closing in tags:
+        if not begin.startswith(opening):
+            continue
+        reasoning, found, answer = begin.removeprefix(opening).partition(closing)
+        if found:
+            return reasoning.strip("\n"), answer.lstrip("\n")
+    return "", None
 
 
 def call_names(message: Message) -> list[str]:
@@ -69,13 +104,16 @@ def call_names(message: Message) -> list[str]:
     return [call.get("function", call)["name"] for call in message.get("tool_calls", ())]
 
 
-def _with_reasoning(message: Message) -> Message:
-    if message.keys().isdisjoint(REASONING_KEYS):
+def _with_reasoning(message: Message, tags: Sequence[tuple[str, str]]) -> Message:
+    has_own = any(message.get(name) is not None for name in REASONING_KEYS)
+    reasoning = reasoning_of(message)
+    if not reasoning and tags and message["role"] == "assistant":
+        reasoning, answer = split_reasoning(message["content"], tags)
+        if answer is not None:
+            message = message | {"content": answer}
+    if not reasoning and not has_own:
         return message
-    found = [message[name] for name in REASONING_KEYS if message.get(name) is not None]
-    if not found:
-        return message
-    return {"thinking": found[0]} | message | {"reasoning_content": found[0]}
+    return {"thinking": reasoning} | message | {"reasoning_content": reasoning}
 
 
 def _with_json_arguments(call: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from apollo_sft.data.render.renderings import UnprovableError
 from apollo_sft.data.render.template import ChatTemplate
-from apollo_sft.data.render.turns import UnprovableError
 from apollo_sft.errors import DataError
 from apollo_sft.types import RowRef
 

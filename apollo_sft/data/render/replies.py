@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from apollo_sft.data.render.message_forms import REASONING_KEYS
-from apollo_sft.types import Message
+from apollo_sft.types import REASONING_KEYS, Message
 
 
 def missing_parts(message: Message, reply: str) -> tuple[str, ...]:
@@ -18,17 +17,18 @@ def missing_parts(message: Message, reply: str) -> tuple[str, ...]:
     its arguments that are spelled alike in every notation.
     """
     missing = []
-    if not _is_in(message["content"], reply):
+    if not is_in(message["content"], reply):
         missing.append("content")
     reasoning = next((message[name] for name in REASONING_KEYS if name in message), "")
-    if not _is_in(reasoning, reply):
+    if not is_in(reasoning, reply):
         missing.append("reasoning")
     if "tool_calls" in message and not _has_calls(message, reply):
         missing.append("tool calls")
     return tuple(missing)
 
 
-def _is_in(part: str, reply: str) -> bool:
+def is_in(part: str, reply: str) -> bool:
+    """Return whether a part of a message is in a text; white space may differ, and it may be escaped as in JSON."""
     # The usual cases first: taking the white space out of long texts is slow.
     if part in reply or part.strip() in reply:
         return True
@@ -49,13 +49,13 @@ def _has_calls(message: Message, reply: str) -> bool:
     if any(reply.count(name) < count for name, count in names.items()):
         return False
 
-    plain_texts: list[str] = []
+    texts: list[str] = []
     for call in calls:
-        plain_texts += _plain_texts(call.get("arguments"))
-    return all(text in reply for text in plain_texts)
+        texts += plain_texts(call.get("arguments"))
+    return all(text in reply for text in texts)
 
 
-def _plain_texts(value: Any) -> Iterator[str]:
+def plain_texts(value: Any) -> Iterator[str]:
     """Yield the texts in a value that no notation has to escape."""
     if isinstance(value, str):
         if value.isalnum() and value.isascii():
@@ -68,4 +68,4 @@ def _plain_texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         items = value
     for item in items:
-        yield from _plain_texts(item)
+        yield from plain_texts(item)

@@ -20,9 +20,8 @@ from apollo_sft.data.render.limits import Limits, TimeUpError
 from apollo_sft.data.render.quick_lookup import JsonCache, quick_environment
 from apollo_sft.data.render.template import ChatTemplate
 from apollo_sft.errors import DataError
-from apollo_sft.types import Message
+from apollo_sft.types import RESERVED_ARGUMENTS, Message
 
-RESERVED_ARGUMENTS = ("messages", "tools", "documents", "add_generation_prompt")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MAX_CHARACTERS = 1 << 25
 """Length of one rendering."""
@@ -86,7 +85,11 @@ class Sandbox:
         return GENERATION_TAG.search(self.template.text_for(has_tools)) is not None
 
     def generated(
-        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, row_kwargs: dict[str, Any]
+        self,
+        messages: Sequence[Message],
+        tools: list[dict[str, Any]] | None,
+        row_kwargs: dict[str, Any],
+        add_generation_prompt: bool,
     ) -> list[tuple[int, int]]:
         """Return the ranges of characters of `render` that generation tags mark. Raises: RenderError."""
         compiled = chat_template_utils._compile_jinja_template(self.template.text_for(tools is not None))
@@ -94,7 +97,7 @@ class Sandbox:
         render = chat_template_utils._render_with_assistant_indices
 
         def marked_ranges(_: None) -> Any:
-            return render(compiled, messages, tools, None, False, **given)[1]
+            return render(compiled, messages, tools, None, add_generation_prompt, **given)[1]
 
         ranges: list[tuple[int, int]] = self._run(marked_ranges, None)
         return ranges

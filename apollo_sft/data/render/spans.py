@@ -24,13 +24,14 @@ with as_rendered the second text too, with "b" trained as it is there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
+from apollo_sft.data.render.renderings import Renderings, Turn, UnprovableError
 from apollo_sft.data.render.reply_format import MARK, ReplyFormat
 from apollo_sft.data.render.text_search import common_length, first_token
-from apollo_sft.data.render.turns import Renderings, Turn, UnprovableError, find_turn
+from apollo_sft.data.render.turns import find_turn
 
 History = Literal["expand", "last_turn", "as_rendered"]
 
@@ -43,6 +44,10 @@ class Span:
     start: int
     end: int
 
+    reply_start: int
+    """The character at which the reply starts, with what the generation prompt opens for it (`<think>`). It is before
+    `start` where a part of the reply is context."""
+
     stop: str | None
     """The text of the stop token, None where the template writes none."""
 
@@ -50,48 +55,72 @@ class Span:
     """The span ends with a second end mark, the tokenizer's eos."""
 
     lacks_prefill: bool = False
-    """The generation prompt continues behind `start` with a prefill (`<think>\\n`) that the template writes in no
-    reply."""
+    """The generation prompt continues behind `start` with a prefill (`<think>\\n`) that the reply does not continue."""
 
     rewritten: bool = False
     """The span is not what the model writes at inference, but what the template makes of it when messages follow."""
 
+    has_header: bool = False
+    """The span begins with a role header, as the template has no generation prompt: see `ReplyFormat.header`."""
+
+    clipped: bool = False
+    """The template's generation tags mark more than the model writes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """One rendering of the first `num_messages` messages, and the spans of its targets, in order."""
+    """One text that is trained, and the spans of its targets, in order."""
 
     text: str
     spans: Sequence[Span]
+
     num_messages: int
+    """The messages of the row that it goes through."""
+
+    arguments: dict[str, Any]
+    """The template arguments of the row with which it was rendered."""
+
+    joined_at: int | None = None
+    """The character from which on it is the end of the rendering of `num_messages` messages; before it is a prompt.
+    None where all of it is that rendering."""
 
 
-def lay_out(renderings: Renderings, trained: Sequence[int], history: History) -> list[Text]:
+def lay_out(
+    renderings_of: Callable[[int | None], Renderings],
+    trained: Sequence[int],
+    history: History,
+    answers_only: bool = False,
+) -> list[Text]:
     """Return the fewest texts that contain each trained turn as at inference, with its span in one of them.
 
     A text contains a turn when it starts with what the model sees and writes in it. A template that rewrites earlier
     turns once others follow needs several texts, each of which ends with one of the turns.
+    `renderings_of`: the renderings with the template arguments of a message, or of the row (None).
+    `answers_only`: the reasoning of a reply is context.
 
     Raises: UnprovableError, RenderError.
     """
-    num_messages = len(renderings.messages)
-    remaining = [find_turn(renderings, index) for index in trained]
+    remaining = [find_turn(renderings_of(index), index, answers_only) for index in trained]
+    if not remaining:
+        return [_whole(renderings_of(None), [])]
     if history == "as_rendered":
-        return [_as_rendered(renderings, remaining)]
+        return [_as_rendered(remaining)]
 
     texts: list[Text] = []
-    while remaining or not texts:
+    while remaining:
         # From the last turn backwards: a text that ends with a turn contains the most of the earlier ones.
-        end = remaining[-1].index + 1 if remaining else num_messages
-        contained = _contained(renderings.text(end), remaining)
-        if not texts and end < num_messages:
+        last = remaining[-1]
+        contained = _contained(last.text, remaining)
+        text = _ending_with(last, contained)
+        if not texts and last.num_messages < len(last.renderings.messages):
             # The whole conversation, if it contains no turn less: then what follows the last trained turn is read too.
-            in_whole = _contained(renderings.text(num_messages), remaining)
+            whole = last.renderings.text(len(last.renderings.messages))
+            in_whole = _contained(whole, remaining)
             if set(contained) <= set(in_whole):
-                end = num_messages
+                text = _whole(last.renderings, in_whole)
                 contained = in_whole
 
-        texts.append(_with_spans(renderings, end, contained))
+        texts.append(text)
         remaining = [turn for turn in remaining if turn not in contained]
         if history != "expand":
             break
@@ -101,7 +130,7 @@ def lay_out(renderings: Renderings, trained: Sequence[int], history: History) ->
 def within_generation_tags(text: Text, marked: Sequence[tuple[int, int]], reply_format: ReplyFormat) -> Text:
     """Return the text with the targets reduced to the ranges that the template's generation tags mark.
 
-    Raises: UnprovableError where the tags mark more than the model writes, but for white space around it.
+    Tags often mark the role header too, which no model writes: of a range only what is in a target counts.
     """
     spans: list[Span] = []
     for span in text.spans:
@@ -115,19 +144,14 @@ def _add_part(spans: list[Span], span: Span, marked: tuple[int, int], text: str,
     """Append the part of `span` that is in the range `marked`, joined with the part before it where they touch."""
     first, last = marked
     outside = text[first : span.start] + text[span.end : last]
-    if outside.strip():
-        raise UnprovableError(span.turn, f"the template's generation tags mark what no model writes: {outside!r}")
-
     start = max(first, span.start)
     end = min(last, span.end)
     if spans and (spans[-1].turn, spans[-1].end) == (span.turn, start):
         start = spans.pop().start
 
-    if end == span.end:
-        part = replace(span, start=start)
-    else:
-        stop = reply_format.stop_token(text[start:end])
-        part = replace(span, start=start, end=end, stop=stop, second_stop=False)
+    part = replace(span, start=start, end=end, clipped=bool(outside.strip()))
+    if end < span.end:
+        part = replace(part, stop=reply_format.stop_token(text[start:end]), second_stop=False)
     spans.append(part)
 
 
@@ -135,23 +159,36 @@ def _contained(text: str, turns: Sequence[Turn]) -> list[Turn]:
     return [turn for turn in turns if text.startswith(turn.text)]
 
 
-def _with_spans(renderings: Renderings, num_messages: int, turns: Sequence[Turn]) -> Text:
+def _ending_with(last: Turn, turns: Sequence[Turn]) -> Text:
+    """Return the text that ends with a turn, and contains these."""
+    text = last.text + last.rest
+    spans = [_span(turn, text, last.num_messages) for turn in turns]
+    joined_at = None
+    if text != last.renderings.text(last.num_messages):
+        joined_at = last.start
+    return Text(text, spans, last.num_messages, last.renderings.arguments, joined_at)
+
+
+def _whole(renderings: Renderings, turns: Sequence[Turn]) -> Text:
+    """Return the text of the whole conversation, which contains these turns."""
+    num_messages = len(renderings.messages)
     text = renderings.text(num_messages)
-    spans = [_span(turn, text, num_messages, renderings.format) for turn in turns]
-    return Text(text, spans, num_messages)
+    spans = [_span(turn, text, num_messages) for turn in turns]
+    return Text(text, spans, num_messages, renderings.arguments)
 
 
-def _as_rendered(renderings: Renderings, turns: Sequence[Turn]) -> Text:
+def _as_rendered(turns: Sequence[Turn]) -> Text:
     """Return the text of the whole conversation, with each turn as the template writes it there."""
+    renderings = turns[-1].renderings
     num_messages = len(renderings.messages)
     whole = renderings.text(num_messages)
     spans = []
     for turn in turns:
         if whole.startswith(turn.text):
-            spans.append(_span(turn, whole, num_messages, renderings.format))
+            spans.append(_span(turn, whole, num_messages))
         else:
             spans.append(_rewritten_span(renderings, turn, whole))
-    return Text(whole, spans, num_messages)
+    return Text(whole, spans, num_messages, renderings.arguments)
 
 
 def _rewritten_span(renderings: Renderings, turn: Turn, whole: str) -> Span:
@@ -159,41 +196,56 @@ def _rewritten_span(renderings: Renderings, turn: Turn, whole: str) -> Span:
 
     Raises: UnprovableError.
     """
+    from apollo_sft.data.render.joined import content_end, find_header
+
     # The content lies where another content changes the text: between the common prefix and the common suffix.
-    marked = renderings.marked(turn.index, MARK, len(renderings.messages))
+    message = renderings.messages[turn.index]
+    marked = renderings.changed(turn.index, message | {"content": MARK}, len(renderings.messages))
     first = common_length(whole, marked)
     last = len(whole) - min(common_length(whole[::-1], marked[::-1]), len(whole) - first)
 
-    earlier = common_length(renderings.text(turn.index), turn.text)
-    header = turn.text[earlier : turn.start]
-    start = whole.rfind(header, 0, first) + len(header)
+    header = renderings.format.usual_prompt(renderings.arguments)
+    earliest = content_end(renderings, turn.index - 1, whole, len(renderings.messages))
+    start, length = find_header(header, whole, earliest, first)
     end = whole.find(turn.stop or MARK, last)
-    if turn.stop is None or start < len(header) or end < 0:
+    if turn.stop is None or (header.strip() and not header[:length].strip()) or end < 0:
         raise UnprovableError(
             turn.index, "the template rewrites the turn once others follow, and marks its end otherwise"
         )
-    return Span(turn.index, start, end + len(turn.stop), turn.stop, lacks_prefill=turn.lacks_prefill, rewritten=True)
+    end += len(turn.stop)
+    return Span(turn.index, start, end, start, turn.stop, lacks_prefill=turn.lacks_prefill, rewritten=True)
 
 
-def _span(turn: Turn, text: str, num_messages: int, reply_format: ReplyFormat) -> Span:
+def _span(turn: Turn, text: str, num_messages: int) -> Span:
     """Return the span of a turn in a text that contains it.
 
     It ends behind the stop token, behind a second end mark (eos at the end of the text), or, where replies have no
     stop of their own, behind the control token with which the next message starts.
     """
+    reply_format = turn.renderings.format
+    start = turn.target_start
     end = len(turn.text)
+    reply_start = turn.start
+    generation_prompt = reply_format.usual_prompt(turn.renderings.arguments)
+    if text.endswith(generation_prompt, 0, turn.start):
+        reply_start -= len(generation_prompt)
+
+    header = reply_format.header
+    span = Span(turn.index, start, end, reply_start, turn.stop, lacks_prefill=turn.lacks_prefill)
+    if header and text[start:end].lstrip().startswith(header):
+        span = replace(span, has_header=True)
     is_last = turn.index + 1 == num_messages
     if reply_format.has_stop and not is_last:
-        return Span(turn.index, turn.start, end, turn.stop, lacks_prefill=turn.lacks_prefill)
+        return span
 
-    stop = turn.stop
     following = text[end:].lstrip()
-    ends_with_eos = False
-    if stop is not None and is_last and reply_format.document_end == reply_format.eos != stop:
-        ends_with_eos = reply_format.eos is not None and following.rstrip() == reply_format.eos
-
     next_token = first_token(following, reply_format.control_tokens)
-    if ends_with_eos or (not reply_format.has_stop and next_token is not None):
-        stop = next_token or stop
-        end = len(text) - len(following) + len(stop or "")
-    return Span(turn.index, turn.start, end, stop, ends_with_eos, turn.lacks_prefill)
+    ends_with_eos = False
+    if turn.stop is not None and is_last and reply_format.document_end == reply_format.eos != turn.stop:
+        ends_with_eos = reply_format.eos is not None and following.rstrip() == reply_format.eos
+    if not ends_with_eos and (reply_format.has_stop or next_token is None):
+        return span
+
+    stop = next_token or turn.stop
+    end = len(text) - len(following) + len(stop or "")
+    return replace(span, end=end, stop=stop, second_stop=ends_with_eos)

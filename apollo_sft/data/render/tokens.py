@@ -15,9 +15,9 @@ from tokenizers import AddedToken
 
 from apollo_sft.config.schema import DataConfig
 from apollo_sft.data.render.control_tokens import unknown_tokens
+from apollo_sft.data.render.renderings import UnprovableError
 from apollo_sft.data.render.spans import Span, Text
 from apollo_sft.data.render.template import ChatTemplate, is_own, resolve_template
-from apollo_sft.data.render.turns import UnprovableError
 from apollo_sft.errors import DataError
 
 CACHED_TAILS = 4096

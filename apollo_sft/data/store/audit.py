@@ -29,6 +29,15 @@ CONTEXT_CHARS = 400
 TARGET_CHARS = 1200
 
 FINDINGS = {
+    "lost_parts": "{count} parts of rows are neither trained nor in a prompt: the template does not write them, first "
+    "{rows}",
+    "reasoning_left_out": "the reasoning of {count} earlier replies is in no prompt: the template leaves it out, as at "
+    "inference",
+    "thinking_off": "{count} of {turns} replies have no reasoning and are trained as replies with thinking off: the "
+    "empty block is part of the prompt (data.thinking=auto)",
+    "clipped_marks": "{count} replies have generation tags around more than the model writes: only what it writes is "
+    "trained",
+    "blank_turns": "{count} replies are blank and have no stop token: they have no target",
     "expanded_rows": "{count} rows give several samples: the template rewrites earlier turns once others follow",
     "turns_left_out": "{count} turns are not trained: the template rewrites them once others follow "
     "(data.history=last_turn)",

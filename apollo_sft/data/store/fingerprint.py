@@ -18,7 +18,7 @@ from apollo_sft.data.read.files import is_remote, shown
 from apollo_sft.data.render.template import ChatTemplate
 from apollo_sft.errors import DataError
 
-FORMAT = 4
+FORMAT = 5
 """Raised whenever the same inputs give other samples or another layout of the files."""
 
 SETTLED_SECONDS = 2.0

@@ -159,6 +159,12 @@ class _Chunk:
             reason = f"replies trained without their {' and '.join(parts)}, which the template does not write"
             self.writer.reject(Rejected(ref.file, ref.row, tuple(turns), True, reason, 0, 0, unwritten=True))
 
+        for what, messages in row.lost.items():
+            reason = f"neither trained nor in a prompt: {what}, which the template does not write"
+            if what.startswith("column "):
+                reason = f"neither trained nor in a prompt: the {what}, which no key names"
+            self.writer.reject(Rejected(ref.file, ref.row, tuple(messages), True, reason, 0, 0, unwritten=True))
+
         trained = [self._add_sample(sample, row.dropped) for sample in row.samples]
         if not any(trained):
             summary.not_trained.add(str(ref))

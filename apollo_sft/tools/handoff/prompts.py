@@ -214,17 +214,16 @@ def _trained_tokenizer(subject: Subject) -> tuple[Any, str]:
 def _rendered(subject: Subject, renderer: Renderer) -> Iterator[tuple[Conversation, CallStyle, Text, Sample]]:
     """Yield rows of the data as training rendered them, without those that it refused."""
     columns = needed_columns(subject.data)
-    style: CallStyle | None = None
     for ref, row in islice(read_rows(subject.files, columns), COMPARED_ROWS):
         try:
             conversation = parse_row(row, ref, subject.data)
-            (samples,) = renderer.render([conversation], style)
+            (samples,) = renderer.render([conversation])
         except DataError:
             continue
         with renderer.sandbox.bounded():
-            style, texts = renderer.lay_out(conversation, style)
-        for text, sample in zip(texts, samples, strict=True):
-            yield conversation, style or CallStyle.PLAIN, text, sample
+            layout = renderer.layouts.lay_out(conversation)
+        for text, sample in zip(layout.texts, samples, strict=True):
+            yield conversation, layout.style, text, sample
 
 
 def _opening_spans(conversation: Conversation, text: Text) -> list[Span]:
@@ -241,25 +240,25 @@ def _compare(subject: Subject, style: CallStyle, conversation: Conversation, tex
     messages = [with_call_form(message, style) for message in conversation.messages[: span.turn]]
     day = datetime.combine(date.fromisoformat(subject.data.template_date), time())
     kwargs = {"strftime_now": lambda form: day.strftime(form)} | conversation.template_kwargs
-    given = subject.data.apply_chat_template_kwargs
     expected = text.text[: span.start]
 
     # Without the arguments that training gave the template first: RL may not give them.
     attempts: list[Mapping[str, Any]] = [{}]
+    given = dict(subject.data.apply_chat_template_kwargs) | text.arguments
     if given:
         attempts.append(given)
 
     rendered: list[str] = []
     for more in attempts:
         try:
-            prompt = render_prompt(subject.tokenizer, messages, {**more, **kwargs}, conversation.tools)
+            prompt = render_prompt(subject.tokenizer, messages, {**kwargs, **more}, conversation.tools)
         except Exception as error:  # a stranger's template
             raise WrongError("template_fails", f"{conversation.ref}: {in_short(error)}", "export again") from error
-        if (prompt == expected or (span.lacks_prefill and prompt.startswith(expected))) and not (more and given):
+        if prompt == expected or (span.lacks_prefill and prompt.startswith(expected)):
+            if more:
+                what = "prompts are as in training only with these template arguments"
+                raise WrongError("template_kwargs", what, f"give RL the same: {given}", is_note=True)
             return prompt
-        if prompt == expected:
-            what = "prompts are as in training only with data.apply_chat_template_kwargs"
-            raise WrongError("template_kwargs", what, f"give RL the same: {dict(given)}", is_note=True)
         rendered.append(prompt)
 
     found = rendered[0]

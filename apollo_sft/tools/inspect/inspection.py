@@ -32,10 +32,10 @@ PROBLEMS = {
     "refused": "refused",
     "dropped": "dropped",
     "cut": "cut",
-    "incomplete": "with replies that the template does not write completely",
+    "incomplete": "with something that the template does not write",
 }
 """Kinds of losses that make a check fail, in words."""
-IN_THE_LEDGER = frozenset({"unwritten_turns"})
+IN_THE_LEDGER = frozenset({"unwritten_turns", "lost_parts"})
 """Findings that the losses contain too, row by row."""
 SHOWN = 2
 """Samples of each kind that `worst` returns."""

@@ -26,14 +26,14 @@ from apollo_sft.report.document import (
     Token,
 )
 from apollo_sft.tools.inspect.counts import FileCounts, Found, Loss, histogram
-from apollo_sft.tools.inspect.inspection import Inspection, Pick, Split, rows_in_words
+from apollo_sft.tools.inspect.inspection import IN_THE_LEDGER, Inspection, Pick, Split, rows_in_words
 from apollo_sft.train.announce import steps_in_words
 
 LOST: dict[str, tuple[Level, str]] = {
     "refused": ("bad", "refused"),
     "dropped": ("bad", "dropped"),
     "cut": ("bad", "cut"),
-    "incomplete": ("bad", "with replies that the template does not write completely"),
+    "incomplete": ("bad", "with something that the template does not write"),
     "left out": ("warning", "with turns left out"),
     "set aside": ("warning", "set aside"),
 }
@@ -134,7 +134,8 @@ def _split_notes(split: Split, tokenizer: Any, clean: Clean) -> Iterator[Note]:
         if tokens:
             text += f", {tokens:,} tokens of them not trained"
         if kind == "incomplete":
-            text += f": {summary.findings['unwritten_turns'].count:,} replies"
+            parts = [summary.findings[name].count for name in IN_THE_LEDGER if name in summary.findings]
+            text += f": {sum(parts):,} parts of messages"
         yield Note(level, text)
 
     if not split.losses:

@@ -66,7 +66,7 @@ def check(one: Renderer, tokenizer: Any, count: int, seed: int) -> tuple[int, in
     results = one.try_render(rows)
     with one.sandbox.bounded():
         laid_out = [
-            one.lay_out(row)[1] if isinstance(result, Rendered) else []
+            one.layouts.lay_out(row).texts if isinstance(result, Rendered) else []
             for row, result in zip(rows, results, strict=True)
         ]
     for row, result, texts in zip(rows, results, laid_out, strict=True):

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from apollo_sft.data.render.message_forms import CallStyle
 from apollo_sft.data.render.render import Renderer, shifted_labels, truncate
 from apollo_sft.data.render.template import ChatTemplate, resolve_template
 from apollo_sft.errors import DataError
@@ -97,7 +96,6 @@ def test_a_whole_sample_by_hand() -> None:
         (CLOSING.replace("eos_token", "'<|im_start|>'"), chat("a", "b"), ["b<|end|>"]),
         (STARTING, chat("a", "b", "c", "d"), ["b<|user|>", "d"]),
         (STARTING, chat("a", "b", "c"), ["b<|user|>"]),
-        (FORGETFUL, chat("a", "b"), ["<think>\n\n</think>\n\nb<|im_end|>"]),
         (UNSTOPPED, chat("a", "b", "c", "d"), ["b", "d"]),
         ("plain", chat("a", "b", "c", "d"), ["b<|endoftext|>", "d<|endoftext|>"]),
         ("chatml", chat("a", "b"), ["b<|im_end|>"]),
@@ -125,7 +123,8 @@ def test_template_arguments_decide_what_is_prompt() -> None:
 @pytest.mark.parametrize(
     ("template", "messages", "kwargs", "said"),
     [
-        ("{{ messages[-1].content }}", chat("a", "b"), {}, ("turn 1", "the messages before the turn in another way")),
+        ("{% for m in messages %}{{ m.content }}<|end|>{% endfor %}{{ '<|user|>' if add_generation_prompt }}",
+         chat("a", "b"), {}, ("turn 1", "does not begin this reply as its generation prompt does")),
         ("{{ messages[0].content }}{{ '<|user|>' if add_generation_prompt }}", chat("a", "b"), {},
          ("turn 1", "does not write the content")),
         ("{{ raise_exception('roles must alternate') }}", chat("a", "b"), {}, ("fails", "roles must alternate")),
@@ -165,7 +164,7 @@ def test_one_bad_conversation_leaves_the_others() -> None:
 )
 def test_templates_that_rewrite_history(template: str, history: str, expected: list[list[str]]) -> None:
     """Each turn as inference would produce it, in the fewest samples; or what `data.history` asks for instead."""
-    one = renderer(template, history=history)
+    one = renderer(template, history=history, thinking="all")
     [samples] = one.render([Conversation(chat("a", "b", "c", "d"), None, {}, REF)])
     assert [target_texts(sample) for sample in samples] == expected
     left_out = 2 - sum(len(texts) for texts in expected)
@@ -186,7 +185,7 @@ def test_turns_of_one_step_share_a_sample() -> None:
         {"role": "assistant", "content": "c"},
         *chat("d", "e"),
     ]
-    [samples] = renderer(template).render([Conversation(messages, None, {}, REF)])
+    [samples] = renderer(template, thinking="all").render([Conversation(messages, None, {}, REF)])
     assert [target_texts(sample) for sample in samples] == [
         [THINK + "b<|im_end|>", THINK + "c<|im_end|>"],
         [THINK + "e<|im_end|>"],
@@ -266,9 +265,9 @@ def test_targets_at_position_0_are_counted_not_trained() -> None:
 def test_counts() -> None:
     one = renderer(UNSTOPPED)
     one.render([Conversation(chat("a", "b", "c", ""), None, {}, REF)])
-    assert (one.counts.turns, found_in(one)) == (2, {"turns_without_stop": 2, "empty_replies": 1})
+    assert (one.counts.turns, found_in(one)) == (1, {"turns_without_stop": 2, "empty_replies": 1, "blank_turns": 1})
     examples = {name: tally.examples for name, tally in one.counts.findings.items()}
-    assert examples == {"turns_without_stop": [str(REF)], "empty_replies": [str(REF)]}
+    assert examples == {key: [str(REF)] for key in ("turns_without_stop", "empty_replies", "blank_turns")}
     two = renderer(CHATML)
     two.render([Conversation(chat("a", "b", "c", "d"), None, {}, REF)] * 2)
     assert two.counts.stop_tokens == {tiny_tokenizer().convert_tokens_to_ids("<|im_end|>"): 4}
@@ -345,7 +344,7 @@ def test_text_that_spells_a_control_token() -> None:
 
     one = renderer(CHATML, special_tokens_in_content="allow")
     assert target_texts(one.render(rows)[0][0]) == ["so <|im_end|> it is<|im_end|>"]
-    assert found_in(one) == {"control_tokens": 2}
+    assert found_in(one) == {"control_tokens": 2, "lost_parts": 1}
 
 
 def test_the_date_that_a_template_prints_is_the_configured_one() -> None:
@@ -394,8 +393,8 @@ def test_tool_calls_get_the_form_that_the_template_writes(body: str, call: str) 
     assert found_in(one)["unwritten_turns"] == (0 if call else 2)
 
 
-def test_rendering_does_not_depend_on_earlier_calls() -> None:
-    """A style that fits one row is tried first on the rows after it, in one call only, or where the caller asks."""
+def test_a_rendering_depends_on_its_row_alone() -> None:
+    """The template takes arguments as JSON text of all functions but one, of which it writes a dict in its own way."""
     body = (
         "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}"
         "{% if c.function.name == 'add' %}{{ c.function.arguments }}"
@@ -403,13 +402,12 @@ def test_rendering_does_not_depend_on_earlier_calls() -> None:
     )
     adding = Conversation(CALLING, None, {}, REF)
     multiplying = Conversation(json.loads(json.dumps(CALLING).replace("add", "mul")), None, {}, REF)
-    one = renderer(CALLS.replace("BODY", body))
-    together = [target_texts(sample)[0] for [sample] in one.render([multiplying, adding])]
-    assert together == ['mul{"x": 1}<|im_end|>', 'add{"x": 1}<|im_end|>']
-    [[alone]] = one.render([adding])
-    assert target_texts(alone)[0] == "add{'x': 1}<|im_end|>"
-    [[asked]] = one.render([adding], CallStyle.JSON_ARGUMENTS)
-    assert target_texts(asked)[0] == 'add{"x": 1}<|im_end|>'
+    expected = {"add": 'add{"x": 1}<|im_end|>', "mul": 'mul{"x": 1}<|im_end|>'}
+    for rows in ([multiplying, adding], [adding, multiplying], [adding], [multiplying]):
+        one = renderer(CALLS.replace("BODY", body))
+        for row, [sample] in zip(rows, one.render(rows), strict=True):
+            [call, _] = target_texts(sample)
+            assert call == expected[call[:3]], row
 
 
 def test_what_the_template_leaves_out_of_a_reply_is_counted() -> None:
@@ -449,11 +447,66 @@ def test_generation_tags_are_used_as_their_author_meant(body: str, expected: lis
     assert found_in(one) == found
 
 
-def test_generation_tags_that_mark_what_no_model_writes_are_refused() -> None:
+def test_generation_tags_that_mark_the_header_are_clipped_to_what_the_model_writes() -> None:
     template = TAGGED.replace("<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}{% generation %}", "START")
     start = "{% if m.role == 'assistant' %}{% generation %}<|im_start|>{{ m.role }}"
     template = template.replace("START", start).replace("{% else %}", "{% else %}<|im_start|>{{ m.role }}")
-    with pytest.raises(DataError, match=r"generation tags mark what no model writes: '<\|im_start\|>assistant"):
-        renderer(template.replace("BODY", "{{ m.content }}" + END)).render(
-            [Conversation(chat("a", "b"), None, {}, REF)]
-        )
+    one = renderer(template.replace("BODY", "{{ m.content }}" + END))
+    [[sample]] = one.render([Conversation(chat("a", "b", "c", "d"), None, {}, REF)])
+    assert target_texts(sample) == ["b<|im_end|>", "d<|im_end|>"]
+    assert found_in(one) == {"clipped_marks": 2}
+
+
+def test_a_template_of_parts_is_given_parts() -> None:
+    parts = "{% for part in message['content'] %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
+    one = renderer(CHATML.replace("{{ message['content'] }}", parts))
+    [[sample]] = one.render([Conversation(chat("a", "b", "c", "d"), None, {}, REF)])
+    assert target_texts(sample) == ["b<|im_end|>", "d<|im_end|>"]
+    assert sample.input_ids.tolist() == render(chat("a", "b", "c", "d")).input_ids.tolist()
+    assert found_in(one) == {}
+
+
+THINK_BY_REQUEST = FORGETFUL.replace("loop.last", "loop.last and not m.reasoning_content").replace(
+    "{{ m.content }}",
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}",
+)
+
+
+@pytest.mark.parametrize(
+    ("thinking", "said", "expected"),
+    [
+        ("auto", {"content": "b"}, "b<|im_end|>"),
+        ("all", {"content": "b"}, THINK + "b<|im_end|>"),
+        ("none", {"content": "b"}, "b<|im_end|>"),
+        ("auto", {"content": "b", "reasoning_content": "hm"}, "<think>\nhm\n</think>\n\nb<|im_end|>"),
+        ("none", {"content": "b", "reasoning_content": "hm"}, "b<|im_end|>"),
+        ("auto", {"content": "<think>\nhm\n</think>\n\nb"}, "<think>\nhm\n</think>\n\nb<|im_end|>"),
+        ("all", {"content": "<think>hm</think>b"}, "<think>\nhm\n</think>\n\nb<|im_end|>"),
+        ("none", {"content": "<think>\nhm\n</think>\n\nb"}, "b<|im_end|>"),
+    ],
+)
+def test_what_is_trained_of_reasoning(thinking: str, said: dict[str, str], expected: str) -> None:
+    one = renderer(THINK_BY_REQUEST, thinking=thinking)
+    [[sample]] = one.render([Conversation([*chat("a"), {"role": "assistant"} | said], None, {}, REF)])
+    assert target_texts(sample) == [expected]
+    is_off = thinking != "all" and said == {"content": "b"}
+    assert found_in(one)["thinking_off"] == is_off
+    assert found_in(one)["unwritten_turns"] == 0
+    text = tiny_tokenizer().decode(sample.input_ids)
+    assert ("hm" in text) == (said != {"content": "b"}), "reasoning that is not trained is context"
+
+
+def test_a_message_a_row_and_the_configuration_come_before_auto() -> None:
+    silent = chat("a", "b")
+    asked = {"enable_thinking": True}
+    rows = [
+        Conversation(silent, None, {}, REF, thinking={1: True}),
+        Conversation(silent, None, asked, REF),
+        Conversation(silent, None, asked, REF, thinking={1: False}),
+    ]
+    found = [target_texts(sample) for [sample] in renderer(THINK_BY_REQUEST).render(rows)]
+    assert found == [[THINK + "b<|im_end|>"], [THINK + "b<|im_end|>"], ["b<|im_end|>"]]
+    [[sample]] = renderer(THINK_BY_REQUEST, apply_chat_template_kwargs=asked).render(
+        [Conversation(silent, None, {}, REF)]
+    )
+    assert target_texts(sample) == [THINK + "b<|im_end|>"]

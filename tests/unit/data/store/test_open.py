@@ -299,8 +299,10 @@ def test_all_bad_rows_are_named_at_once(tmp_path: Path) -> None:
     assert lines[4].strip() == f"first {file} row 7"
     assert "data.bad_rows=skip" in lines[6]
     dialogue = write_parquet(tmp_path / "c.parquet", [{"messages": chat("a", "b", "c", "d")}])
-    template = "{{ messages[-1].content }}"
-    refused(request(tmp_path, dialogue, multiturn=True, chat_template=template), "row 0, turn 1", "in another way")
+    template = (
+        "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{{ '<|im_start|>' if add_generation_prompt }}"
+    )
+    refused(request(tmp_path, dialogue, multiturn=True, chat_template=template), "row 0, turn 1", "as its generation")
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
