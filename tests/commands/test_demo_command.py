@@ -11,7 +11,6 @@ import pytest
 
 from tests.support import python
 
-
 Starts = Callable[..., "subprocess.CompletedProcess[str]"]
 PROGRAM = str(python.PROGRAMS / "apollo-sft")
 

@@ -48,7 +48,7 @@ def exported(folder: Path, model: str, strategy: str, step: int, world: World) -
 
 
 def there_and_back(folder: Path, model: str, world: World) -> dict[str, Any]:
-    """fsdp2, fsdp, fsdp2 in turn, a step each, in fp64, against the same steps in one piece. What is loaded was saved."""
+    """fsdp2, fsdp, fsdp2 in turn, a step each, in fp64, against the steps in one piece. What is loaded was saved."""
     one = Training(folder, model, "fsdp2", world, DOUBLE)
     expected = one.steps(0, STEPS)
     found: list[float] = []

@@ -56,8 +56,8 @@ CHANGEABLE = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS",
     "TRITON_CACHE_DIR",
 }
-"""Those that can be changed in a process that runs all the same. The token is read when the hub is asked. Torch sets the
-caches, a training in the test's own process the warnings: they must not end the forking for all tests after it."""
+"""Those that can be changed in a process that runs all the same. The token is read when the hub is asked. Torch sets
+the caches, a training in the test's own process the warnings: they must not end the forking for all tests after it."""
 
 AT_START = ("sitecustomize", "usercustomize")
 """Modules that Python imports when it starts."""
