@@ -54,7 +54,7 @@ def test_layouts() -> None:
 
 
 def test_save() -> None:
-    rows = lines("save.py", "--hidden", "64", "--layers", "1", "--every", "2", "--saves", "2")
+    rows = lines("save.py", "--hidden", "64", "--layers", "1", "--every", "2", "--saves", "1")
     assert list(rows) == ["no checkpoint", "synchronous", "synchronous, no hf/", "asynchronous", "asynchronous, no hf/"]
     copies = {name: figures[2] for name, figures in rows.items()}
     assert copies["synchronous"] == copies["no checkpoint"] == 0

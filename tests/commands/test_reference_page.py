@@ -133,10 +133,10 @@ def columns(file: Path) -> set[str]:
     return set(pq.read_schema(file).names)
 
 
-def filled(command: str) -> str:
+def filled(command: str, processes: int = 2) -> str:
     """The two commands with `…`, and the two names in angle brackets."""
-    command = command.replace("torchrun ...", "torchrun --standalone --nnodes=1 --nproc_per_node=2")
-    command = command.replace("<N_GPUS>", "2").replace("<MODEL_PATH>", MODELS[0])
+    command = command.replace("torchrun ...", f"torchrun --standalone --nnodes=1 --nproc_per_node={processes}")
+    command = command.replace("<N_GPUS>", str(processes)).replace("<MODEL_PATH>", MODELS[0])
     command = command.replace("<TRAIN_DATA>", "$HOME/data/gsm8k/train.parquet")
     return command.replace("\n...", "\ndata.val_files=$HOME/data/gsm8k/test.parquet")
 
@@ -168,7 +168,7 @@ def test_preparations_and_trainings(machine: Machine) -> None:
     assert pq.read_metadata(data / "multiturn" / "test.parquet").num_rows >= 200
 
     base = machine.folder / "work" / MODELS[0]
-    out = machine.train(filled(form), SMALL, out="form", starts=shell.run_anew)
+    out = machine.train(filled(form, processes=1), SMALL, out="form", starts=shell.run_anew)
     opened(out, base, STEPS)
 
     out = machine.train(gsm8k, SMALL)
