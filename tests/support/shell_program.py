@@ -17,16 +17,11 @@ def main(address: str, words: list[str]) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until there is a process that can get them
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.connect(address)
-<<<<<<< ours
     request = {
         "words": words,
         "folder": os.getcwd(),  # noqa: PTH109  # pathlib takes 20 ms to import
         "environment": dict(os.environ),
     }
-=======
-    folder = os.getcwd()  # noqa: PTH109  # pathlib takes longer than the rest
-    request = {"words": words, "folder": folder, "environment": dict(os.environ)}
->>>>>>> theirs
     socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
 
     pid = int(connection.recv(64))
