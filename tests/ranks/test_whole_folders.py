@@ -49,17 +49,18 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     write, more = BASES[name]
     write(folder / "base")  # type: ignore[operator]
     write_parquet(folder / "train.parquet", rows(40))
-    cache = folder / "cache"
-    write_in_cache(cache / "hub", REPOSITORY)
     before = {key: os.environ.get(key) for key in ("HF_HOME", "HF_MODULES_CACHE")}
-    os.environ |= {"HF_HOME": str(cache), "HF_MODULES_CACHE": str(cache / "modules")}
+    if more:  # code of its own, which is looked for in a cache; processes with another cache cannot be forked
+        cache = folder / "cache"
+        write_in_cache(cache / "hub", REPOSITORY)
+        os.environ |= {"HF_HOME": str(cache), "HF_MODULES_CACHE": str(cache / "modules")}
     keys = (f"model.partial_pretrain={folder / 'base'}", "data.val_files=null", "trainer.total_training_steps=2")
     try:
         process = start(folder, folder / "run", *keys, *more, processes=2)
         said = finish(process)
     finally:
         for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.__setitem__(key, value)
+            os.environ.pop(key, None) if value is None else os.environ.__setitem__(key, value)
     assert process.returncode == 0, said[-3000:]
     return name, folder, folder / "run"
 

@@ -21,8 +21,7 @@ def spells_control_token(ref: RowRef, found: str) -> DataError:
 def no_target_found(ref: RowRef, error: UnprovableError, template: ChatTemplate) -> DataError:
     """Return the error about a turn whose target cannot be found."""
     return DataError(
-        f"{ref}, turn {error.turn}: what the model says in this turn cannot be located",
-        found=str(error),
+        f"{ref}, turn {error.turn}: the target of this turn cannot be located, {error}",
         expected=f"a turn that is rendered alike at inference and in training (template: {template.source})",
         fix="another data.chat_template, other data.apply_chat_template_kwargs, or rows of one turn",
     )
@@ -31,8 +30,7 @@ def no_target_found(ref: RowRef, error: UnprovableError, template: ChatTemplate)
 def template_fails(ref: RowRef, error: Exception, template: ChatTemplate) -> DataError:
     """Return the error about a conversation that the template does not accept."""
     return DataError(
-        f"{ref}: the chat template fails on this conversation",
-        found=str(error),
+        f"{ref}: the chat template fails on this conversation, {error}",
         expected=f"messages that the template accepts (template: {template.source})",
         fix="change the row, or data.chat_template",
     )

@@ -18,12 +18,16 @@ NUMBERS = re.compile(r"(?<![A-Za-z]-)\b\d[\d,]*")
 def reason_and_found(message: str, place: str) -> tuple[str, str]:
     """Return the first line of a message about the row `place`, without that place, and what was found there."""
     lines = [" ".join(line.split()) for line in message.splitlines()] or [""]
-    found = ""
-    for line in lines[1:]:
-        if line.startswith("found:"):
-            found = line.removeprefix("found:").strip()
-            break
-    return lines[0].removeprefix(place).lstrip(":, "), found
+    return lines[0].removeprefix(place).lstrip(":, "), _labelled("found:", message)
+
+
+def _labelled(label: str, message: str) -> str:
+    """Return the text of the line of a message that begins with a label, "" where there is none."""
+    for line in message.splitlines()[1:]:
+        words = " ".join(line.split())
+        if words.startswith(label):
+            return words.removeprefix(label).strip()
+    return ""
 
 
 def count_bad(summary: StoreSummary, place: str, error: DataError) -> None:
@@ -83,6 +87,9 @@ def reasons_in_words(summary: StoreSummary) -> str:
             line += f" ({found})"
         lines.append(line)
         lines.append(f"  first {', '.join(rows.tally.examples)}")
+        fix = _labelled("to do:", rows.text)
+        if fix:
+            lines.append(f"  to do: {fix}")
 
     others = common[NAMED_REASONS:]
     if others:

@@ -85,3 +85,22 @@ def test_a_file_of_nothing_but_different_mistakes_does_not_fill_memory() -> None
     assert len(total.bad) == MOST_REASONS + 1
     assert total.bad[OTHER].tally.count == 200 - MOST_REASONS
     assert total.bad[OTHER].tally.examples == [f"f row {i}" for i in range(50, 55)]
+
+
+def test_rows_that_a_template_refuses_are_grouped_by_its_own_words(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{% if 'no' in m.content %}{{ raise_exception('never say ' + m.role + ' no') }}{% endif %}"
+        "{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    rows = [
+        {"question": text, "answer": answer} for text, answer in (("a", "no"), ("no", "b"), ("no", "c"), ("a", "b"))
+    ]
+    file = write_parquet(tmp_path / "a.parquet", rows)
+    with pytest.raises(DataError) as caught:
+        prepare_store(request(tmp_path / "store", file, bad_rows="error", chat_template=template), lambda _: None)
+    lines = [" ".join(line.split()) for line in str(caught.value).splitlines()]
+    why = "the chat template fails on this conversation, TemplateError: never say"
+    assert lines[1] == f"found: 2 x {why} user no"
+    assert lines[2] == f"first {file} row 1, {file} row 2"
+    assert lines[3] == "to do: change the row, or data.chat_template"
+    assert lines[4] == f"1 x {why} assistant no"
