@@ -89,8 +89,8 @@ def test_a_file_of_nothing_but_different_mistakes_does_not_fill_memory() -> None
 
 def test_rows_that_a_template_refuses_are_grouped_by_its_own_words(tmp_path: Path) -> None:
     template = (
-        "{% for m in messages %}{% if 'no' in m.content %}{{ raise_exception('never say ' + m.role + ' no') }}{% endif %}"
-        "{{ m.content }}<|im_end|>{% endfor %}"
+        "{% for m in messages %}{% if 'no' in m.content %}{{ raise_exception('never say ' + m.role + ' no') }}"
+        "{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
     )
     rows = [
         {"question": text, "answer": answer} for text, answer in (("a", "no"), ("no", "b"), ("no", "c"), ("a", "b"))
