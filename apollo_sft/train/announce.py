@@ -13,7 +13,7 @@ from apollo_sft.config.overrides import leaves
 from apollo_sft.config.schema import SftConfig
 from apollo_sft.data.batch.loader import Loader
 from apollo_sft.data.batch.plan import PlanSpec, plan, samples_per_epoch, steps_per_epoch
-from apollo_sft.data.store.audit import describe, source_rows, to_json, write_ledger
+from apollo_sft.data.store.audit import describe, source_rows, to_json, write_findings, write_ledger
 from apollo_sft.report.log import say, terminal, warn
 from apollo_sft.train.optim.build import Schedule
 from apollo_sft.train.prepare_run import Prepared
@@ -54,6 +54,7 @@ def announce(prepared: Prepared, schedule: Schedule, loader: Loader, sp_size: in
     audit = to_json(prepared.train, prepared.val, sources)
     folder.audit.write_text(json.dumps(audit, indent=2, ensure_ascii=False) + "\n")
     write_ledger(prepared.train, prepared.val, folder.rejected)
+    write_findings(prepared.train, prepared.val, folder.findings)
 
     num_samples = samples_per_epoch(len(prepared.train), loader.spec)
     batch_size = loader.spec.batch_size

@@ -15,12 +15,13 @@ from transformers import AutoTokenizer
 
 from apollo_sft.cli.main import main
 from tests.support import python
-from tests.support.data import UNSTOPPED, chat, tiny_tokenizer, write_parquet
+from tests.support.data import CHATML, UNSTOPPED, chat, tiny_tokenizer, write_parquet
 from tests.support.models import tiny_config
 from tests.support.runs import arguments as training_arguments
 from tests.support.runs import read_metrics, train_here, write_inputs
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
+LOST_ONE = "1 row with something that the template does not write"
 SCRIPT = "<script>alert('x')</script>"
 
 
@@ -147,11 +148,11 @@ def test_a_check_fails_for_each_reason_and_says_which(inspect: Inspect) -> None:
     calling = {"role": "assistant", "content": "", "tool_calls": [call]}
     inspect.write("train.parquet", [*numbered(12), {"messages": [*chat("q"), calling]}])
     silent = inspect("--check", "--html", str(inspect.folder / "page.html"))
-    missing = "1 row with something that the template does not write"
+    missing = LOST_ONE
     assert (silent.code, silent.out.splitlines()[-1]) == (1, f"check failed: train: {missing}")
     for text in (silent.out, (inspect.folder / "page.html").read_text(encoding="utf-8")):
         said = " ".join(text.split())
-        assert f"{missing}: 1 replies" in said
+        assert f"{missing}, 1 in all" in said
         assert "replies trained without their tool calls, which the template does not write" in said
         assert "row 12, turn 1" in said
     unstopped = inspect(f"data.chat_template={UNSTOPPED}", "--check")
@@ -159,6 +160,26 @@ def test_a_check_fails_for_each_reason_and_says_which(inspect: Inspect) -> None:
     inspect.write("train.parquet", numbered(3))
     nothing = inspect("data.max_length=10", "data.truncation=right", "--check")
     assert nothing.code == 1 and "no row has a token to train on" in nothing.err
+
+
+def test_what_a_template_leaves_out_of_a_prompt_fails_the_check_and_is_listed_by_a_training(inspect: Inspect) -> None:
+    template = inspect.folder / "known_roles.jinja"
+    template.write_text(CHATML.replace("in messages %}", "in messages if message.role in ['user', 'assistant'] %}"))
+    lost = {"messages": [{"role": "developer", "content": "be kind"}, *chat("q", "a")]}
+    file = inspect.write("train.parquet", [*numbered(3), lost])
+    ended = inspect(f"data.chat_template={template}", "--check")
+    said = " ".join(ended.out.split())
+    assert (ended.code, ended.out.splitlines()[-1]) == (1, f"check failed: train: {LOST_ONE}")
+    assert "the content of the role developer, which the template does not write" in said
+    assert "row 3, turn 0" in said
+    assert inspect("--check").code == 0
+
+    inputs = write_inputs(inspect.folder / "inputs")
+    keys = (f"data.train_files={file}", "data.val_files=null", "data.multiturn.enable=true")
+    out = inspect.folder / "out"
+    train_here(inputs, out, *keys, f"data.chat_template={template}", "trainer.total_training_steps=1")
+    [line] = (out / "findings.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"split": "train", "file": file, "row": 3, "message": 0, "key": "content"}
 
 
 def test_every_row_that_a_training_refuses_is_named(inspect: Inspect) -> None:

@@ -34,7 +34,7 @@ MARKER = "apollo-sft run"
 RUN_JSON = "run.json"
 TIME = "%Y-%m-%dT%H:%M:%S%z"
 OWN_NAMES = frozenset(
-    {RUN_JSON, "metrics.jsonl", "config.yaml", "data_audit.json", "rejected.jsonl", "samples.jsonl"}
+    {RUN_JSON, "metrics.jsonl", "config.yaml", "data_audit.json", "rejected.jsonl", "findings.jsonl", "samples.jsonl"}
     | {"adapter", "checkpoints", "profile", "tensorboard", "wandb", "mlflow", "swanlab", "trackio"}
 )
 PROBE = publish.PREFIX + "probe"
@@ -57,6 +57,7 @@ class RunFolder:
         self.run_json = root / RUN_JSON
         self.audit = root / "data_audit.json"
         self.rejected = root / "rejected.jsonl"
+        self.findings = root / "findings.jsonl"
         self.checkpoints = root / "checkpoints"
         self.resume_from: Path | None = None
         self._lock = lock

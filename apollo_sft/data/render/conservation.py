@@ -37,6 +37,19 @@ class Part:
     texts: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Something that is said in a row and is neither trained nor in a prompt."""
+
+    key: str
+    """content, reasoning, tool_calls, tools, or the name of a column."""
+
+    messages: tuple[int, ...]
+    """The messages that say it; none where it is a column's."""
+
+    reason: str
+
+
 class Conservation:
     """Finds what is said in rows and is in none of their texts. `texts_of`: the texts of a conversation."""
 
@@ -81,6 +94,26 @@ class Conservation:
             if not all(text in whole for text in part.texts):
                 unwritten.add((part.message, part.key))
         return frozenset(unwritten)
+
+
+def lost_of(conversation: Conversation, parts: Sequence[Part]) -> list[Lost]:
+    """Return what is lost of a row, alike parts together: `parts`, and columns that no key names."""
+    found: list[Lost] = []
+    said = "neither trained nor in a prompt"
+    messages: dict[tuple[str, str], list[int]] = {}
+    for part in parts:
+        if part.message is None:
+            found.append(Lost(part.key, (), f"{said}: the {part.key}, which the template does not write"))
+        else:
+            role = conversation.messages[part.message]["role"]
+            messages.setdefault((part.key, role), []).append(part.message)
+
+    for (key, role), indices in messages.items():
+        reason = f"{said}: the {key} of the role {role}, which the template does not write"
+        found.append(Lost(key, tuple(indices), reason))
+    for name in conversation.unread:
+        found.append(Lost(name, (), f"{said}: the column {name}, which no key names"))
+    return found
 
 
 def parts_of(conversation: Conversation) -> Iterator[Part]:

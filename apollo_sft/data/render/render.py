@@ -21,7 +21,7 @@ import numpy as np
 
 from apollo_sft.config.schema import DataConfig
 from apollo_sft.data.render import refusals
-from apollo_sft.data.render.conservation import Conservation, Part
+from apollo_sft.data.render.conservation import Conservation, Lost, Part, lost_of
 from apollo_sft.data.render.control_tokens import ControlTokenScan, special_tokens
 from apollo_sft.data.render.counts import RenderCounts
 from apollo_sft.data.render.layout import Layout, RowLayouts, trained_turns
@@ -50,8 +50,7 @@ class Rendered:
     unwritten: dict[tuple[str, ...], list[int]] = field(default_factory=dict)
     """The turns that are trained without parts of the row's message, by the names of these parts."""
 
-    lost: dict[str, list[int]] = field(default_factory=dict)
-    """What is said in the row and is neither trained nor in a prompt, in words: the messages that it is in."""
+    lost: list[Lost] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -175,23 +174,17 @@ class Renderer:
         left_out = self._left_out(row.conversation, row.layout.texts, samples)
         return Rendered(samples, None, left_out, unwritten, self._lost(row))
 
-    def _lost(self, row: _Row) -> dict[str, list[int]]:
-        """Return what is said in a row and is in none of its texts, in words; count it."""
-        found: dict[str, list[int]] = {}
-        for part in row.lost:
-            if part.key == "reasoning" and self.layouts.format.before_reasoning is not None:
-                # The template writes reasoning, but not that of earlier turns: so it is at inference too.
-                self.counts.add("reasoning_left_out", row.conversation.ref)
-                continue
-            if part.message is None:
-                found[part.key] = []
-            else:
-                role = row.conversation.messages[part.message]["role"]
-                found.setdefault(f"{part.key} of the role {role}", []).append(part.message)
-        for name in row.conversation.unread:
-            found[f"column {name}"] = []
+    def _lost(self, row: _Row) -> list[Lost]:
+        """Return what is said in a row and is in none of its texts; count it."""
+        ref = row.conversation.ref
+        parts = row.lost
+        if self.layouts.format.before_reasoning is not None:
+            # The template writes reasoning, but not that of earlier turns: so it is at inference too.
+            parts = [part for part in row.lost if part.key != "reasoning"]
+            self.counts.add("reasoning_left_out", ref, len(row.lost) - len(parts))
 
-        self.counts.add("lost_parts", row.conversation.ref, sum(max(len(turns), 1) for turns in found.values()))
+        found = lost_of(row.conversation, parts)
+        self.counts.add("lost_parts", ref, sum(max(len(lost.messages), 1) for lost in found))
         return found
 
     def _left_out(

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +162,23 @@ def write_ledger(train: SampleStore, val: SampleStore | None, path: Path) -> Non
                 continue
             for entry in store.rejected():
                 file.write(json.dumps({"split": split} | asdict(entry), ensure_ascii=False) + "\n")
+
+
+def write_findings(train: SampleStore, val: SampleStore | None, path: Path) -> None:
+    """Write what is said in rows and is neither trained nor in a prompt, one JSON line each; no file for nothing."""
+    lines = []
+    for split, store in (("train", train), ("validation", val)):
+        entries = []
+        if store is not None:
+            entries = [entry for entry in store.rejected() if entry.unwritten]
+        for entry in entries:
+            for message, key in product(entry.turns or (None,), entry.keys):
+                place = {"split": split, "file": entry.file, "row": entry.row, "message": message, "key": key}
+                lines.append(json.dumps(place, ensure_ascii=False) + "\n")
+
+    path.unlink(missing_ok=True)
+    if lines:
+        path.write_text("".join(lines), encoding="utf-8")
 
 
 def marked(sample: Sample, tokenizer: Any, colour: bool = False) -> str:

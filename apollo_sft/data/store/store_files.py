@@ -77,7 +77,10 @@ class Rejected:
     targets_lost: int
 
     unwritten: bool = False
-    """The turns are trained without a part that the template does not write."""
+    """The turns are trained, or read, without a part that the template does not write."""
+
+    keys: tuple[str, ...] = ()
+    """The names of these parts."""
 
 
 def count_targets(sample: Sample) -> int:

@@ -157,17 +157,18 @@ class _Chunk:
             self.writer.reject(Rejected(ref.file, ref.row, left_out, bool(row.samples), why, 0, 0))
         for parts, turns in row.unwritten.items():
             reason = f"replies trained without their {' and '.join(parts)}, which the template does not write"
-            self.writer.reject(Rejected(ref.file, ref.row, tuple(turns), True, reason, 0, 0, unwritten=True))
+            self._add_unwritten(ref, turns, parts, reason)
 
-        for what, messages in row.lost.items():
-            reason = f"neither trained nor in a prompt: {what}, which the template does not write"
-            if what.startswith("column "):
-                reason = f"neither trained nor in a prompt: the {what}, which no key names"
-            self.writer.reject(Rejected(ref.file, ref.row, tuple(messages), True, reason, 0, 0, unwritten=True))
+        for lost in row.lost:
+            self._add_unwritten(ref, lost.messages, (lost.key,), lost.reason)
 
         trained = [self._add_sample(sample, row.dropped) for sample in row.samples]
         if not any(trained):
             summary.not_trained.add(str(ref))
+
+    def _add_unwritten(self, ref: RowRef, messages: Sequence[int], keys: tuple[str, ...], reason: str) -> None:
+        place = (ref.file, ref.row, tuple(messages))
+        self.writer.reject(Rejected(*place, True, reason, 0, 0, unwritten=True, keys=keys))
 
     def _add_bad(self, ref: RowRef, error: DataError) -> None:
         from apollo_sft.data.store.bad_rows import count_bad

@@ -135,7 +135,7 @@ def _split_notes(split: Split, tokenizer: Any, clean: Clean) -> Iterator[Note]:
             text += f", {tokens:,} tokens of them not trained"
         if kind == "incomplete":
             parts = [summary.findings[name].count for name in IN_THE_LEDGER if name in summary.findings]
-            text += f": {sum(parts):,} parts of messages"
+            text += f", {sum(parts):,} in all"
         yield Note(level, text)
 
     if not split.losses:
