@@ -245,7 +245,7 @@ def bad_column_beside(bench: Bench) -> Case:
     rows = bench.multi()
     column, value = bench.chance.choice(
         [("tools", "{"), ("tools", 7), ("tools", [7]), ("tools", ["{"]), ("tools", {"a": 1}), ("train", "no"),
-         ("train", 1), ("enable_thinking", "yes"), ("enable_thinking", 0)]
+         ("train", 2), ("enable_thinking", "yes"), ("enable_thinking", 0.5)]
     )  # fmt: skip
     rows[bench.at][column] = value
     path = bench.write(rows, "jsonl")

@@ -50,7 +50,7 @@ def test_defaults_stand_close_and_fit_80_columns() -> None:
     _, defaults = halves()
     assert LINE_WIDTH == 80
     assert max(len(line) for line in defaults[1:]) <= LINE_WIDTH
-    assert len(defaults) < 46
+    assert len(defaults) < 48
 
 
 def test_of_a_section_that_was_set_as_a_dict_only_what_it_holds_counts_as_set() -> None:
@@ -64,7 +64,7 @@ def test_of_a_section_that_was_set_as_a_dict_only_what_it_holds_counts_as_set() 
 def test_keys_of_the_user_are_shown(argument: str) -> None:
     given, defaults = halves(argument)
     assert f"  {OPEN_DICT}.enable_thinking=false" in given
-    assert not any("chat_template_kwargs" in line for line in defaults)
+    assert not any("apply_chat_template_kwargs" in line for line in defaults)
 
 
 def test_values_read_back_as_what_they_are() -> None:
