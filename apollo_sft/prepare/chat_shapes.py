@@ -1,13 +1,15 @@
-"""Convert conversations of OpenAI, ShareGPT and others to messages as chat templates read them."""
+"""Convert conversations of OpenAI, ShareGPT and others to messages as chat templates read them. No text is changed."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
+from apollo_sft.data.read.messages import MASKS, MEDIA, REASONING_PARTS
 from apollo_sft.prepare.columns import as_text
 from apollo_sft.prepare.rejection import RejectedRow
-from apollo_sft.types import Message
+from apollo_sft.types import REASONING_KEYS, Message
 
 ROLES = {
     **{"user": "user", "human": "user"},
@@ -18,19 +20,33 @@ ROLES = {
 }
 """Roles of other formats, and ours."""
 
+KEPT = (*REASONING_KEYS, "tool_call_id", "name", "enable_thinking")
+"""Keys of a message that are written as they are; reasoning under its first name."""
 
-def messages_of(value: Any) -> list[Message]:
+READ = frozenset(
+    ("role", "from", "content", "value", "tool_calls", "function_call", *KEPT, *MASKS, *MEDIA, *REASONING_PARTS)
+)
+"""Keys of a message that are written, in some form, or refused."""
+
+
+def messages_of(value: Any, keeps_nulls: bool = False, left_out: Counter[str] | None = None) -> list[Message]:
     """Return the messages in a cell: a list of structs with `role`/`content` or `from`/`value`, or its JSON text.
 
+    `keeps_nulls`: nulls are meant, as in JSON, where a columnar file fills missing fields with them. `left_out` counts
+    the keys of messages that are not written.
     Raises: RejectedRow when the cell is no conversation, a turn is empty, or calls and outputs do not fit.
     """
     chat = value
     if isinstance(value, str):
         chat = _from_json(value)
+        keeps_nulls = True
     if not isinstance(chat, list) or not chat or not all(isinstance(turn, dict) for turn in chat):
         raise RejectedRow("no conversation")
 
-    messages = [_message(turn) for turn in chat]
+    messages = _joined_calls([_message(turn, keeps_nulls) for turn in chat])
+    if left_out is not None:
+        for turn in chat:
+            left_out.update(f"messages.{key}" for key in turn if key not in READ and turn[key] is not None)
     if not any(message["role"] == "assistant" for message in messages):
         raise RejectedRow("no turn of the assistant")
 
@@ -38,11 +54,12 @@ def messages_of(value: Any) -> list[Message]:
     return messages
 
 
-def tools_of(value: Any) -> str | None:
+def tools_of(value: Any, keeps_nulls: bool = False) -> str | None:
     """Return the tools in a cell as JSON text. Raises: RejectedRow when they are no list of objects."""
     tools = value
     if isinstance(value, str) and value.strip():
         tools = _from_json(value)
+        keeps_nulls = True
     if not tools:
         return None
 
@@ -52,7 +69,9 @@ def tools_of(value: Any) -> str | None:
     tools = [_from_json(tool) if isinstance(tool, str) else tool for tool in tools]
     if not all(isinstance(tool, dict) for tool in tools):
         raise RejectedRow("the tools are no list of objects")
-    return json.dumps(without_nulls(tools), ensure_ascii=False)
+    if not keeps_nulls:
+        tools = without_nulls(tools)
+    return json.dumps(tools, ensure_ascii=False)
 
 
 def without_nulls(value: Any) -> Any:
@@ -64,15 +83,18 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def _message(turn: dict[str, Any]) -> Message:
+def _message(turn: dict[str, Any], keeps_nulls: bool) -> Message:
     """Convert one turn. Raises: RejectedRow."""
-    turn = without_nulls(turn)
+    if not keeps_nulls:
+        turn = without_nulls(turn)
     name = turn.get("role", turn.get("from"))
     role = None
     if isinstance(name, str):
         role = ROLES.get(name)
     if role is None:
         raise RejectedRow(f"an unknown role: {name!r}"[:80])
+    if any(turn.get(medium) for medium in MEDIA):
+        raise RejectedRow("images, videos or sound")
 
     content = _content(turn.get("content", turn.get("value")))
     calls = _calls(turn)
@@ -83,21 +105,65 @@ def _message(turn: dict[str, Any]) -> Message:
             calls = [calls]
 
     message: Message = {"role": role, "content": content or None}
-    message |= {key: turn[key] for key in ("reasoning_content", "tool_call_id", "name") if turn.get(key)}
+    message |= {key: turn[key] for key in ("tool_call_id", "name", "enable_thinking") if turn.get(key) is not None}
+    message |= _reasoning(turn) | _mask(turn)
     if calls:
         message["tool_calls"] = [_call(call) for call in calls]
-    elif role != "tool" and not content:
+    elif role == "tool" or message.get("train") is False:
+        message["content"] = content  # a tool may well print nothing, and what is not trained may be empty
+    elif not content.strip() and "reasoning_content" not in message:
         raise RejectedRow(f"an empty turn of the {role}")
-    elif role == "tool":
-        message["content"] = content  # a tool may well print nothing
 
     return message
 
 
+def _reasoning(turn: dict[str, Any]) -> Message:
+    """Return the reasoning of a turn under the name that is written. Raises: RejectedRow for parts without a text."""
+    for key in REASONING_KEYS:
+        if turn.get(key):
+            return {"reasoning_content": turn[key]}
+    for key, fields in REASONING_PARTS.items():
+        texts = []
+        for part in turn.get(key) or ():
+            found = [part[name] for name in fields if isinstance(part, dict) and isinstance(part.get(name), str)]
+            if not found:
+                raise RejectedRow(f"a part of {key} is not text")
+            texts.append(found[0])
+        if texts:
+            return {"reasoning_content": "".join(texts)}
+    return {}
+
+
+def _mask(turn: dict[str, Any]) -> Message:
+    """Return what a turn says about its training, under the name that is written. Raises: RejectedRow."""
+    said = {turn[key] for key in MASKS if turn.get(key) is not None}
+    if not said:
+        return {}
+    if len(said) > 1 or not said <= {0, 1}:
+        raise RejectedRow("keys about the training of a turn that are not one of true and false")
+    return {"train": bool(said.pop())}
+
+
+def _joined_calls(messages: list[Message]) -> list[Message]:
+    """Join calls that follow one another, as ShareGPT writes parallel calls, into one message."""
+    joined: list[Message] = []
+    for message in messages:
+        before = joined[-1] if joined else {}
+        is_call = "tool_calls" in message and not message["content"]
+        if is_call and "tool_calls" in before and not before["content"] and before.keys() == message.keys():
+            before["tool_calls"] += message["tool_calls"]
+        else:
+            joined.append(message)
+    return joined
+
+
 def _calls(turn: dict[str, Any]) -> Any:
     """Return the tool calls of a turn: the list, or the one call of an older form."""
-    if turn.get("tool_calls"):
-        return turn["tool_calls"]
+    calls = turn.get("tool_calls")
+    if isinstance(calls, str) and calls.strip():
+        calls = _from_json(calls)
+    if calls:
+        return calls
     if turn.get("function_call"):
         return [turn["function_call"]]
     return []
@@ -105,6 +171,8 @@ def _calls(turn: dict[str, Any]) -> Any:
 
 def _content(value: Any) -> str:
     """Return the text of a turn; of a list of parts, the texts joined. Raises: RejectedRow for other parts."""
+    if isinstance(value, str):
+        return value
     if not isinstance(value, list):
         return as_text(value)
 
@@ -112,7 +180,7 @@ def _content(value: Any) -> str:
     texts = [part for part in parts if isinstance(part, str)]
     if len(texts) < len(parts):
         raise RejectedRow("a part of a turn is not text")
-    return "".join(texts).strip()
+    return "".join(texts)
 
 
 def _call(call: Any) -> dict[str, Any]:

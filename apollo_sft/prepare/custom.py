@@ -6,14 +6,17 @@ name) become questions and answers, or conversations where there is a system pro
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from apollo_sft.data.read.files import Row
+from apollo_sft.data.read.messages import MEDIA
 from apollo_sft.errors import ConfigError, DataError
 from apollo_sft.prepare.answers import final_answer
-from apollo_sft.prepare.chat_shapes import messages_of, tools_of
+from apollo_sft.prepare.chat_shapes import messages_of, tools_of, without_nulls
 from apollo_sft.prepare.columns import ANSWER, QUESTION, Finder, as_text, at_path
 from apollo_sft.prepare.preparation import Task
 from apollo_sft.prepare.records import CHAT_SCHEMA, QUESTION_SCHEMA, Instruction, Origin, chat_row, question_row
@@ -21,6 +24,9 @@ from apollo_sft.prepare.rejection import RejectedRow
 from apollo_sft.types import Message
 
 DATA_SOURCE = "custom"
+
+BESIDE = ("train", "enable_thinking", "chat_template_kwargs", *MEDIA)
+"""Columns beside the messages that are written, or refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,11 @@ class Layout:
     def is_chat(self) -> bool:
         """Return whether rows become conversations."""
         return bool(self.messages or self.system or self.history)
+
+    def columns(self) -> list[str]:
+        """List the columns that are read."""
+        named = (self.messages, self.prompt, self.context, self.response, self.system, self.history, self.tools)
+        return [column for column in (*named, self.ground_truth) if column]
 
     def describe(self) -> str:
         """Return a line about the format and its columns."""
@@ -98,45 +109,78 @@ def task(data_source: str, instruction: str | None, layout: Layout) -> Task:
     finder = Finder(keep_instructions=True)
     suffix = Instruction(instruction or "", separator="\n")
 
+    left_out: Counter[str] = Counter()
+    used = {column.partition(".")[0] for column in layout.columns()}
+
     def convert_chat(row: Row, origin: Origin) -> Row:
-        messages = _messages(row)
+        if any(row.get(medium) for medium in MEDIA):
+            raise RejectedRow("images, videos or sound")
+        messages = _messages(row, origin)
         system = _text_at(row, layout.system)
         if system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
 
         tools = None
         if layout.tools:
-            tools = tools_of(at_path(row, layout.tools))
-        return chat_row(origin, messages, tools, _truth(row, layout, messages[-1].get("content") or ""))
+            tools = tools_of(at_path(row, layout.tools), origin.is_json)
+        left_out.update(name for name in _unused(row) if name not in BESIDE)
+        made = chat_row(origin, messages, tools, _truth(row, layout, messages[-1].get("content") or ""))
+        return made | _beside(row)
 
-    def _messages(row: Row) -> list[Message]:
+    def _messages(row: Row, origin: Origin) -> list[Message]:
         if layout.messages:
-            return messages_of(at_path(row, layout.messages))
+            return messages_of(at_path(row, layout.messages), origin.is_json, left_out)
         question = _question(row, layout, finder)
         answer = _answer(row, layout, finder)
         user = {"role": "user", "content": suffix.prompt(question)}
         return [*_history(row, layout), user, {"role": "assistant", "content": answer}]
 
+    def _unused(row: Row) -> list[str]:
+        return [name for name, value in row.items() if name not in used and value is not None]
+
     def convert_pair(row: Row, origin: Origin) -> Row:
+        if layout.prompt:
+            left_out.update(_unused(row))
         question = _question(row, layout, finder)
         answer = _answer(row, layout, finder)
         return question_row(origin, suffix.prompt(question), question, answer, _truth(row, layout, answer))
 
     # A system prompt or a history does not fit into a question: then pairs become conversations.
     if layout.is_chat:
-        return Task("custom", data_source, CHAT_SCHEMA, convert_chat, {}, finder.describe, suffix.text)
+        return Task("custom", data_source, CHAT_SCHEMA, convert_chat, {}, finder.describe, suffix.text, left_out)
 
     needed: dict[str, tuple[str, ...]] = {}
     if not layout.prompt:
         needed = {"question": QUESTION, "answer": ANSWER}
-    return Task("custom", data_source, QUESTION_SCHEMA, convert_pair, needed, finder.describe, suffix.text)
+    return Task("custom", data_source, QUESTION_SCHEMA, convert_pair, needed, finder.describe, suffix.text, left_out)
+
+
+def _beside(row: Row) -> Row:
+    """Return the columns beside the messages that a training reads. Raises: RejectedRow."""
+    found: Row = {}
+    for name in ("train", "enable_thinking"):
+        value = row.get(name)
+        if value is not None and value not in (0, 1):
+            raise RejectedRow(f"{name} is neither true nor false")
+        if value is not None:
+            found[name] = bool(value)
+
+    kwargs = row.get("chat_template_kwargs")
+    if isinstance(kwargs, dict):
+        kwargs = json.dumps(without_nulls(kwargs), ensure_ascii=False)
+    if kwargs:
+        found["chat_template_kwargs"] = kwargs
+    return found
 
 
 def _text_at(row: Row, path: str | None) -> str:
     """Return the text at a path; empty without one."""
     if not path:
         return ""
-    return as_text(at_path(row, path))
+    value = at_path(row, path)
+    if isinstance(value, str):
+        return value
+    return as_text(value)
 
 
 def _question(row: Row, layout: Layout, finder: Finder) -> str:
@@ -146,9 +190,9 @@ def _question(row: Row, layout: Layout, finder: Finder) -> str:
 
     text = _text_at(row, layout.prompt)
     context = _text_at(row, layout.context)
-    if not text:
+    if not text.strip():
         raise RejectedRow(f"column {layout.prompt} is empty")
-    if not context:
+    if not context.strip():
         return text
     return f"{text}\n\n{context}"
 
@@ -157,8 +201,8 @@ def _answer(row: Row, layout: Layout, finder: Finder) -> str:
     """Return the answer of a row. Raises: RejectedRow when there is none."""
     if layout.response is None:
         return finder.answer(row)
-    text = as_text(at_path(row, layout.response))
-    if not text:
+    text = _text_at(row, layout.response)
+    if not text.strip():
         raise RejectedRow(f"column {layout.response} is empty")
     return text
 

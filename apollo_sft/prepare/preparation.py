@@ -7,7 +7,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from apollo_sft.checkpoint.publish import describe_file
-from apollo_sft.data.read.files import Columns, Row
+from apollo_sft.data.read.files import Columns, Row, known_kind
 from apollo_sft.data.read.rows import read_rows
 from apollo_sft.errors import DataError
 from apollo_sft.prepare.columns import has_any
@@ -45,6 +45,9 @@ class Task:
     """Returns lines about what was found."""
 
     instruction: str = ""
+
+    left_out: Counter[str] = field(default_factory=Counter)
+    """What rows have and what is not written: columns and keys of messages, with the number of rows or messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,9 @@ def prepare(task: Task, source: Source, output: Output, say: Say) -> dict[str, S
         "instruction": task.instruction,
         "source": {"kind": source.kind, "name": source.name, "revision": source.revision, "files": inputs},
     }
+    facts["left_out"] = dict(sorted(task.left_out.items()))
+    for key, count in task.left_out.most_common():
+        say(f"not written: {key}, which {count:,} have")
     output.publish(facts | splits_facts(splits, shared))
     return splits
 
@@ -94,7 +100,8 @@ def preview(task: Task, source: Source) -> list[str]:
     for index, (ref, row) in enumerate(islice(source.rows(split), PREVIEWED)):
         lines.append(f"-- {ref}")
         try:
-            lines += _shown(task.convert(row, Origin(task.data_source, split, index)))
+            is_json = known_kind(ref.file) == "JSON lines"
+            lines += _shown(task.convert(row, Origin(task.data_source, split, index, is_json)))
         except RejectedRow as rejected:
             lines.append(f"   rejected: {rejected.reason}")
 
@@ -159,7 +166,7 @@ def _write(task: Task, source: Source, split: str, output: Output) -> Split:
             rows_in += 1
             # A rejected row is listed, and does not end the work: foreign data always have some.
             try:
-                made = task.convert(row, Origin(task.data_source, split, index))
+                made = task.convert(row, Origin(task.data_source, split, index, known_kind(ref.file) == "JSON lines"))
                 largest = max(largest, _num_bytes(made))
                 writer.add(made)
             except RejectedRow as rejected:

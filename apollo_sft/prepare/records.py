@@ -63,11 +63,16 @@ CHAT_SCHEMA = pa.schema(
                         ("tool_calls", pa.list_(_CALL)),
                         ("tool_call_id", pa.string()),
                         ("name", pa.string()),
+                        ("train", pa.bool_()),
+                        ("enable_thinking", pa.bool_()),
                     ]
                 )
             ),
         ),
         ("tools", pa.string()),
+        ("train", pa.bool_()),
+        ("enable_thinking", pa.bool_()),
+        ("chat_template_kwargs", pa.string()),
         ("extra_info", pa.struct([("split", pa.string()), ("index", pa.int64()), ("ground_truth", pa.string())])),
     ]
 )
@@ -80,6 +85,9 @@ class Origin:
     data_source: str
     split: str
     index: int
+
+    is_json: bool = False
+    """The row comes from JSON lines, in which a null is meant."""
 
 
 @dataclass(frozen=True, slots=True)

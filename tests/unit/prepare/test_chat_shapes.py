@@ -1,6 +1,7 @@
 """Conversations as others write them."""
 
 import json
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -100,9 +101,65 @@ def test_what_is_no_conversation_is_rejected(chat: Any, reason: str) -> None:
 def test_tools_become_json() -> None:
     tool = {"type": "function", "function": {"name": "weather", "strict": None}}
     expected = '[{"type": "function", "function": {"name": "weather"}}]'
-    for cell in ([tool], json.dumps([tool]), [json.dumps(tool)]):
-        assert tools_of(cell) == expected
+    assert tools_of([tool]) == expected
+    # In JSON a null is meant.
+    for cell in (json.dumps([tool]), [json.dumps(tool)]):
+        assert tools_of(cell, keeps_nulls=True) == json.dumps([tool])
+    assert tools_of(json.dumps([tool])) == json.dumps([tool])
     assert tools_of("") is None and tools_of(None) is None and tools_of("[]") is None
     for cell in ("{", '{"a": 1}', [1]):
         with pytest.raises(RejectedRow):
             tools_of(cell)
+
+
+def test_no_text_is_changed_and_what_a_turn_says_of_its_training_is_kept() -> None:
+    code = "    a = 1\n    return a\n"
+    chat = [
+        {"role": "developer", "content": " Be kind. "},
+        {"role": "user", "content": "\tBody?\n"},
+        {"role": "assistant", "content": "   ", "weight": 0},
+        {"role": "assistant", "content": "", "loss": False},
+        {"role": "assistant", "content": code, "enable_thinking": False, "id": "m1", "reasoning": " hm "},
+    ]
+    left_out: Counter[str] = Counter()
+    messages = messages_of(chat, left_out=left_out)
+    assert [message["content"] for message in messages] == [" Be kind. ", "\tBody?\n", "   ", "", code]
+    assert [message.get("train") for message in messages] == [None, None, False, False, None]
+    assert messages[-1]["enable_thinking"] is False
+    assert messages[-1]["reasoning_content"] == " hm "
+    assert left_out == {"messages.id": 1}
+
+
+def test_nulls_of_json_are_kept() -> None:
+    chat = [USER, calling(call("a", {"city": "Ulm", "day": None})), output("a"), DONE]
+    for cell, keeps_nulls in ((chat, True), (json.dumps(chat), False)):
+        [made] = messages_of(cell, keeps_nulls)[1]["tool_calls"]
+        assert made["function"]["arguments"] == '{"city": "Ulm", "day": null}'
+
+
+def test_calls_in_a_row_are_parallel_calls() -> None:
+    chat = [
+        {"from": "human", "value": "Two?"},
+        *({"from": "function_call", "value": json.dumps({"name": "age", "arguments": {"n": n}})} for n in (1, 2)),
+        *({"from": "observation", "value": str(n)} for n in (26, 25)),
+        {"from": "gpt", "value": "26 and 25."},
+    ]
+    messages = messages_of(chat)
+    assert [message["role"] for message in messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert [made["function"]["arguments"] for made in messages[1]["tool_calls"]] == ['{"n": 1}', '{"n": 2}']
+    assert [message["tool_call_id"] for message in messages[2:4]] == [made["id"] for made in messages[1]["tool_calls"]]
+
+
+@pytest.mark.parametrize(
+    ("turn", "reason"),
+    [
+        ({"images": ["a.png"]}, "images, videos or sound"),
+        ({"weight": 0.5}, "keys about the training of a turn that are not one of true and false"),
+        ({"weight": 0, "train": True}, "keys about the training of a turn that are not one of true and false"),
+        ({"thinking_blocks": [{"type": "redacted"}]}, "a part of thinking_blocks is not text"),
+    ],
+)
+def test_what_would_be_lost_is_rejected(turn: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RejectedRow) as caught:
+        messages_of([USER, DONE | turn])
+    assert caught.value.reason == reason
