@@ -119,9 +119,8 @@ class RowLayouts:
         return [self.format.reasoning_tags, THINK_TAGS]
 
     def _thinking_of(self, conversation: Conversation) -> ThinkingChoice:
-        switch = self.format.switch
-        is_fixed = self.data.thinking == "all" or switch in self.data.apply_chat_template_kwargs
-        return ThinkingChoice.of(conversation, switch, is_fixed)
+        is_fixed = self.data.thinking == "all" or self.format.switch in self.data.apply_chat_template_kwargs
+        return ThinkingChoice.of(conversation, self.format, is_fixed)
 
     def _render_with(self, tools: list[dict[str, Any]] | None) -> Render:
         """Return a function that renders messages with these tools."""

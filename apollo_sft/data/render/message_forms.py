@@ -105,14 +105,14 @@ def call_names(message: Message) -> list[str]:
 
 
 def _with_reasoning(message: Message, tags: Sequence[tuple[str, str]]) -> Message:
-    has_own = any(message.get(name) is not None for name in REASONING_KEYS)
     reasoning = reasoning_of(message)
     if not reasoning and tags and message["role"] == "assistant":
         reasoning, answer = split_reasoning(message["content"], tags)
         if answer is not None:
             message = message | {"content": answer}
-    if not reasoning and not has_own:
-        return message
+    if not reasoning.strip():
+        # Templates would write an empty block for a blank text (gpt-oss).
+        return {name: value for name, value in message.items() if name not in REASONING_KEYS}
     return {"thinking": reasoning} | message | {"reasoning_content": reasoning}
 
 
