@@ -15,9 +15,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
+EPOCHS = "trainer.total_epochs=2"
+"""Ten steps: two ranks must agree on a second order of the rows as well."""
+
+
 @pytest.fixture(scope="module")
 def one(inputs: Path) -> list[dict[str, Any]]:
-    return train_here(inputs, inputs / "one")
+    return train_here(inputs, inputs / "one", EPOCHS)
 
 
 def check_like(one: list[dict[str, Any]], inputs: Path, out: Path) -> None:
@@ -39,7 +43,7 @@ def check_like(one: list[dict[str, Any]], inputs: Path, out: Path) -> None:
 def test_ranks_and_micro_batches_do_not_show(
     inputs: Path, one: list[dict[str, Any]], tmp_path: Path, processes: int, micro_batch_size: int
 ) -> None:
-    more = [f"data.micro_batch_size_per_gpu={micro_batch_size}"]
+    more = [EPOCHS, f"data.micro_batch_size_per_gpu={micro_batch_size}"]
     process = start(inputs, tmp_path / "out", *more, processes=processes)
     said = finish(process)
     assert process.returncode == 0, said[-4000:]
@@ -49,7 +53,7 @@ def test_ranks_and_micro_batches_do_not_show(
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_a_run_under_fsdp(inputs: Path, one: list[dict[str, Any]], tmp_path: Path, processes: int) -> None:
     """Through its checkpoints, with their own Hugging Face folders."""
-    more = ["model.strategy=fsdp", "trainer.checkpoint.save_contents=[model,optimizer,extra,hf_model]"]
+    more = [EPOCHS, "model.strategy=fsdp", "trainer.checkpoint.save_contents=[model,optimizer,extra,hf_model]"]
     out = tmp_path / "out"
     process = start(inputs, out, *more, processes=processes)
     said = finish(process)
