@@ -202,11 +202,16 @@ def ended(template: str, said: str, is_followed: bool) -> str:
     return said.rstrip()
 
 
+@cache
+def renderer(template: str, thinking: str) -> Renderer:
+    data = data_config(multiturn=True, thinking=thinking)
+    return Renderer(tokenizer(), ChatTemplate(text_of(template), template), data)
+
+
 def cell(template: str, kind: str, thinking: str) -> str:
     """What happens to one conversation under one template: right, wrong with the reason, or refused."""
-    data = data_config(multiturn=True, thinking=thinking)
-    row = parse_row({"messages": KINDS[kind], "tools": TOOLS.get(kind)}, RowRef(kind, 0), data)
-    one = Renderer(tokenizer(), ChatTemplate(text_of(template), template), data)
+    one = renderer(template, thinking)
+    row = parse_row({"messages": KINDS[kind], "tools": TOOLS.get(kind)}, RowRef(kind, 0), one.data)
     with one.sandbox.bounded():
         try:
             layout = one.layouts.lay_out(row)
@@ -245,37 +250,35 @@ def same_target(template: str, target: str, wanted: str) -> bool:
     return target == wanted
 
 
-@cache
-def cells() -> dict[tuple[str, str, str], str]:
-    return {
-        (template, kind, thinking): cell(template, kind, thinking)
-        for template in MARKS
-        for kind in KINDS
-        for thinking in ("auto", "all")
-    }
+def all_cells() -> dict[tuple[str, str, str], str]:
+    found = {}
+    for template in MARKS:
+        for kind in KINDS:
+            for thinking in ("auto", "all"):
+                found[template, kind, thinking] = cell(template, kind, thinking)
+    return found
 
 
 def test_every_template_of_the_folder_is_here() -> None:
     assert sorted(MARKS) == sorted(path.stem for path in (SHARED / "templates").glob("*.jinja"))
 
 
-def test_no_cell_is_wrong() -> None:
-    wrong = {place: found for place, found in cells().items() if found.startswith("wrong")}
+def test_no_cell_is_wrong_and_the_table_in_the_docs_is_current() -> None:
+    cells = all_cells()
+    wrong = {place: found for place, found in cells.items() if found.startswith("wrong")}
     assert not wrong, "\n".join(f"{place}: {found}" for place, found in wrong.items())
 
-
-def test_the_table_in_the_docs_is_current() -> None:
     rows = []
     reasons: dict[str, list[str]] = {}
     for template in MARKS:
-        found = [cells()[template, kind, "auto"] for kind in KINDS]
+        found = [cells[template, kind, "auto"] for kind in KINDS]
         rows.append([template, *(text.partition(":")[0] for text in found)])
         for kind, text in zip(KINDS, found, strict=True):
             if text.startswith("refused"):
                 reasons.setdefault(f"{template}: {text.removeprefix('refused: ')}", []).append(kind)
 
-    number = sum(text == "right" for text in cells().values())
-    text = f"{number} of {len(cells())} cells are right, with `data.thinking=auto` and `all`; the others are refused. "
+    number = sum(text == "right" for text in cells.values())
+    text = f"{number} of {len(cells)} cells are right, with `data.thinking=auto` and `all`; the others are refused. "
     text += "The table shows `auto`.\n\n"
     text += table(["template", *KINDS], rows) + "\nWhy rows are refused:\n\n"
     text += "".join(f"* {reason} ({', '.join(kinds)})\n" for reason, kinds in reasons.items())
