@@ -18,6 +18,8 @@ from apollo_sft.types import REASONING_KEYS, RESERVED_ARGUMENTS, Message, RowRef
 CACHED_TOOLS = 64
 """Different texts of a column of tools whose parsed form is kept."""
 
+PLAIN_KEYS = frozenset(("role", "content"))
+
 MASKS = ("train", "loss", "loss_mask", "trainable", "training", "weight", "loss_scale")
 """The names under which data sets say whether a message is trained: true or 1, false or 0."""
 
@@ -182,13 +184,11 @@ def _message(entry: Any, place: Place) -> Message:
     # Arrow gives every message the keys of all messages, filled with null. Templates test whether a key is there.
     message = {key: value for key, value in entry.items() if value is not None}
     _check_role(message, entry, place)
-    for name in MEDIA:
-        if message.get(name):
-            _refuse_media(place, message[name])
-
-    _read_calls(message, place)
-    _read_reasoning(message, place)
-    _read_mask(message, place)
+    # Most messages have no other key, and all of them pass here.
+    if not message.keys() <= PLAIN_KEYS:
+        _read_other_keys(message, place)
+    if message["role"] == "function":  # the older form of a tool
+        message["role"] = "tool"
     if "content" not in message:
         if "tool_calls" not in message and not any(message.get(key) for key in REASONING_KEYS):
             found = "null" if "content" in entry else "no such key"
@@ -196,13 +196,24 @@ def _message(entry: Any, place: Place) -> Message:
         message["content"] = ""
     message["content"] = _content(message["content"], place)
 
+    check_value(message, place)
+    return message
+
+
+def _read_other_keys(message: Message, place: Place) -> None:
+    """Read what a message holds besides role and content."""
+    for name in MEDIA:
+        if message.get(name):
+            _refuse_media(place, message[name])
+
+    _read_calls(message, place)
+    _read_reasoning(message, place)
+    _read_mask(message, place)
     parse_truth(message.get("enable_thinking"), place, default=None)
     for key, value in message.items():
         # What a columnar file adds (times, bytes) is nothing that a template would read.
         if key not in ("role", "content", "tool_calls") and not isinstance(value, (*SCALARS, list, dict)):
             message[key] = str(value)
-    check_value(message, place)
-    return message
 
 
 def _read_calls(message: Message, place: Place) -> None:
@@ -222,8 +233,6 @@ def _read_calls(message: Message, place: Place) -> None:
         parsed = _tool_calls(calls, place)
         if parsed:
             message["tool_calls"] = parsed
-    if message["role"] == "function":
-        message["role"] = "tool"
 
 
 def _read_reasoning(message: Message, place: Place) -> None:

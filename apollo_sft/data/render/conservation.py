@@ -59,7 +59,7 @@ class Conservation:
 
     def lost(self, conversation: Conversation, texts: Sequence[str], trained: Collection[int]) -> list[Part]:
         """Return what is said outside of the trained messages and is not in `texts`, the texts of the row."""
-        parts = [part for part in parts_of(conversation) if part.message not in trained]
+        parts = list(parts_of(conversation, trained))
         if not parts:
             return []
 
@@ -116,9 +116,11 @@ def lost_of(conversation: Conversation, parts: Sequence[Part]) -> list[Lost]:
     return found
 
 
-def parts_of(conversation: Conversation) -> Iterator[Part]:
-    """Yield what is said in a row: contents, reasoning, calls, tools."""
+def parts_of(conversation: Conversation, without: Collection[int] = ()) -> Iterator[Part]:
+    """Yield what is said in a row: contents, reasoning, calls, tools. `without`: messages that are left out."""
     for index, message in enumerate(conversation.messages):
+        if index in without:
+            continue
         reasoning, answer = split_reasoning(message["content"])
         contents = [message["content"]]
         if answer is not None:
