@@ -83,7 +83,8 @@ def _joined(renderings: Renderings, index: int, end: int, prompt: str | None) ->
     rendering = renderings.text(end)
     appended = _appended(renderings, index, prompt)
     longest = _values_start(renderings, index, rendering, end)
-    start, length = longest, 0
+    start = longest
+    length = 0
     if appended.strip():
         start, length = find_header(appended, rendering, content_end(renderings, index - 1, rendering, end), longest)
         if not appended[:length].strip():

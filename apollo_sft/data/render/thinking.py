@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from apollo_sft.data.render.message_forms import has_reasoning, split_reasoning
 from apollo_sft.data.render.reply_format import ReplyFormat
 from apollo_sft.types import Conversation, Message
 
-Policy = Literal["auto", "all", "none"]
 TemplateArguments = dict[str, Any]
 
 
